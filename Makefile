@@ -1,0 +1,64 @@
+# `make demo` and `make test` need Python >= 3.11 and nothing else: they create $(VENV) and install what is missing.
+#
+#   make test PYTHON=python3.12         another interpreter (for a new $(VENV))
+#   make test ARGS="-m slow"            other arguments for pytest
+#   make install TORCH=torch==2.13.0    exactly this torch; the default is its CPU build where no NVIDIA driver is found
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+ARGS ?= -m "not slow and not gpu"
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.trl-capo-installed
+TOO_OLD = $(1) -c 'import sys; sys.exit(sys.version_info >= (3, 11))'
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+install: $(STAMP)  ## create .venv and install trl-capo with its development tools
+
+demo: $(STAMP)  ## train GRPO and CAPO side by side on a tiny model and compare them (minutes, no GPU)
+	$(VENV)/bin/trl-capo demo
+
+test: $(STAMP)  ## run the tests and doctests
+	$(PY) -m pytest $(ARGS)
+
+lint: $(STAMP)  ## check style
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(STAMP)  ## repair style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:  ## remove build products and caches (not .venv)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# The stamp holds the checkout's path: an environment that another checkout installed into is installed into again.
+# So is one for which a torch was asked for on the command line.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMP)
+else ifeq ($(origin TORCH),command line)
+.PHONY: $(STAMP)
+endif
+
+$(STAMP): setup.cfg pyproject.toml | $(PY)
+	@if $(call TOO_OLD,$(PY)); then \
+	    echo "$(VENV) has $$($(PY) --version), but Python >= 3.11 is needed. Remove $(VENV) and run make again." >&2; exit 1; fi
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
+	@.ci/install-torch $(PY) "$(TORCH)" "$(origin TORCH)"
+	$(PY) -m pip install --quiet --editable '.[dev]'
+	@echo '$(CURDIR)' > $@
+
+$(PY):
+	@command -v $(PYTHON) >/dev/null || { \
+	    echo "$(PYTHON) was not found. Python >= 3.11 is needed; name yours: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@if $(call TOO_OLD,$(PYTHON)); then \
+	    echo "$(PYTHON) is $$($(PYTHON) --version), but >= 3.11 is needed; name another: make PYTHON=python3.12 ..." >&2; exit 1; fi
+	@rm -f $(VENV)/bin/python*
+	$(PYTHON) -m venv $(VENV)

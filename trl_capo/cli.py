@@ -1,0 +1,89 @@
+"""The `trl-capo` command: `trl-capo train --config recipe.yaml`, `trl-capo demo`, ...
+
+Each command is a module of `trl_capo.scripts` with a `main(argv)`. It is imported only once it has been chosen, so
+that `trl-capo --help` answers at once: nothing here, nor anything this module imports, may import torch or TRL.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+
+from trl_capo import __version__
+
+
+# One line a command: the name of its module in `trl_capo.scripts`, and what `--help` says about it.
+COMMANDS = {
+    "train": "train a model with CAPO or GRPO (see trl-capo train --help, recipes/)",
+    "demo": "train GRPO and CAPO side by side on a tiny model, on the CPU, in minutes",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return the exit code: 0 if it succeeded, 2 if the user has something to mend."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv:
+        print(_help(), file=sys.stderr)
+        return 2
+    name, *arguments = argv
+    if name in ("-h", "--help"):
+        print(_help())
+        return 0
+    if name == "--version":
+        print(f"trl-capo {__version__}")
+        return 0
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"choose from {', '.join(COMMANDS)}"
+        print(f"trl-capo: error: unknown command '{name}': {hint}", file=sys.stderr)
+        return 2
+
+    try:
+        return importlib.import_module(f"trl_capo.scripts.{name}").main(arguments) or 0
+    except KeyboardInterrupt:
+        print(f"\ntrl-capo {name}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("TRL_CAPO_TRACEBACK") or not _message_says_all(error):
+            raise
+        print(f"trl-capo {name}: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items())
+    return f"""usage: trl-capo [-h] [--version] COMMAND ...
+
+Calibration-Aware Policy Optimization for TRL.
+
+commands:
+{commands}
+
+trl-capo COMMAND --help shows a command's own options.
+TRL_CAPO_TRACEBACK=1 shows the whole traceback of an error."""
+
+
+def _message_says_all(error: Exception) -> bool:
+    """Whether the error is the user's to mend and a traceback would only bury its message.
+
+    So it is for files that cannot be read or written and models that cannot be found (`OSError`), for anything wrong
+    with arguments and recipe, and for a `ValueError` that our own code raised. A `ValueError` from inside torch or TRL
+    in the middle of a run is no such thing: it keeps its traceback.
+    """
+    if isinstance(error, OSError):
+        return True
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if any(frame.f_code.co_name == "parse_args_and_config" for frame in frames):  # TrlParser
+        return isinstance(error, ValueError) or type(error).__module__.startswith("yaml.")
+    return isinstance(error, ValueError) and frames[-1].f_globals.get("__name__", "").startswith("trl_capo.")
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

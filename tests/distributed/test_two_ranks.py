@@ -1,0 +1,78 @@
+"""Two processes, groups that straddle them: the same numbers as the literal oracles, on both ranks."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+from transformers import AutoModelForCausalLM
+
+from tests.helpers import literal_capo_advantages, literal_mean_logp
+
+
+@pytest.fixture(scope="module")
+def ranks(tiny_model, tmp_path_factory, repository) -> list[dict]:
+    folder = tmp_path_factory.mktemp("two-ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command += ["--standalone", str(repository / "tests" / "distributed" / "two_ranks.py"), tiny_model, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(repository), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_advantages_of_straddling_groups(ranks, tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)  # the learning rate is 0: it stays the policy
+    per_rank = [rank["straddling_groups"]["seen"] for rank in ranks]
+    nonzero = 0
+    for first, second in zip(*per_rank, strict=True):
+        assert first["advantages"] == second["advantages"] and first["mean_logps"] == second["mean_logps"]
+        rows = first["rows"] + second["rows"]
+        logps = np.array([literal_mean_logp(model, *row) for row in rows])
+        correct = np.array([float(sum(completion) % 2 == 0) for _, completion in rows])
+        ppl = np.exp(-logps)
+        kept = np.where(correct == 1, ppl <= 2.5, ppl >= 1.05)
+        shape = np.array(first["correct"]).shape
+        assert np.array_equal(correct.reshape(shape), first["correct"])
+        np.testing.assert_allclose(np.array(first["mean_logps"]).flatten(), logps, atol=1e-4)
+        for scores, atol in ((logps, 1e-4), (np.array(first["mean_logps"]).flatten(), 1e-6)):
+            groups = zip(correct.reshape(shape).tolist(), scores.reshape(shape).tolist(), strict=True)
+            literal = np.array([literal_capo_advantages(r, s, 0.6) for r, s in groups]).flatten()
+            literal = np.where(kept, literal, 0.0)
+            np.testing.assert_allclose(np.array(first["advantages"]).flatten(), literal, atol=atol)
+        local = first["local_advantages"] + second["local_advantages"]
+        np.testing.assert_allclose(local, np.array(first["advantages"]).flatten(), atol=1e-7)
+        nonzero += int((literal != 0).sum())
+    assert nonzero > 0
+    assert np.array(per_rank[0][0]["correct"]).shape == (1, 8)
+
+
+def test_evaluation_counts_every_prompt_once(ranks):
+    """Seven prompts in batches of two: the last batch is filled up with the first prompt again."""
+    run = ranks[0]["straddling_groups"]
+    entry = next(entry for entry in run["log"] if "eval_capo/auc_within" in entry)
+    correct = np.concatenate([seen["correct"] for seen in run["seen"] if seen["mode"] == "eval"])
+    scores = np.concatenate([seen["mean_logps"] for seen in run["seen"] if seen["mode"] == "eval"])
+    assert len(correct) == 8
+    correct, scores = correct[:7], scores[:7]
+    mixed = [p for p in range(7) if 0 < correct[p].sum() < 4]
+    expected = np.mean([roc_auc_score(correct[p], scores[p]) for p in mixed])
+    assert entry["eval_capo/auc_within"] == pytest.approx(expected)
+    assert entry["eval_capo/auc_pooled"] == pytest.approx(roc_auc_score(correct.flatten(), scores.flatten()))
+    assert entry["eval_capo/frac_mixed"] == pytest.approx(len(mixed) / 7)
+
+
+def test_ranks_call_a_reference_equally_often(ranks):
+    first, second = (rank["uneven_reference_rows"] for rank in ranks)
+    needed = ~np.isnan(np.array(first["seen"][0]["ref_mean_logps"], dtype=float))
+    assert needed[:2].any() and not needed[2:].any()
+    assert first["calls"] == second["calls"] == 1
+
+
+def test_with_the_linear_surrogate_it_is_grpo_on_two_ranks(ranks):
+    for rank in ranks:
+        assert rank["linear_surrogate"]["change"] >= 1e-2
+        assert rank["linear_surrogate"]["difference"] <= 1e-6

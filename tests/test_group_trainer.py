@@ -1,0 +1,404 @@
+"""The seam: it changes the advantages and nothing else, counts right, and survives a restart."""
+
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from sklearn.metrics import roc_auc_score
+from trl import GRPOConfig, GRPOTrainer
+
+from tests.helpers import config_kwargs, length_reward, parity_reward, prompt_dataset
+from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer
+
+
+SGD = dict(optim="sgd", learning_rate=0.3, max_steps=5)
+
+
+def parameters(trainer) -> dict[str, torch.Tensor]:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def largest_change(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
+    return max((after[name] - before[name]).abs().max().item() for name in before)
+
+
+class LinearSurrogateTrainer(CAPOTrainer):
+    """CAPO's pairs with the linear loss -t, over the valid count: by identity, reward minus group mean."""
+
+    def _compute_advantages(self, groups):
+        advantages = torch.zeros_like(groups.rewards)
+        num_prompts, num_generations = groups.rewards.shape
+        for p in range(num_prompts):
+            members = [g for g in range(num_generations) if groups.valid[p, g]]
+            for i in members:
+                gaps = [(groups.rewards[p, i] - groups.rewards[p, j]).item() for j in members]
+                advantages[p, i] = sum(gaps) / len(members)
+        return advantages
+
+
+LAYOUTS = {
+    "on-policy": {},
+    "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+    "paper": {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "per_device_train_batch_size": 4},
+    "two iterations": {"num_iterations": 2},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_with_the_linear_surrogate_it_is_grpo(tiny_model, tmp_path, layout):
+    options = {**SGD, **LAYOUTS[layout], "loss_type": "grpo"}
+    stock = GRPOTrainer(
+        tiny_model,
+        parity_reward,
+        GRPOConfig(**config_kwargs(tmp_path / "stock", scale_rewards="none", **options)),
+        prompt_dataset(),
+    )
+    start = parameters(stock)
+    stock.train()
+    ours = LinearSurrogateTrainer(
+        tiny_model,
+        parity_reward,
+        CAPOConfig(**config_kwargs(tmp_path / "ours", ref_ppl_mask=False, **options)),
+        prompt_dataset(),
+    )
+    ours.train()
+    assert largest_change(start, parameters(stock)) >= 1e-2
+    assert largest_change(parameters(stock), parameters(ours)) <= 1e-6
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo"])
+def test_used_as_it_is_it_is_grpo(tiny_model, tmp_path, loss_type):
+    trainers = []
+    for trainer_class, config_class in ((GRPOTrainer, GRPOConfig), (GroupAdvantageTrainer, GroupAdvantageConfig)):
+        config = config_class(**config_kwargs(tmp_path / trainer_class.__name__, loss_type=loss_type, **SGD))
+        trainers.append(trainer_class(tiny_model, parity_reward, config, prompt_dataset()))
+        start = parameters(trainers[-1])
+        trainers[-1].train()
+    assert largest_change(start, parameters(trainers[0])) >= 1e-2
+    assert largest_change(parameters(trainers[0]), parameters(trainers[1])) == 0
+    assert any("capo/auc_within" in entry for entry in trainers[1].state.log_history)
+
+
+def test_hooks_reach_the_loss(tiny_model, tmp_path):
+    """A method may return advantages a token and ask for more numbers a completion."""
+
+    class Method(GroupAdvantageTrainer):
+        def _sequence_statistics(self, per_token_logps, mask):
+            return {"lowest": (per_token_logps * mask).min(dim=1).values}
+
+        def _compute_advantages(self, groups):
+            self.groups = groups
+            return torch.arange(groups.rewards.numel(), dtype=torch.float32).view_as(groups.rewards)
+
+        def _token_advantages(self, advantages, inputs):
+            return advantages.unsqueeze(1) * inputs["completion_mask"]
+
+        def _compute_loss(self, model, inputs):
+            self.batch = inputs
+            return super()._compute_loss(model, inputs)
+
+    trainer = Method(tiny_model, parity_reward, GroupAdvantageConfig(**config_kwargs(tmp_path)), prompt_dataset())
+    trainer.train()
+    assert trainer.batch["advantages"].shape == trainer.batch["completion_mask"].shape
+    assert sorted(trainer.batch["advantages"].max(dim=1).values.tolist()) == list(range(8))
+    assert (trainer.groups.extras["lowest"] <= trainer.groups.mean_logps).all()
+
+
+def test_a_method_with_wrong_shape_is_told(tiny_model, tmp_path):
+    class Method(GroupAdvantageTrainer):
+        def _compute_advantages(self, groups):
+            return groups.rewards.flatten()
+
+    trainer = Method(tiny_model, parity_reward, GroupAdvantageConfig(**config_kwargs(tmp_path)), prompt_dataset())
+    with pytest.raises(ValueError, match=r"one advantage a completion, shape \(2, 4\), got \(8,\)"):
+        trainer.train()
+
+
+class CollectingTrainer(CAPOTrainer):
+    """Keeps the raw rows that the logged metrics speak of."""
+
+    rows = None
+
+    def _compute_advantages(self, groups):
+        self.rows = self.rows or defaultdict(list)
+        mode = "train" if self.model.training else "eval"
+        self.rows[mode].append((groups.correct.numpy(), groups.mean_logps.double().numpy()))
+        return super()._compute_advantages(groups)
+
+
+def literal_metrics(rows) -> dict[str, float]:
+    """AUCs and fractions over all rows together, through scikit-learn."""
+    correct = np.concatenate([labels for labels, _ in rows])
+    scores = np.concatenate([values for _, values in rows])
+    mixed = [p for p in range(len(correct)) if 0 < correct[p].sum() < len(correct[p])]
+    return {
+        "capo/auc_within": np.mean([roc_auc_score(correct[p], scores[p]) for p in mixed]),
+        "capo/auc_pooled": roc_auc_score(correct.flatten(), scores.flatten()),
+        "capo/frac_mixed": len(mixed) / len(correct),
+        "capo/frac_all_correct": np.mean([row.all() for row in correct]),
+        "capo/frac_all_wrong": np.mean([not row.any() for row in correct]),
+        "capo/ppl_correct": math.exp(-scores[mixed][correct[mixed] == 1].mean()),
+        "capo/ppl_wrong": math.exp(-scores[mixed][correct[mixed] == 0].mean()),
+    }
+
+
+def test_metrics_cover_the_logging_window_and_the_evaluation_set(tiny_model, tmp_path):
+    options = dict(
+        ref_ppl_mask=False,
+        max_steps=4,
+        logging_steps=4,
+        gradient_accumulation_steps=2,
+        eval_strategy="steps",
+        eval_steps=4,
+        num_generations_eval=4,
+        learning_rate=1e-4,
+    )
+    trainer = CollectingTrainer(
+        tiny_model,
+        parity_reward,
+        CAPOConfig(**config_kwargs(tmp_path, **options)),
+        prompt_dataset(),
+        eval_dataset=prompt_dataset(7),  # two prompts a batch, so the last one is short
+    )
+    trainer.train()
+    for mode, prefix in (("train", ""), ("eval", "eval_")):
+        entry = next(entry for entry in trainer.state.log_history if f"{prefix}capo/auc_within" in entry)
+        for name, expected in literal_metrics(trainer.rows[mode]).items():
+            assert entry[prefix + name] == pytest.approx(expected, abs=1e-5), (mode, name)
+    assert sum(len(labels) for labels, _ in trainer.rows["eval"]) == 7
+
+
+def test_undefined_metrics_are_none_in_the_log(tiny_model, tmp_path):
+    def never(completion_ids, **kwargs):
+        return [0.0 for _ in completion_ids]
+
+    trainer = CAPOTrainer(tiny_model, never, CAPOConfig(**config_kwargs(tmp_path)), prompt_dataset())
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "capo/auc_within" in entry)
+    assert entry["capo/auc_within"] is None and entry["capo/soft_misranking"] is None
+    assert entry["capo/frac_all_wrong"] == 1.0 and entry["capo/frac_mixed"] == 0.0
+
+
+def test_best_model_by_calibration(tiny_model, tmp_path):
+    options = dict(
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        ref_ppl_mask=False,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_capo/auc_within",
+    )
+    trainer = CAPOTrainer(
+        tiny_model,
+        parity_reward,
+        CAPOConfig(**config_kwargs(tmp_path, **options)),
+        prompt_dataset(),
+        eval_dataset=prompt_dataset(8),
+    )
+    trainer.train()
+    values = [entry["eval_capo/auc_within"] for entry in trainer.state.log_history if "eval_capo/auc_within" in entry]
+    assert trainer.state.best_metric == max(values)
+
+
+class StopAt(Exception):
+    pass
+
+
+@pytest.mark.parametrize("num_prompts", [32, 6], ids=["one epoch", "several epochs"])
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny_model, tmp_path, num_prompts):
+    options = dict(
+        max_steps=8,
+        save_strategy="steps",
+        save_steps=2,
+        learning_rate=0.01,
+        optim="adamw_torch",
+        tau_unit="gap",
+        ref_ppl_quantiles=[0.25, 0.75],
+        ref_ppl_quantile_samples=16,
+    )
+
+    def make(folder):
+        config = CAPOConfig(**config_kwargs(tmp_path / folder, **options))
+        return CAPOTrainer(tiny_model, parity_reward, config, prompt_dataset(num_prompts))
+
+    whole = make("whole")
+    whole.train()
+    first = make("parts")
+    step = first.training_step
+
+    def stop_in_the_middle(*args, **kwargs):
+        if first.state.global_step == 5:
+            raise StopAt
+        return step(*args, **kwargs)
+
+    first.training_step = stop_in_the_middle
+    with pytest.raises(StopAt):
+        first.train()
+    second = make("parts")
+    second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
+    assert largest_change(parameters(whole), parameters(second)) <= 1e-6
+    assert second.tau == whole.tau and second.ref_ppl_thresholds == whole.ref_ppl_thresholds
+
+
+def test_moving_reference_survives_a_restart(tiny_model, tmp_path):
+    options = dict(
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=2,
+        learning_rate=0.01,
+        sync_ref_model=True,
+        ref_model_sync_steps=1,
+        ref_model_mixup_alpha=0.3,
+    )
+
+    def make(folder):
+        config = CAPOConfig(**config_kwargs(tmp_path / folder, **options))
+        return CAPOTrainer(tiny_model, parity_reward, config, prompt_dataset())
+
+    whole = make("whole")
+    whole.train()
+    resumed = make("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    expected, actual = whole.ref_model.state_dict(), resumed.ref_model.state_dict()
+    assert largest_change(expected, actual) <= 1e-6
+    assert largest_change(expected, parameters(whole)) > 1e-4
+
+
+class CannedVLLM:
+    """Stands in for TRL's vLLM engine: fixed completions, the last log-prob of the first row missing."""
+
+    def __init__(self, **kwargs):
+        self.settings = kwargs
+
+    def sync_weights(self):
+        pass
+
+    def generate(self, prompts, images, num_generations, **kwargs):
+        completions = [[2 + (3 * i + j) % 10 for j in range(2 + i % 4)] + [1] for i in range(len(prompts))]
+        logprobs = [[[-0.5] for _ in ids] for ids in completions]
+        logprobs[0][-1] = [None]
+        return prompts, completions, logprobs, None
+
+
+@pytest.mark.parametrize("correction", [True, False])
+def test_vllm_rollouts(tiny_model, tmp_path, monkeypatch, correction):
+    """vLLM passes through; scores are the trainer's own log-probs whatever the sampler returned."""
+    import trl.trainer.grpo_trainer as grpo_trainer
+
+    monkeypatch.setattr(grpo_trainer, "VLLMGeneration", CannedVLLM)
+    config = CAPOConfig(
+        **config_kwargs(
+            tmp_path,
+            use_vllm=True,
+            vllm_mode="colocate",
+            vllm_importance_sampling_correction=correction,
+            ref_ppl_mask=False,
+        )
+    )
+    seen = {}
+
+    class Recording(CAPOTrainer):
+        def _compute_advantages(self, groups):
+            seen["groups"] = groups
+            return super()._compute_advantages(groups)
+
+        def _compute_loss(self, model, inputs):
+            seen["batch"] = inputs
+            return super()._compute_loss(model, inputs)
+
+    trainer = Recording(tiny_model, parity_reward, config, prompt_dataset())
+    assert trainer.vllm_generation.settings["mode"] == "colocate"
+    trainer.train()
+    groups, batch = seen["groups"], seen["batch"]
+    assert groups.mean_logps.isfinite().all() and groups.valid.all()
+    assert groups.lengths.flatten().tolist() == [3 + i % 4 for i in range(8)]
+    assert not torch.allclose(groups.mean_logps, torch.tensor(-0.5))
+    assert batch["sampling_per_token_logps"].isnan().sum() == 1
+    assert ("importance_sampling_ratio" in batch) == correction
+    assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_wrong_config_class_is_refused(tiny_model, tmp_path):
+    with pytest.raises(TypeError, match="CAPOTrainer takes a CAPOConfig as args, got GRPOConfig"):
+        CAPOTrainer(tiny_model, parity_reward, GRPOConfig(**config_kwargs(tmp_path)), prompt_dataset())
+
+
+def test_config_may_be_left_out(tiny_model, tmp_path, monkeypatch):
+    @dataclass
+    class CPUConfig(CAPOConfig):  # like TRL's, the defaults need a GPU
+        bf16: bool = False
+        use_cpu: bool = True
+
+    monkeypatch.setattr(CAPOTrainer, "config_class", CPUConfig)
+    monkeypatch.chdir(tmp_path)
+    trainer = CAPOTrainer(tiny_model, parity_reward, train_dataset=prompt_dataset())
+    assert isinstance(trainer.args, CPUConfig) and trainer.args.output_dir.endswith("-CAPO")
+
+
+def test_token_environments_and_tool_masks_count_only_what_the_model_wrote(tiny_model, tmp_path):
+    """A rollout function may mark tokens that an environment wrote: they are no part of the score."""
+
+    def rollout(prompts, trainer):
+        tokenizer = trainer.processing_class
+        ids = [
+            tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True)["input_ids"] for prompt in prompts
+        ]
+        completions = [[2 + i % 8, 3, 4, 5, 1] for i in range(len(prompts))]
+        return {
+            "prompt_ids": ids,
+            "completion_ids": completions,
+            "logprobs": [[-1.0] * 5 for _ in prompts],
+            "env_mask": [[1, 0, 0, 1, 1] for _ in prompts],
+        }
+
+    class Recording(CAPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            self.batch = super()._generate_and_score_completions(inputs)
+            return self.batch
+
+        def _compute_advantages(self, groups):
+            self.groups = groups
+            return super()._compute_advantages(groups)
+
+    config = CAPOConfig(**config_kwargs(tmp_path, ref_ppl_mask=False, learning_rate=0.0))
+    trainer = Recording(tiny_model, parity_reward, config, prompt_dataset(), rollout_func=rollout)
+    trainer.train()
+    assert (trainer.groups.lengths == 3).all()
+    ids = torch.cat([trainer.batch["prompt_ids"], trainer.batch["completion_ids"]], dim=1)
+    attention = torch.cat([trainer.batch["prompt_mask"], trainer.batch["completion_mask"]], dim=1)
+    with torch.no_grad():
+        logps = trainer.model(input_ids=ids, attention_mask=attention).logits.log_softmax(dim=-1)
+    tokens = logps[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)[:, -5:]
+    expected = tokens[:, [0, 3, 4]].mean(dim=1)
+    torch.testing.assert_close(trainer.groups.mean_logps.flatten(), expected, atol=1e-4, rtol=0)
+
+
+def test_checks_come_before_the_model_is_loaded(tmp_path):
+    """A missing column is reported even if the model does not exist: no time is spent on loading it."""
+    rows = Dataset.from_dict({"question": ["1+1="]})
+    with pytest.raises(ValueError, match="needs a column 'prompt', but has question"):
+        CAPOTrainer("/no/such/model", parity_reward, CAPOConfig(**config_kwargs(tmp_path)), rows)
+
+
+def test_correctness_reward_must_be_named_and_known(tiny_model, tmp_path):
+    functions = [parity_reward, length_reward]
+    with pytest.raises(ValueError, match="set correctness_reward.*parity_reward, length_reward"):
+        CAPOTrainer(tiny_model, functions, CAPOConfig(**config_kwargs(tmp_path)), prompt_dataset())
+    config = CAPOConfig(**config_kwargs(tmp_path, correctness_reward="accuracy"))
+    with pytest.raises(ValueError, match="'accuracy' is not a reward function: one of parity_reward, length_reward"):
+        CAPOTrainer(tiny_model, functions, config, prompt_dataset())
+
+
+def test_state_file_is_json(tiny_model, tmp_path):
+    config = CAPOConfig(**config_kwargs(tmp_path, save_strategy="steps", save_steps=1))
+    CAPOTrainer(tiny_model, parity_reward, config, prompt_dataset()).train()
+    state = json.loads((tmp_path / "checkpoint-1" / "trl_capo_state.json").read_text())
+    assert state["tau"] == 0.6 and (state["ref_ppl_low"], state["ref_ppl_high"]) == (1.05, 2.5)

@@ -1,0 +1,128 @@
+"""Bad input is refused before any training time is spent, with one message that says what to change."""
+
+import math
+import os
+import tempfile
+
+from datasets import Dataset
+from tqdm.auto import tqdm
+from trl import GRPOConfig
+
+
+def check_save_steps(args: GRPOConfig) -> None:
+    """Refuses checkpoints in the middle of a generation, from which training cannot resume exactly.
+
+    A generation feeds `steps_per_generation x num_iterations` micro-steps; its completions are not part of a
+    checkpoint.
+
+    Raises:
+        ValueError: `save_steps` is no multiple of the optimizer steps between two generations.
+    """
+    if args.save_strategy != "steps" or (args.save_steps < 1 and args.max_steps <= 0):
+        return
+    save_steps = int(args.save_steps) if args.save_steps >= 1 else math.ceil(args.max_steps * args.save_steps)
+    generate_every = args.steps_per_generation * args.num_iterations  # micro-steps
+    interval = generate_every // math.gcd(generate_every, args.gradient_accumulation_steps)  # optimizer steps
+    if save_steps % interval != 0:
+        nearest = max(interval, round(save_steps / interval) * interval)
+        raise ValueError(
+            f"save_steps={args.save_steps} would write checkpoints in the middle of a generation, from which training "
+            f"cannot resume exactly. New completions are generated every {interval} optimizer steps: set "
+            f"save_steps={nearest}, or another multiple of {interval}."
+        )
+
+
+def check_launch(args: GRPOConfig) -> None:
+    """Refuses processes that were launched together but do not know of each other.
+
+    So it is with `accelerate launch` on a machine without a GPU unless the run is told to use the CPU: every process
+    would train the whole job alone and write into one directory.
+
+    Raises:
+        ValueError: The launcher started several processes, the trainer sees one.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and args.world_size == 1:
+        raise ValueError(
+            f"{launched} processes were launched, but each would train alone. Without a GPU set use_cpu=True (or the "
+            "environment variable ACCELERATE_USE_CPU=true)."
+        )
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Refuses an output directory that cannot be created or written.
+
+    Raises:
+        ValueError: With the reason that the operating system gives.
+    """
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={output_dir!r} cannot be written ({error.strerror}). Choose another directory."
+        ) from error
+
+
+def check_prompts(dataset: Dataset, name: str) -> None:
+    """Refuses a dataset without prompts.
+
+    Raises:
+        ValueError: There is no row or no column `prompt`.
+    """
+    if len(dataset) == 0:
+        raise ValueError(f"{name} has no rows.")
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"{name} needs a column 'prompt', but has {', '.join(dataset.column_names)}. Rename the one that holds "
+            "the questions: dataset.rename_column('...', 'prompt')."
+        )
+
+
+def check_gold(dataset: Dataset, name: str) -> None:
+    """Refuses gold answers that the accuracy reward cannot read: TRL would skip those rows without saying so.
+
+    Raises:
+        ValueError: There is no column `solution`, prompts are not conversational, or math-verify cannot parse a gold.
+    """
+    if "solution" not in dataset.column_names:
+        raise ValueError(
+            f"{name} needs a column 'solution' with the gold answers for accuracy_reward, but has "
+            f"{', '.join(dataset.column_names)}. Rename the one that holds them: "
+            "dataset.rename_column('...', 'solution')."
+        )
+    if isinstance(dataset[0]["prompt"], str):
+        raise ValueError(
+            f"{name} has plain text prompts, but accuracy_reward reads conversational ones. Make each prompt "
+            "[{'role': 'user', 'content': question}]."
+        )
+    bad = unparsable_golds(dataset["solution"])
+    if bad:
+        examples = ", ".join(f"{dataset[row]['solution']!r} (row {row})" for row in bad[:3])
+        raise ValueError(
+            f"{name}: math-verify cannot parse {len(bad)} of {len(dataset)} gold answers in 'solution': {examples}. "
+            "Wrap each gold in $...$ or \\boxed{...}, or drop those rows (trl-capo train "
+            "--drop_unparsable_gold true)."
+        )
+
+
+def unparsable_golds(solutions: list[str]) -> list[int]:
+    r"""Rows whose gold answer math-verify cannot parse, as the accuracy reward would.
+
+    Args:
+        solutions: Gold answers, as in the dataset's column `solution`.
+
+    Returns:
+        Indices into `solutions`, ascending.
+
+    Example:
+        >>> unparsable_golds(["$\\frac{1}{2}$", "east", r"\boxed{7}"])
+        [1]
+    """
+    from math_verify import parse
+
+    solutions = list(solutions)
+    unique = tqdm(dict.fromkeys(solutions), desc="Checking gold answers", disable=len(solutions) < 2000)
+    bad = {solution for solution in unique if not isinstance(solution, str) or not parse(solution)}
+    return [row for row, solution in enumerate(solutions) if solution in bad]

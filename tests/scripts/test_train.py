@@ -1,0 +1,209 @@
+"""`trl-capo train`: the same job from options, a recipe and a launcher; killed and resumed; pushed to the Hub."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from tests.helpers import config_kwargs
+from trl_capo import cli
+from trl_capo.scripts import train
+
+
+def write_recipe(folder, model: str, **overrides):
+    """A recipe for the tiny model on the arithmetic world, with the reward that gives mixed groups."""
+    options = config_kwargs(folder / "run", **{"max_steps": 2, **overrides})
+    options = {
+        "model_name_or_path": model,
+        "dataset_name": "arithmetic",
+        "reward_funcs": ["tests.helpers.parity_reward"],
+    } | options
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(options))
+    return path
+
+
+def run_command(arguments: list[str], cwd, **kwargs):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd)}
+    return subprocess.Popen(
+        arguments, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
+    )
+
+
+def test_recipe_trains_and_saves(tiny_model, tmp_path, capsys):
+    assert cli.main(["train", "--config", str(write_recipe(tmp_path, tiny_model))]) == 0
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert "✅ Training completed." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["capo", "grpo"])
+def test_option_beats_recipe_beats_default(tiny_model, tmp_path, monkeypatch, method):
+    recipe = write_recipe(tmp_path, tiny_model, learning_rate=0.5, method="grpo" if method == "capo" else "capo")
+    seen = {}
+
+    def remember(self, *args, **kwargs):
+        seen["trainer"] = self
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.Trainer.train", remember)
+    arguments = ["--config", str(recipe), "--method", method, "--num_generations", "2"]
+    assert cli.main(["train", *arguments]) == 130
+    trainer = seen["trainer"]
+    assert trainer._name == {"capo": "CAPO", "grpo": "GRPO"}[method]
+    assert (trainer.args.learning_rate, trainer.args.num_generations, trainer.args.epsilon) == (0.5, 2, 0.2)
+
+
+def test_own_data_with_other_column_names(tiny_model, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [{"question": f"{n}+1=", "answer": n + 1, "solution": "worked out"} for n in range(16)]
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = write_recipe(
+        tmp_path,
+        tiny_model,
+        dataset_name=str(data),
+        dataset_prompt_column="question",
+        dataset_solution_column="answer",
+        reward_funcs=["accuracy_reward"],
+        ref_ppl_mask=False,
+    )
+    assert cli.main(["train", "--config", str(recipe)]) == 0
+
+
+def test_unparsable_gold_is_refused_or_dropped(tiny_model, tmp_path, capsys):
+    data = tmp_path / "data"
+    golds = ["$2$", "$3$", "$4$", "$5$", "east $ or west"]
+    prompts = [[{"role": "user", "content": f"{n}+1="}] for n in range(5)]
+    data.mkdir()
+    Dataset.from_dict({"prompt": prompts, "solution": golds}).to_parquet(data / "train.parquet")
+    recipe = write_recipe(tmp_path, tiny_model, dataset_name=str(data), reward_funcs=["accuracy_reward"])
+    assert cli.main(["train", "--config", str(recipe)]) == 2
+    error = capsys.readouterr().err
+    assert "cannot parse 1 of 5 gold answers" in error and "--drop_unparsable_gold true" in error
+    assert cli.main(["train", "--config", str(recipe), "--drop_unparsable_gold", "true"]) == 0
+    assert "dropping 1 of 5 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"tauu": 0.5}, "unknown key 'tauu'. Did you mean 'tau'?"),
+        ({"method": "ppo"}, "method must be one of capo, grpo, got 'ppo'"),
+        ({"tau": 0}, "tau must be positive"),
+        ({"dataset_name": None}, "dataset_name is missing"),
+        ({"model_name_or_path": None}, "model_name_or_path is missing"),
+        ({"dataset_train_split": "trian"}, "dataset_train_split='trian' is not a split of the dataset"),
+        ({"reward_funcs": ["acuracy"]}, "'acuracy' is not in trl.rewards"),
+        ({"resume_from_checkpoint": "/no/such/folder"}, "is not a folder"),
+    ],
+)
+def test_bad_recipes_get_one_line(tiny_model, tmp_path, capsys, overrides, message):
+    assert cli.main(["train", "--config", str(write_recipe(tmp_path, tiny_model, **overrides))]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("trl-capo train: error:") and message in error
+
+
+def test_missing_recipe(capsys):
+    assert cli.main(["train", "--config", "/no/such/recipe.yaml"]) == 2
+    assert "/no/such/recipe.yaml: No such file" in capsys.readouterr().err
+
+
+def test_killed_and_resumed_run_ends_where_the_uninterrupted_one_does(tiny_model, tmp_path, repository):
+    """SIGKILL in the middle, then the same command with --resume_from_checkpoint true."""
+    options = dict(
+        max_steps=30,
+        save_strategy="steps",
+        save_steps=5,
+        learning_rate=0.01,
+        tau_unit="gap",
+        ref_ppl_quantiles=[0.25, 0.75],
+        ref_ppl_quantile_samples=32,
+    )
+    recipe = write_recipe(tmp_path, tiny_model, **options)
+    command = [sys.executable, "-m", "trl_capo.cli", "train", "--config", str(recipe)]
+    whole = run_command([*command, "--output_dir", str(tmp_path / "whole")], repository)
+    killed = tmp_path / "killed"
+    victim = run_command([*command, "--output_dir", str(killed)], repository)
+    deadline = time.time() + 120
+    while not (killed / "checkpoint-10" / "trainer_state.json").exists():
+        assert time.time() < deadline and victim.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (killed / "model.safetensors").exists()
+
+    resumed = run_command([*command, "--output_dir", str(killed), "--resume_from_checkpoint", "true"], repository)
+    output, _ = resumed.communicate(timeout=180)
+    assert resumed.returncode == 0, output[-3000:]
+    assert "Resuming from" in output
+    whole.communicate(timeout=180)
+    expected, actual = load_file(tmp_path / "whole" / "model.safetensors"), load_file(killed / "model.safetensors")
+    assert max((expected[name] - actual[name]).abs().max().item() for name in expected) <= 1e-6
+    states = [
+        json.loads((folder / "checkpoint-30" / "trl_capo_state.json").read_text())
+        for folder in (tmp_path / "whole", killed)
+    ]
+    assert states[0] == states[1] and states[0]["tau"] > 0
+
+
+def test_half_written_checkpoints_are_passed_over(tmp_path):
+    from trl_capo.checkpoints import last_complete_checkpoint
+
+    for step, state in ((9, "{}"), (10, '{"global_step":'), (100, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+
+
+def test_launched_on_two_processes(tiny_model, tmp_path, repository):
+    recipe = write_recipe(tmp_path, tiny_model, per_device_train_batch_size=4, num_generations=8)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    launch += [str(repository / "recipes" / "accelerate_configs" / "ddp.yaml"), "--num_processes", "2"]
+    launch += ["--main_process_port", "0", "-m", "trl_capo.scripts.train", "--config", str(recipe)]
+    run = run_command(launch, repository)
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, output[-3000:]
+    assert output.count("✅ Training completed.") == 1
+    assert torch.isfinite(load_file(tmp_path / "run" / "model.safetensors")["model.norm.weight"]).all()
+
+
+@pytest.mark.parametrize("way", ["recipe", "python"])
+def test_push_to_hub(tiny_model, tmp_path, monkeypatch, way):
+    pushed = {}
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, repo_id, **kwargs: RepoUrl(f"me/{repo_id}"))
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **kwargs: pushed.update(kwargs))
+    if way == "recipe":
+        recipe = write_recipe(tmp_path, tiny_model, push_to_hub=True, hub_model_id="tiny-capo", ref_ppl_mask=False)
+        assert cli.main(["train", "--config", str(recipe)]) == 0
+    else:
+        from tests.helpers import parity_reward, prompt_dataset
+        from trl_capo import CAPOConfig, CAPOTrainer
+
+        config = CAPOConfig(**config_kwargs(tmp_path / "run", push_to_hub=True, hub_model_id="tiny-capo"))
+        trainer = CAPOTrainer(tiny_model, parity_reward, config, prompt_dataset())
+        trainer.train()
+        trainer.push_to_hub()
+    assert pushed["repo_id"] == "me/tiny-capo" and str(pushed["folder_path"]) == str(tmp_path / "run")
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "2604.12632" in card and (tmp_path / "run" / "model.safetensors").exists()
+
+
+class RepoUrl(str):
+    @property
+    def repo_id(self) -> str:
+        return str(self)
+
+
+def test_every_method_has_a_parser():
+    for method in train.METHODS:
+        assert "--num_generations" in train.make_parser(method).format_help()

@@ -1,0 +1,81 @@
+r"""From a dataset of questions and answers to what TRL's trainers and `accuracy_reward` read.
+
+A column `prompt` with one conversation a row, and a column `solution` whose gold answer stands in `$...$`: bare LaTeX
+such as `3x+2` or `\text{east}` is misread or not read at all by math-verify.
+"""
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+
+Rows = Dataset | IterableDataset
+Splits = DatasetDict | IterableDatasetDict
+
+
+def wrap_gold(answer) -> str:
+    r"""A gold answer in the form that math-verify reads: `$answer$`, unless it is marked up already.
+
+    Args:
+        answer: Gold answer; numbers are written out.
+
+    Example:
+        >>> wrap_gold(r"\sqrt{3}+1"), wrap_gold(27), wrap_gold(r"so \boxed{4}"), wrap_gold("$7$")
+        ('$\\sqrt{3}+1$', '$27$', 'so \\boxed{4}', '$7$')
+    """
+    text = str(answer).strip()
+    return text if "$" in text or r"\boxed" in text or r"\(" in text else f"${text}$"
+
+
+def to_conversations(
+    dataset: Rows | Splits,
+    prompt_column: str = "prompt",
+    solution_column: str = "solution",
+    system_prompt: str | None = None,
+) -> Rows | Splits:
+    r"""Renames and rewrites two columns for TRL; prompts that are conversations already stay as they are.
+
+    Args:
+        dataset: Questions and gold answers.
+        prompt_column: Column of the questions, text or conversations.
+        solution_column: Column of the gold answers. Left alone if the dataset has none.
+        system_prompt: System message put before a text question.
+
+    Returns:
+        The dataset with `prompt` (conversations) and `solution` (wrapped by `wrap_gold`) beside its other columns.
+
+    Raises:
+        ValueError: `prompt_column` is missing, or `solution_column` is missing and not the default.
+
+    Example:
+        >>> rows = to_conversations(Dataset.from_dict({"question": ["1+1?"], "answer": [2]}), "question", "answer")
+        >>> rows[0]
+        {'prompt': [{'role': 'user', 'content': '1+1?'}], 'solution': '$2$'}
+    """
+    if isinstance(dataset, Splits):
+        columns = (prompt_column, solution_column, system_prompt)
+        return type(dataset)({split: to_conversations(rows, *columns) for split, rows in dataset.items()})
+    for option, column in (("prompt", prompt_column), ("solution", solution_column)):
+        if column not in dataset.column_names and (option == "prompt" or column != "solution"):
+            raise ValueError(
+                f"The dataset has no column {column!r}, only {', '.join(dataset.column_names)}. Set "
+                f"dataset_{option}_column to the one that holds the {option}s."
+            )
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    dataset = _rename(_rename(dataset, prompt_column, "prompt"), solution_column, "solution")
+
+    def rewrite(row: dict) -> dict:
+        new = {}
+        if isinstance(row["prompt"], str):
+            new["prompt"] = [*system, {"role": "user", "content": row["prompt"]}]
+        if "solution" in row:
+            new["solution"] = wrap_gold(row["solution"])
+        return new
+
+    return dataset.map(rewrite)
+
+
+def _rename(dataset: Rows, old: str, new: str) -> Rows:
+    if old == new or old not in dataset.column_names:
+        return dataset
+    if new in dataset.column_names:  # e.g. a worked solution beside the answer
+        dataset = dataset.remove_columns(new)
+    return dataset.rename_column(old, new)

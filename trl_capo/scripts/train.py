@@ -1,0 +1,221 @@
+# /// script
+# dependencies = ["trl-capo", "trl[peft]"]
+# ///
+"""`trl-capo train`: train a model with CAPO, or with GRPO through the same seam, from a YAML recipe or options.
+
+    trl-capo train --config recipes/arithmetic/capo/config_demo.yaml
+    trl-capo train --config recipes/arithmetic/capo/config_demo.yaml --method grpo --output_dir runs/grpo
+    accelerate launch --config_file recipes/accelerate_configs/ddp.yaml -m trl_capo.scripts.train --config ...
+
+Conventions are TRL's: an option overrides the recipe, the recipe overrides the default.
+"""
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from dataclasses import dataclass, field
+
+from trl_capo.cli import main as cli_main
+
+
+# One line a method: the configuration and the trainer, imported once the method is chosen.
+METHODS = {
+    "capo": ("trl_capo.capo_config:CAPOConfig", "trl_capo.capo_trainer:CAPOTrainer"),
+    "grpo": ("trl_capo.group_config:GroupAdvantageConfig", "trl_capo.group_trainer:GroupAdvantageTrainer"),
+}
+
+
+def make_parser(method: str = "capo", prog: str | None = "trl-capo train"):
+    """A `TrlParser` over the options of the script, the method, the model and the dataset."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+    @dataclass
+    class TrainArguments(ScriptArguments):
+        method: str = field(default="capo", metadata={"help": f"What to train with: {', '.join(METHODS)}."})
+        reward_funcs: list[str] = field(
+            default_factory=lambda: ["accuracy_reward"],
+            metadata={
+                "help": "Reward functions: names from trl.rewards (accuracy_reward, think_format_reward, ...) or "
+                "dotted import paths such as my_package.rewards.my_reward."
+            },
+        )
+        dataset_prompt_column: str = field(
+            default="prompt", metadata={"help": "Column of the questions, text or conversations."}
+        )
+        dataset_solution_column: str = field(default="solution", metadata={"help": "Column of the gold answers."})
+        system_prompt: str | None = field(
+            default=None, metadata={"help": "System message put before questions that are plain text."}
+        )
+        drop_unparsable_gold: bool = field(
+            default=False,
+            metadata={"help": "Drop rows whose gold answer math-verify cannot parse instead of refusing them."},
+        )
+
+    return TrlParser((TrainArguments, _load(METHODS[method][0]), ModelConfig, DatasetMixtureConfig), prog=prog)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, save, and push if asked to."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    method, config_path = _method_and_config(argv)
+    parser = make_parser(method)
+    if config_path is not None:
+        _check_recipe_keys(config_path, parser)
+    script_args, training_args, model_args, dataset_args = parser.parse_args_and_config(argv)
+    resume_from = _checkpoint_to_resume(training_args)
+
+    from trl import get_peft_config, get_quantization_config
+
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    dataset = _load_data(script_args, dataset_args)
+    evaluates = training_args.eval_strategy != "no"
+    trainer = _load(METHODS[method][1])(
+        model=_model_path(model_args.model_name_or_path),
+        reward_funcs=[_reward_function(name) for name in script_args.reward_funcs],
+        args=training_args,
+        train_dataset=_split(dataset, script_args.dataset_train_split, "dataset_train_split"),
+        eval_dataset=_split(dataset, script_args.dataset_test_split, "dataset_test_split") if evaluates else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    if resume_from is not None:
+        trainer.accelerator.print(f"⏩ Resuming from {resume_from}.")
+    trainer.train(resume_from_checkpoint=resume_from)
+    trainer.accelerator.print("✅ Training completed.")
+
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
+    trainer.end()
+
+
+def _method_and_config(argv: list[str]) -> tuple[str, str | None]:
+    """The method decides which options exist, so it is read before everything else: option, recipe, default."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--method")
+    peek.add_argument("--config")
+    found, _ = peek.parse_known_args(argv)
+    method = found.method or (_read_recipe(found.config).get("method") if found.config else None) or "capo"
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
+    return method, found.config
+
+
+def _read_recipe(path: str) -> dict:
+    import yaml
+
+    with open(path) as file:
+        recipe = yaml.safe_load(file)
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} must hold one `key: value` a line, got {type(recipe).__name__}.")
+    return recipe
+
+
+def _check_recipe_keys(path: str, parser: argparse.ArgumentParser) -> None:
+    known = {action.dest for action in parser._actions} | {"env"}
+    for key in _read_recipe(path):
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else " See trl-capo train --help for the options."
+            raise ValueError(f"{path}: unknown key {key!r}.{hint}")
+
+
+def _checkpoint_to_resume(training_args) -> str | None:
+    """`--resume_from_checkpoint` takes a folder, or `true` for the newest complete checkpoint, if there is one."""
+    from trl_capo.checkpoints import last_complete_checkpoint
+
+    wanted = training_args.resume_from_checkpoint
+    newest = last_complete_checkpoint(training_args.output_dir)
+    if str(wanted).lower() == "true":
+        return newest
+    if wanted is None or str(wanted).lower() == "false":
+        if newest is not None:
+            print(f"ℹ️ Starting over. To go on from {newest} instead: --resume_from_checkpoint true")
+        return None
+    if not os.path.isdir(wanted):
+        raise ValueError(f"resume_from_checkpoint={wanted!r} is not a folder. Use true for the newest checkpoint.")
+    return wanted
+
+
+def _model_path(name: str | None) -> str:
+    if name is None:
+        raise ValueError("model_name_or_path is missing: set it to a model id, a folder, or arithmetic-base.")
+    if name == "arithmetic-base" and not os.path.isdir(name):
+        from trl_capo.data.arithmetic import BASE_MODEL
+
+        return str(BASE_MODEL)
+    return name
+
+
+def _load_data(script_args, dataset_args):
+    """The splits by name: the embedded arithmetic world, a mixture, or a dataset from the Hub or a local folder."""
+    from datasets import load_dataset
+    from trl import get_dataset
+
+    from trl_capo.data.math import to_conversations
+
+    if script_args.dataset_name == "arithmetic":
+        from trl_capo.data.arithmetic import SPLITS, arithmetic_dataset
+
+        return {split: arithmetic_dataset(split) for split in SPLITS}
+    if dataset_args.datasets:
+        dataset = get_dataset(dataset_args)
+    elif script_args.dataset_name is not None:
+        streaming = script_args.dataset_streaming
+        dataset = load_dataset(script_args.dataset_name, script_args.dataset_config, streaming=streaming)
+    else:
+        raise ValueError("dataset_name is missing: set it to a dataset id, a folder, or arithmetic.")
+    dataset = to_conversations(
+        dataset, script_args.dataset_prompt_column, script_args.dataset_solution_column, script_args.system_prompt
+    )
+    return _drop_unparsable_gold(dataset) if script_args.drop_unparsable_gold else dataset
+
+
+def _drop_unparsable_gold(dataset):
+    from trl_capo.checks import unparsable_golds
+
+    for split, rows in dataset.items():
+        bad = set(unparsable_golds(rows["solution"]))
+        if bad:
+            examples = ", ".join(repr(rows[row]["solution"]) for row in sorted(bad)[:3])
+            print(f"⚠️ {split}: dropping {len(bad)} of {len(rows)} rows whose gold cannot be parsed: {examples} ...")
+            dataset[split] = rows.select([row for row in range(len(rows)) if row not in bad])
+    return dataset
+
+
+def _split(dataset, split: str, option: str):
+    if split not in dataset:
+        raise ValueError(f"{option}={split!r} is not a split of the dataset: one of {', '.join(dataset)}.")
+    return dataset[split]
+
+
+def _reward_function(name: str):
+    import trl.rewards
+
+    if "." in name:
+        module, _, attribute = name.rpartition(".")
+        sys.path.insert(0, os.getcwd())
+        return _load(f"{module}:{attribute}")
+    function = getattr(trl.rewards, name, None)
+    if not callable(function):
+        raise ValueError(f"reward_funcs: {name!r} is not in trl.rewards; give the dotted path of your own function.")
+    return function
+
+
+def _load(path: str):
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+if __name__ == "__main__":
+    sys.exit(cli_main(["train", *sys.argv[1:]]))

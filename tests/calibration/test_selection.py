@@ -1,0 +1,108 @@
+import math
+
+import numpy as np
+import pytest
+
+from trl_capo.calibration.selection import majority_vote, perplexity_consistency, weighted_vote
+
+
+def random_samples(seed, n=16):
+    """Answers with gaps, log-probs with gaps, and texts that repeat."""
+    rng = np.random.default_rng(seed)
+    texts = [f"text {i}" for i in rng.integers(0, n // 2, n)]
+    answer_of = {text: [None, "1", "2", "3"][rng.integers(4)] for text in texts}
+    logp_of = {text: [np.nan, *-rng.exponential(size=9)][rng.integers(10)] for text in texts}
+    return [answer_of[text] for text in texts], np.array([logp_of[text] for text in texts]), texts
+
+
+def literal_vote(answers, weights):
+    """Scores by a loop over the distinct answers."""
+    rows = [(a, w) for a, w in zip(answers, weights, strict=True) if a is not None and not math.isnan(w)]
+    return {answer: sum(w for a, w in rows if a == answer) for answer in {a for a, _ in rows}}
+
+
+def assert_follows(selection, scores):
+    assert selection.scores == pytest.approx(scores)
+    if not scores:
+        assert selection.answer is None
+        assert math.isnan(selection.confidence)
+        return
+    assert selection.scores[selection.answer] == max(selection.scores.values())
+    assert selection.confidence == pytest.approx(max(scores.values()) / sum(scores.values()))
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_selectors_follow_a_literal_vote(seed):
+    answers, logps, texts = random_samples(seed)
+    assert_follows(majority_vote(answers), literal_vote(answers, [1] * 16))
+    assert_follows(majority_vote(answers, logps), literal_vote(answers, [1] * 16))
+    assert_follows(perplexity_consistency(answers, logps), literal_vote(answers, np.exp(logps)))
+
+    firsts = [texts.index(text) for text in dict.fromkeys(texts)]
+    distinct = literal_vote([answers[i] for i in firsts], np.exp(logps[firsts]))
+    assert_follows(perplexity_consistency(answers, logps, completions=texts), distinct)
+
+
+def test_perplexity_consistency_without_duplicates_is_a_weighted_vote():
+    answers, logps = ["a", "b", "a", "b"], np.log([0.2, 0.9, 0.3, 0.1])
+    expected = weighted_vote(answers, np.exp(logps), mean_logps=logps)
+    assert perplexity_consistency(answers, logps) == expected
+    assert perplexity_consistency(answers, logps, completions=list("wxyz")) == expected
+    assert expected.answer == "b"
+    assert expected.confidence == pytest.approx(1 / 1.5)
+
+
+def test_a_text_counts_once_by_its_first_sample():
+    selection = perplexity_consistency(["a", "a", "b"], np.log([0.4, 0.5, 0.6]), completions=["same", "same", "other"])
+    assert selection.scores == pytest.approx({"a": 0.4, "b": 0.6})
+
+
+def test_ties_go_to_the_surest_single_sample():
+    answers = ["a", "b", "b", "a"]
+    assert majority_vote(answers, [-0.3, -0.9, -0.1, -0.2]).answer == "b"
+    assert majority_vote(answers, [-0.3, -0.9, math.nan, -0.2]).answer == "a"
+
+
+def test_ties_without_log_probs_go_to_the_first():
+    assert majority_vote(["b", "a", "a", "b"]).answer == "b"
+    assert majority_vote(["b", "a"], [-0.5, -0.5]).answer == "b"
+    assert majority_vote([None, "a", "b"], [-0.1, -0.5, -0.5]).answer == "a"
+
+
+def test_the_order_of_votes_does_not_break_a_tie():
+    # 0.1 + 0.2 + 0.3 and 0.3 + 0.2 + 0.1 differ in the last bit.
+    selection = weighted_vote(["a", "b"] * 3, [0.3, 0.1, 0.2, 0.2, 0.1, 0.3])
+    assert selection.scores["a"] == selection.scores["b"]
+    assert selection.answer == "a"
+
+
+def test_missing_answers_neither_win_nor_count():
+    selection = majority_vote([None, None, None, "7"])
+    assert (selection.scores, selection.answer, selection.confidence) == ({"7": 1.0}, "7", 1.0)
+
+
+@pytest.mark.parametrize("answers", [[], [None, None]])
+def test_no_answer_at_all(answers):
+    for selection in (majority_vote(answers), perplexity_consistency(answers, np.full(len(answers), -0.5))):
+        assert (selection.scores, selection.answer) == ({}, None)
+        assert math.isnan(selection.confidence)
+
+
+def test_scores_that_sum_to_zero_give_no_confidence():
+    selection = perplexity_consistency(["a", "b"], [-math.inf, -math.inf])
+    assert selection.answer == "a"
+    assert math.isnan(selection.confidence)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: weighted_vote(["a"], [-0.5]), "`weights` must be at least 0, got -0.5"),
+        (lambda: weighted_vote(["a"], [1.0, 2.0]), r"`weights` must have shape \(1,\)"),
+        (lambda: majority_vote(["a"], [[-1.0]]), r"`mean_logps` must have shape \(1,\)"),
+        (lambda: perplexity_consistency(["a"], [-1.0], completions=[]), "`completions` must have one text per answer"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,328 @@
+"""Calibration metrics of sampled answers.
+
+Every function takes plain arrays. `correct` holds 0, 1 or NaN (booleans welcome); `confidence` is any score where
+higher means surer, so pass a mean log-prob, never a perplexity. Arrays are (P, G), P prompts with G completions each,
+where a metric looks inside a prompt, and of any shape where it pools all rows.
+
+Rules that hold everywhere:
+
+- A row takes part if its correctness and its confidence are numbers and `valid`, when given, is true for it.
+- Ties count one half, or their average over all orders of the tied rows, never the order in which they came.
+- What is undefined is NaN, never 0.5: a prompt answered always right ranks nothing, it does not rank by chance.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def auc_within(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike | None = None) -> float:
+    """Probability that of two answers to the same prompt, one right and one wrong, the right one is surer.
+
+        mean over mixed prompts of  [#(right above wrong) + #ties / 2] / (n_right * n_wrong)
+
+    The metric that CAPO optimises. A prompt is mixed if it has a right and a wrong valid row; others are left out.
+
+    Args:
+        correct: Correctness, shape (P, G).
+        confidence: Confidence, shape (P, G), higher is surer.
+        valid: Boolean, shape (P, G). Rows that may take part; defaults to all that hold numbers.
+
+    Returns:
+        A number in [0, 1], higher is better, 0.5 for a confidence that says nothing; NaN without a mixed prompt.
+
+    Example:
+        >>> auc_within([[1, 1, 0, 0], [1, 1, 1, 1]], [[-0.2, -0.5, -0.4, -0.1], [-0.3, -0.2, -0.1, -0.1]])
+        0.25
+    """
+    correct, confidence, valid = _rows(correct, confidence, valid)
+    _require_groups(correct)
+    prompts = np.broadcast_to(np.arange(correct.shape[0])[:, None], correct.shape)
+    return _nanmean(_auc_by_group(correct[valid], confidence[valid], prompts[valid], correct.shape[0]))
+
+
+def auc_pooled(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike | None = None) -> float:
+    """Area under the ROC curve over all rows of all prompts together.
+
+        [#(right above wrong) + #ties / 2] / (n_right * n_wrong)
+
+    Also rewards knowing which *questions* are hard, so it is usually higher than `auc_within`.
+
+    Args:
+        correct: Correctness, any shape.
+        confidence: Confidence, same shape, higher is surer.
+        valid: Boolean, same shape. Rows that may take part; defaults to all that hold numbers.
+
+    Returns:
+        A number in [0, 1], higher is better, 0.5 for a confidence that says nothing; NaN if all rows are right or all
+        are wrong.
+
+    Example:
+        >>> auc_pooled([1, 1, 0, 0], [0.9, 0.4, 0.4, 0.1])  # 3 pairs in order, 1 tied
+        0.875
+    """
+    correct, confidence, valid = _rows(correct, confidence, valid)
+    one_group = np.zeros(np.count_nonzero(valid), dtype=np.int64)
+    return float(_auc_by_group(correct[valid], confidence[valid], one_group, 1)[0])
+
+
+def auc_per_slot(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike | None = None) -> float:
+    """AUC across prompts of the k-th sample of every prompt, averaged over k.
+
+        mean over slots k of  AUC of rows (., k)
+
+    The other reading of the paper's AUC-mean: no two answers to the same prompt are compared.
+
+    Args:
+        correct: Correctness, shape (P, G).
+        confidence: Confidence, shape (P, G), higher is surer.
+        valid: Boolean, shape (P, G). Rows that may take part; defaults to all that hold numbers.
+
+    Returns:
+        A number in [0, 1], higher is better; slots that are all right or all wrong are left out; NaN if none is left.
+
+    Example:
+        >>> auc_per_slot([[1, 0], [0, 1]], [[0.9, 0.6], [0.2, 0.6]])  # slot 0 in order, slot 1 tied
+        0.75
+    """
+    correct, confidence, valid = _rows(correct, confidence, valid)
+    _require_groups(correct)
+    slots = np.broadcast_to(np.arange(correct.shape[1]), correct.shape)
+    return _nanmean(_auc_by_group(correct[valid], confidence[valid], slots[valid], correct.shape[1]))
+
+
+def accuracy(correct: ArrayLike, *, valid: ArrayLike | None = None) -> float:
+    """Accuracy mean@k: the share of right answers of a prompt, averaged over prompts.
+
+        mean over prompts of  n_right / n_valid
+
+    Every prompt weighs the same, however many of its rows are valid; prompts without a valid row are left out.
+
+    Args:
+        correct: Correctness, shape (P, G).
+        valid: Boolean, shape (P, G). Rows that may take part; defaults to all that hold numbers.
+
+    Returns:
+        A number in [0, 1], higher is better; NaN without a valid row.
+
+    Example:
+        >>> accuracy([[1, 0, 0, 0], [1, 1, float("nan"), 0]])  # mean of 1/4 and 2/3
+        0.4583333333333333
+    """
+    n_right, n_valid = _count_by_prompt(correct, valid)
+    answered = n_valid > 0
+    return _nanmean(n_right[answered] / n_valid[answered])
+
+
+def group_fractions(correct: ArrayLike, *, valid: ArrayLike | None = None) -> dict[str, float]:
+    """How many prompts can teach a ranking: share of mixed, always right and always wrong prompts.
+
+    Args:
+        correct: Correctness, shape (P, G).
+        valid: Boolean, shape (P, G). Rows that may take part; defaults to all that hold numbers.
+
+    Returns:
+        `frac_mixed`, `frac_all_correct` and `frac_all_wrong`, each in [0, 1], over all P prompts. They sum to 1 unless
+        a prompt has no valid row: such a prompt is counted in P but in none of the three. NaN for P = 0.
+
+    Example:
+        >>> group_fractions([[1, 0], [1, 1], [0, 0], [0, 0]])
+        {'frac_mixed': 0.25, 'frac_all_correct': 0.25, 'frac_all_wrong': 0.5}
+    """
+    n_right, n_valid = _count_by_prompt(correct, valid)
+    return {
+        "frac_mixed": _nanmean((n_right > 0) & (n_right < n_valid)),
+        "frac_all_correct": _nanmean((n_right > 0) & (n_right == n_valid)),
+        "frac_all_wrong": _nanmean((n_right == 0) & (n_valid > 0)),
+    }
+
+
+def precision_coverage(
+    correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Accuracy among the n most confident rows, for every n from 1 to N.
+
+        coverage_n = n / N,    precision_n = #right among the n most confident / n
+
+    Tie rule: rows of equal confidence enter in random order and the precision is its expectation over that order, i.e.
+    each row of a tie block counts as the block's average correctness.
+
+    Rows that hold NaN are in neither numerator nor denominator. To count a question without an answer as the last to
+    be covered, give it confidence `-inf` and correctness 0.
+
+    Args:
+        correct: Correctness, any shape.
+        confidence: Confidence, same shape, higher is surer.
+        valid: Boolean, same shape. Rows that may take part; defaults to all that hold numbers.
+
+    Returns:
+        Coverage, ascending in (0, 1], and precision in [0, 1], both of shape (N,); empty without a valid row.
+
+    Example:
+        >>> coverage, precision = precision_coverage([1, 1, 0, 0], [0.9, 0.5, 0.5, 0.1])
+        >>> coverage.tolist(), precision.tolist()
+        ([0.25, 0.5, 0.75, 1.0], [1.0, 0.75, 0.6666666666666666, 0.5])
+    """
+    correct, confidence, valid = _rows(correct, confidence, valid)
+    correct, confidence = correct[valid], confidence[valid]
+    order = np.argsort(-confidence)
+    correct, confidence = correct[order], confidence[order]
+    answered = np.arange(1, correct.size + 1)
+    if correct.size == 0:
+        return answered.astype(np.float64), answered.astype(np.float64)
+
+    starts = np.flatnonzero(np.concatenate(([True], confidence[1:] != confidence[:-1])))
+    sizes = np.diff(starts, append=correct.size)
+    right_in_block = np.add.reduceat(correct, starts)
+    right_before = np.cumsum(right_in_block) - right_in_block
+    taken = answered - np.repeat(starts, sizes)
+    n_right = np.repeat(right_before, sizes) + taken * np.repeat(right_in_block, sizes) / np.repeat(sizes, sizes)
+    return answered / correct.size, n_right / answered
+
+
+def precision_at_coverage(
+    correct: ArrayLike, confidence: ArrayLike, coverage: float, *, valid: ArrayLike | None = None
+) -> float:
+    """Accuracy among the most confident share of the rows.
+
+        precision_n  at the smallest n with  n / N >= coverage        (`precision_coverage` states the tie rule)
+
+    Args:
+        correct: Correctness, any shape.
+        confidence: Confidence, same shape, higher is surer.
+        coverage: Share of rows to answer, in (0, 1].
+        valid: Boolean, same shape. Rows that may take part; defaults to all that hold numbers.
+
+    Returns:
+        A number in [0, 1], higher is better; equal to the overall accuracy at coverage 1; NaN without a valid row.
+
+    Example:
+        >>> precision_at_coverage([1, 1, 0, 0], [0.9, 0.8, 0.5, 0.1], 0.5)
+        1.0
+    """
+    if not 0 < coverage <= 1:
+        raise ValueError(f"`coverage` must lie in (0, 1], got {coverage}. Use 0.8 for the surest 80% of the rows.")
+    _, precision = precision_coverage(correct, confidence, valid=valid)
+    if precision.size == 0:
+        return float("nan")
+    # 0.7 * 10 is a little more than 7 in floating point; without the slack the ceiling would answer 8 rows.
+    answered = int(np.ceil(coverage * precision.size * (1 - 1e-12)))
+    return float(precision[answered - 1])
+
+
+def aurc(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike | None = None) -> float:
+    """Area under the risk-coverage curve: the error rate among the n most confident rows, averaged over n.
+
+        mean over n of  1 - precision_n                               (`precision_coverage` states the tie rule)
+
+    Args:
+        correct: Correctness, any shape.
+        confidence: Confidence, same shape, higher is surer.
+        valid: Boolean, same shape. Rows that may take part; defaults to all that hold numbers.
+
+    Returns:
+        A number in [0, 1], *lower* is better; a constant confidence scores the overall error rate; NaN without a valid
+        row.
+
+    Example:
+        >>> round(aurc([1, 0, 1, 0], [0.9, 0.8, 0.7, 0.6]), 6)  # error rates 0, 1/2, 1/3, 1/2
+        0.333333
+    """
+    _, precision = precision_coverage(correct, confidence, valid=valid)
+    return _nanmean(1 - precision)
+
+
+def perplexity(mean_logps: ArrayLike, *, valid: ArrayLike | None = None) -> float:
+    """Geometric mean of the completions' perplexities.
+
+        exp(-mean(mean_logps))
+
+    Each completion weighs the same, however long. Pass `valid=correct == 1` for the perplexity of right answers.
+
+    Args:
+        mean_logps: Mean log-prob per token of each completion, any shape.
+        valid: Boolean, same shape. Rows that may take part; defaults to all that hold numbers.
+
+    Returns:
+        A number >= 1 for log-probs <= 0, lower is surer; NaN without a valid row.
+
+    Example:
+        >>> perplexity([-np.log(2.0), -np.log(8.0)])  # the geometric mean of 2 and 8
+        4.0
+    """
+    mean_logps = np.asarray(mean_logps, dtype=np.float64)
+    return float(np.exp(-_nanmean(mean_logps[_valid_rows(valid, mean_logps)])))
+
+
+def _auc_by_group(
+    correct: NDArray[np.float64], confidence: NDArray[np.float64], groups: NDArray[np.int64], n_groups: int
+) -> NDArray[np.float64]:
+    """AUC of each group of rows, shape (n_groups,); NaN for a group that is all right, all wrong or empty.
+
+    One sort for all groups. Inside a group each right row beats the wrong rows of all lower tie blocks and half of
+    those in its own.
+    """
+    order = np.lexsort((confidence, groups))
+    correct, confidence, groups = correct[order], confidence[order], groups[order]
+    changes = (confidence[1:] != confidence[:-1]) | (groups[1:] != groups[:-1])
+    starts = np.flatnonzero(np.concatenate((np.ones(min(correct.size, 1), dtype=bool), changes)))
+    if starts.size == 0:
+        return np.full(n_groups, np.nan)
+
+    right = np.add.reduceat(correct, starts)
+    wrong = np.diff(starts, append=correct.size) - right
+    group = groups[starts]
+    n_right = np.bincount(group, right, n_groups)
+    n_wrong = np.bincount(group, wrong, n_groups)
+    wrong_in_earlier_groups = np.cumsum(n_wrong) - n_wrong
+    wrong_below = np.cumsum(wrong) - wrong - wrong_in_earlier_groups[group]
+    won = np.bincount(group, right * (wrong_below + wrong / 2), n_groups)
+    with np.errstate(invalid="ignore"):
+        return won / (n_right * n_wrong)
+
+
+def _count_by_prompt(correct: ArrayLike, valid: ArrayLike | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    correct = _as_correct(correct)
+    _require_groups(correct)
+    valid = _valid_rows(valid, correct)
+    return np.count_nonzero(valid & (correct == 1), axis=1), np.count_nonzero(valid, axis=1)
+
+
+def _rows(
+    correct: ArrayLike, confidence: ArrayLike, valid: ArrayLike | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+    correct, confidence = _as_correct(correct), np.asarray(confidence, dtype=np.float64)
+    if correct.shape != confidence.shape:
+        raise ValueError(
+            f"`correct` and `confidence` must have the same shape, got {correct.shape} and {confidence.shape}."
+        )
+    return correct, confidence, _valid_rows(valid, correct, confidence)
+
+
+def _valid_rows(valid: ArrayLike | None, *arrays: NDArray[np.float64]) -> NDArray[np.bool_]:
+    numbers = ~np.logical_or.reduce([np.isnan(array) for array in arrays])
+    if valid is None:
+        return numbers
+    valid = np.asarray(valid, dtype=bool)
+    if valid.shape != numbers.shape:
+        raise ValueError(f"`valid` must have the shape of the rows it marks, {numbers.shape}, got {valid.shape}.")
+    return valid & numbers
+
+
+def _as_correct(correct: ArrayLike) -> NDArray[np.float64]:
+    correct = np.asarray(correct, dtype=np.float64)
+    strange = correct[~((correct == 0) | (correct == 1) | np.isnan(correct))]
+    if strange.size:
+        raise ValueError(f"`correct` must hold 0, 1 or NaN, got {strange[0]}. Threshold graded rewards first.")
+    return correct
+
+
+def _require_groups(correct: NDArray[np.float64]) -> None:
+    if correct.ndim != 2:
+        raise ValueError(f"`correct` must have shape (P, G), prompts by completions, got {correct.shape}.")
+
+
+def _nanmean(values: ArrayLike) -> float:
+    """Mean over what is not NaN, without numpy's warning when nothing is left."""
+    values = np.asarray(values, dtype=np.float64)
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if values.size else float("nan")

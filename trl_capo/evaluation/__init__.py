@@ -1,0 +1,1 @@
+"""Evaluation of a model: sample completions with their confidence, then grade them."""

@@ -1,0 +1,1 @@
+"""Data: the embedded arithmetic world and the mathematics sets of the Hub."""

@@ -75,8 +75,8 @@ def test_with_the_linear_surrogate_it_is_grpo(tiny_model, tmp_path, layout):
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo"])
 def test_used_as_it_is_it_is_grpo(tiny_model, tmp_path, loss_type):
     trainers = []
-    for trainer_class, config_class in ((GRPOTrainer, GRPOConfig), (GroupAdvantageTrainer, GroupAdvantageConfig)):
-        config = config_class(**config_kwargs(tmp_path / trainer_class.__name__, loss_type=loss_type, **SGD))
+    for trainer_class in (GRPOTrainer, GroupAdvantageTrainer):
+        config = GRPOConfig(**config_kwargs(tmp_path / trainer_class.__name__, loss_type=loss_type, **SGD))
         trainers.append(trainer_class(tiny_model, parity_reward, config, prompt_dataset()))
         start = parameters(trainers[-1])
         trainers[-1].train()
@@ -246,6 +246,22 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny_model, tmp_pat
     second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
     assert largest_change(parameters(whole), parameters(second)) <= 1e-6
     assert second.tau == whole.tau and second.ref_ppl_thresholds == whole.ref_ppl_thresholds
+
+
+@pytest.mark.parametrize("way", ["folder", "newest"])
+def test_a_finished_run_is_not_trained_further(tiny_model, tmp_path, way):
+    options = dict(max_steps=2, save_strategy="steps", save_steps=2, learning_rate=0.01)
+
+    def make():
+        config = CAPOConfig(**config_kwargs(tmp_path, **options))
+        return CAPOTrainer(tiny_model, parity_reward, config, prompt_dataset())
+
+    whole = make()
+    whole.train()
+    again = make()
+    result = again.train(resume_from_checkpoint=True if way == "newest" else str(tmp_path / "checkpoint-2"))
+    assert result.global_step == 2 and again.state.log_history == whole.state.log_history[:-1]
+    assert largest_change(parameters(whole), parameters(again)) == 0
 
 
 def test_moving_reference_survives_a_restart(tiny_model, tmp_path):

@@ -123,6 +123,7 @@ def unparsable_golds(solutions: list[str]) -> list[int]:
     from math_verify import parse
 
     solutions = list(solutions)
-    unique = tqdm(dict.fromkeys(solutions), desc="Checking gold answers", disable=len(solutions) < 2000)
-    bad = {solution for solution in unique if not isinstance(solution, str) or not parse(solution)}
+    unique = list(dict.fromkeys(solutions))
+    progress = tqdm(unique, desc="Checking gold answers", disable=len(unique) < 2000)
+    bad = {solution for solution in progress if not isinstance(solution, str) or not parse(solution)}
     return [row for row, solution in enumerate(solutions) if solution in bad]

@@ -17,15 +17,16 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel
-from trl import GRPOTrainer
+from transformers import PreTrainedModel, TrainerState
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward
 from trl.trainer import grpo_trainer
@@ -95,7 +96,7 @@ class GroupAdvantageTrainer(GRPOTrainer):
     `_token_advantages`, `_calibration_arrays`, `_calibration_metrics`, `_method_state`, `_load_method_state`.
 
     Raises:
-        TypeError: `args` is not of `config_class`.
+        TypeError: `args` is not of `config_class` (GRPO through the seam also takes TRL's own `GRPOConfig`).
         ValueError: Bad input that would only show during training: see `trl_capo.checks`.
     """
 
@@ -115,10 +116,7 @@ class GroupAdvantageTrainer(GRPOTrainer):
         if args is None:
             model_id = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self.config_class(f"{model_id.split('/')[-1]}-{self._name}")
-        if not isinstance(args, self.config_class):
-            raise TypeError(
-                f"{type(self).__name__} takes a {self.config_class.__name__} as args, got {type(args).__name__}."
-            )
+        self._check_config(args)
         check_launch(args)
         check_save_steps(args)
         check_output_dir(args.output_dir)
@@ -342,6 +340,19 @@ class GroupAdvantageTrainer(GRPOTrainer):
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
+    def train(self, resume_from_checkpoint: "str | bool | None" = None, **kwargs) -> TrainOutput:
+        # From the checkpoint of the last step transformers would train one step more.
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
+            if 0 < self.args.max_steps <= state.global_step:
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = state
+                self._load_state_file(resume_from_checkpoint)
+                return TrainOutput(state.global_step, math.nan, {})
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
         if not (isinstance(sampler, RepeatSampler) and sampler.shuffle):
@@ -367,8 +378,10 @@ class GroupAdvantageTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
+        if checkpoint is not None:
+            self._load_state_file(checkpoint)
+
+    def _load_state_file(self, checkpoint: str) -> None:
         path = os.path.join(checkpoint, STATE_FILE)
         if os.path.exists(path):
             with open(path) as file:
@@ -384,6 +397,16 @@ class GroupAdvantageTrainer(GRPOTrainer):
         return self.args.sync_ref_model and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     # Checks ----------------------------------------------------------------------------------------------------------
+
+    def _check_config(self, args: GRPOConfig) -> None:
+        if self.config_class is GroupAdvantageConfig and type(args) is GRPOConfig:
+            for option in fields(GroupAdvantageConfig):  # a plain GRPOConfig will do for GRPO
+                if not hasattr(args, option.name):
+                    setattr(args, option.name, option.default)
+        elif not isinstance(args, self.config_class):
+            raise TypeError(
+                f"{type(self).__name__} takes a {self.config_class.__name__} as args, got {type(args).__name__}."
+            )
 
     @staticmethod
     def _check_data(reward_funcs, datasets: dict) -> None:

@@ -1,0 +1,67 @@
+"""`trl-capo demo`, small: it trains, evaluates, compares, draws, and goes on where it was stopped."""
+
+import json
+
+import pytest
+
+from trl_capo import cli
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    arguments = ["demo", "--output_dir", str(folder), "--steps", "25", "--prompts", "6", "--samples", "4"]
+    assert cli.main(arguments) == 0
+    return folder, arguments
+
+
+def test_results(finished):
+    folder, _ = finished
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results["splits"]) == {"test_2", "test_3", "test_4", "test_5"}
+    for models in results["splits"].values():
+        assert set(models) == {"base", "grpo", "capo"}
+        for summary in models.values():
+            assert 0 <= summary["accuracy"] <= 1 and summary["ppl_wrong"] > 1
+    for history in results["training"].values():
+        assert [entry["step"] for entry in history] == [10, 20, 25]
+        assert all(0 < entry["capo/frac_mixed"] < 1 for entry in history)
+    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finished_parts_are_kept_and_missing_ones_resumed(finished, capfd):
+    """As if stopped twice: GRPO after its last checkpoint, CAPO and its evaluation in the middle."""
+    folder, arguments = finished
+    first = json.loads((folder / "results.json").read_text())
+    for name in ("grpo/history.json", "grpo/model.safetensors", "evaluation/capo.json", "results.json"):
+        (folder / name).unlink()
+    kept = {name: (folder / name).stat().st_mtime_ns for name in ("capo/history.json", "evaluation/base.json")}
+    capfd.readouterr()
+    assert cli.main(arguments) == 0
+    again = json.loads((folder / "results.json").read_text())
+    assert again["splits"] == first["splits"]
+    rewards = {name: [e["reward"] for e in run["training"]["grpo"]] for name, run in (("1", first), ("2", again))}
+    assert len(rewards["2"]) >= 2 and rewards["2"] == rewards["1"][: len(rewards["2"])]
+    assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept
+    assert (folder / "grpo" / "model.safetensors").exists()
+
+
+def test_table_and_advice(finished, capsys):
+    folder, arguments = finished
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    for text in ("accuracy", "AUC", "majority", "PC@4", "precision", "perplexity", "test_5", "CAPO minus GRPO"):
+        assert text in out
+    assert "trl-capo train --config recipes/arithmetic/capo/config_demo.yaml" in out
+
+
+def test_other_settings_need_another_folder(finished, capsys):
+    folder, arguments = finished
+    assert cli.main([*arguments, "--seed", "1"]) == 2
+    assert "holds a demo with other settings" in capsys.readouterr().err
+
+
+def test_bad_numbers(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--steps", "0"])
+    assert "must be at least 1, got 0" in capsys.readouterr().err

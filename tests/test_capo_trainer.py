@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -401,6 +402,17 @@ def test_moving_reference(tiny_model, tmp_path):
     final = trainer.model.model.norm.weight.detach()
     after_one = 0.5 * start + 0.5 * weights[1]
     torch.testing.assert_close(trainer.ref_model.model.norm.weight, 0.5 * after_one + 0.5 * final)
+
+
+def test_every_logged_metric_is_documented_and_the_other_way_round(tiny_model, tmp_path, repository):
+    trainer = make_trainer(tiny_model, tmp_path)
+    trainer.train()
+    logged = {name for entry in trainer.state.log_history for name in entry if name.startswith("capo/")}
+    rows = [
+        line for line in (repository / "docs" / "metrics.md").read_text().splitlines() if line.startswith("| `capo/")
+    ]
+    documented = {name for row in rows for name in re.findall(r"`(capo/\w+)`", row.split("|")[1])}
+    assert logged == documented
 
 
 def test_card_names_capo_and_its_paper(tiny_model, tmp_path):

@@ -7,6 +7,7 @@ import tempfile
 from datasets import Dataset
 from tqdm.auto import tqdm
 from trl import GRPOConfig
+from trl.rewards import accuracy_reward, reasoning_accuracy_reward
 
 
 def check_save_steps(args: GRPOConfig) -> None:
@@ -63,6 +64,27 @@ def check_output_dir(output_dir: str) -> None:
         raise ValueError(
             f"output_dir={output_dir!r} cannot be written ({error.strerror}). Choose another directory."
         ) from error
+
+
+def check_data(reward_funcs, **datasets: "Dataset | dict[str, Dataset] | None") -> None:
+    """Refuses datasets that the trainer or TRL's accuracy reward cannot read. Streams cannot be read in advance.
+
+    Args:
+        reward_funcs: As given to the trainer.
+        datasets: `train_dataset` and `eval_dataset`, as given to the trainer.
+
+    Raises:
+        ValueError: See `check_prompts` and `check_gold`.
+    """
+    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    graded_by_math = any(function in (accuracy_reward, reasoning_accuracy_reward) for function in functions)
+    for name, dataset in datasets.items():
+        parts = {f"{name}[{part!r}]": rows for part, rows in dataset.items()} if isinstance(dataset, dict) else {}
+        for label, rows in (parts or {name: dataset}).items():
+            if isinstance(rows, Dataset):
+                check_prompts(rows, label)
+                if graded_by_math:
+                    check_gold(rows, label)
 
 
 def check_prompts(dataset: Dataset, name: str) -> None:
@@ -127,3 +149,27 @@ def unparsable_golds(solutions: list[str]) -> list[int]:
     progress = tqdm(unique, desc="Checking gold answers", disable=len(unique) < 2000)
     bad = {solution for solution in progress if not isinstance(solution, str) or not parse(solution)}
     return [row for row, solution in enumerate(solutions) if solution in bad]
+
+
+def find_correctness_reward(names: list[str], wanted: str | None) -> int:
+    """Index of the reward function that decides whether a completion is correct.
+
+    Args:
+        names: Names of the reward functions.
+        wanted: The option `correctness_reward`; may be None with one function.
+
+    Raises:
+        ValueError: It is missing with several functions, or not one of them.
+
+    Example:
+        >>> find_correctness_reward(["format_reward", "accuracy_reward"], "accuracy_reward")
+        1
+    """
+    if wanted is None and len(names) > 1:
+        raise ValueError(
+            "With several reward functions, set correctness_reward to the one that decides whether a completion is "
+            f"correct: one of {', '.join(names)}."
+        )
+    if wanted is not None and wanted not in names:
+        raise ValueError(f"correctness_reward={wanted!r} is not a reward function: one of {', '.join(names)}.")
+    return 0 if wanted is None else names.index(wanted)

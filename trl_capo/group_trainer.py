@@ -28,12 +28,17 @@ from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.rewards import accuracy_reward, reasoning_accuracy_reward
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler, get_config_model_id, use_adapter
 
 from trl_capo.calibration import metrics
-from trl_capo.checks import check_gold, check_launch, check_output_dir, check_prompts, check_save_steps
+from trl_capo.checks import (
+    check_data,
+    check_launch,
+    check_output_dir,
+    check_save_steps,
+    find_correctness_reward,
+)
 from trl_capo.group_config import GroupAdvantageConfig
 
 
@@ -121,7 +126,7 @@ class GroupAdvantageTrainer(GRPOTrainer):
         check_save_steps(args)
         check_output_dir(args.output_dir)
         if kwargs.get("environment_factory") is None:  # an environment brings its own prompts
-            self._check_data(reward_funcs, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
+            check_data(reward_funcs, train_dataset=train_dataset, eval_dataset=eval_dataset)
 
         beta = args.beta
         use_ref = self.needs_ref(args)
@@ -139,7 +144,7 @@ class GroupAdvantageTrainer(GRPOTrainer):
             args.beta = beta
         self.beta = beta
 
-        self._correctness_index = self._find_correctness_reward()
+        self._correctness_index = find_correctness_reward(self.reward_func_names, args.correctness_reward)
         self._rewards_per_func = None
         self._window = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._num_eval_prompts = None
@@ -407,32 +412,6 @@ class GroupAdvantageTrainer(GRPOTrainer):
             raise TypeError(
                 f"{type(self).__name__} takes a {self.config_class.__name__} as args, got {type(args).__name__}."
             )
-
-    @staticmethod
-    def _check_data(reward_funcs, datasets: dict) -> None:
-        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        graded_by_math = any(function in (accuracy_reward, reasoning_accuracy_reward) for function in functions)
-        for name, dataset in datasets.items():
-            for part, rows in dataset.items() if isinstance(dataset, dict) else [(None, dataset)]:
-                if not isinstance(rows, Dataset):
-                    continue  # a stream cannot be read in advance; None for an environment that owns its data
-                label = name if part is None else f"{name}[{part!r}]"
-                check_prompts(rows, label)
-                if graded_by_math:
-                    check_gold(rows, label)
-
-    def _find_correctness_reward(self) -> int:
-        names, wanted = self.reward_func_names, self.args.correctness_reward
-        if wanted is None and len(names) == 1:
-            return 0
-        if wanted is None:
-            raise ValueError(
-                f"With several reward functions, set correctness_reward to the one that decides whether a completion "
-                f"is correct: one of {', '.join(names)}."
-            )
-        if wanted not in names:
-            raise ValueError(f"correctness_reward={wanted!r} is not a reward function: one of {', '.join(names)}.")
-        return names.index(wanted)
 
 
 class _EpochRepeatSampler(RepeatSampler):

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, set_seed
-from trl.rewards import accuracy_reward
 
-from trl_capo.calibration.metrics import auc_pooled, auc_within
+from trl_capo.calibration.metrics import accuracy, auc_pooled, auc_within, group_fractions
 from trl_capo.data.arithmetic import SPLITS, arithmetic_dataset, arithmetic_tokenizer, sample_chains, write_answer
+from trl_capo.evaluation.grade import grade
 from trl_capo.evaluation.sample import sample_completions
 
 
@@ -131,16 +131,15 @@ def report(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, split: s
         batch_size=1024,
         progress=False,
     )
-    correct = np.array(
-        [
-            accuracy_reward([[{"role": "assistant", "content": text}] for text in texts], [solution] * len(texts))
-            for texts, solution in zip(samples.completions, dataset["solution"], strict=True)
-        ]
-    )
-    frac_mixed = np.mean(correct.min(axis=1) != correct.max(axis=1))
+    texts = [text for row in samples.completions for text in row]
+    solutions = np.repeat(dataset["solution"], samples.lengths.shape[1]).tolist()
+    _, correct = grade(texts, solutions, progress=False)
+    correct = correct.reshape(samples.lengths.shape)
     return (
-        f"{split:<12} accuracy {correct.mean():.3f}   AUC within prompts {auc_within(correct, samples.mean_logps):.3f}"
-        f"   pooled {auc_pooled(correct, samples.mean_logps):.3f}   mixed prompts {frac_mixed:.2f}"
+        f"{split:<12} accuracy {accuracy(correct):.3f}"
+        f"   AUC within prompts {auc_within(correct, samples.mean_logps):.3f}"
+        f"   pooled {auc_pooled(correct, samples.mean_logps):.3f}"
+        f"   mixed prompts {group_fractions(correct)['frac_mixed']:.2f}"
     )
 
 

@@ -435,6 +435,138 @@ def test_state_is_saved_beside_the_checkpoint(tiny_model, tmp_path):
     assert state["tau"] == trainer.tau
     assert (state["ref_ppl_low"], state["ref_ppl_high"]) == trainer.ref_ppl_thresholds
     resumed = make_trainer(tiny_model, tmp_path, max_steps=5, save_steps=3, **options)
+    resumed._gap_scale.min_gaps = 8
     assert math.isnan(resumed.tau)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.tau == trainer.tau and resumed.ref_ppl_thresholds == trainer.ref_ppl_thresholds
+
+
+def test_restored_samples_serve_new_quantiles(tiny_model, tmp_path):
+    options = dict(ref_ppl_quantile_samples=16, save_strategy="steps", save_steps=2)
+    first = make_trainer(tiny_model, tmp_path, max_steps=2, ref_ppl_quantiles=[0.25, 0.75], **options)
+    first.train()
+    second = make_trainer(tiny_model, tmp_path, max_steps=4, ref_ppl_quantiles=[0.05, 0.95], **options)
+    second.train(resume_from_checkpoint=True)
+    values = first._estimated_thresholds.correct + first._estimated_thresholds.wrong
+    np.testing.assert_allclose(second.ref_ppl_thresholds, np.quantile(values, [0.05, 0.95]))
+
+
+def test_options_reach_the_formula(tiny_model, tmp_path):
+    """A threshold, a normalisation and a scale that differ from the defaults."""
+    options = dict(correct_threshold=0.75, pair_normalization="opposite_mean", scale_by_tau=True, tau=0.3)
+    trainer = make_trainer(
+        tiny_model, tmp_path, reward_funcs=quarter_reward, ref_ppl_mask=False, max_steps=3, **options
+    )
+    trainer.train()
+    nonzero = 0
+    for generation in trainer.generations:
+        groups = generation["groups"]
+        labels = (groups.rewards_per_func[..., 0] >= 0.75).float()
+        torch.testing.assert_close(groups.correct, labels)
+        for p, (row, scores) in enumerate(zip(labels.tolist(), groups.mean_logps.tolist(), strict=True)):
+            opposite = [sum(other != own for other in row) for own in row]
+            sums = literal_capo_advantages(row, scores, 0.3)
+            expected = [total / max(count, 1) / 0.3 for total, count in zip(sums, opposite, strict=True)]
+            np.testing.assert_allclose(generation["advantages"][p].numpy(), expected, atol=1e-4)
+            nonzero += any(sums)
+    assert nonzero > 0
+
+
+def quarter_reward(completion_ids, **kwargs) -> list[float]:
+    return [(sum(ids) % 5) / 4 for ids in completion_ids]
+
+
+def test_evaluation_in_larger_batches_leaves_the_estimates_alone(tiny_model, tmp_path):
+    options = dict(tau_unit="gap", ref_ppl_quantiles=[0.25, 0.75], ref_ppl_quantile_samples=512)
+    trainer = make_trainer(
+        tiny_model, tmp_path, per_device_eval_batch_size=24, eval_strategy="steps", eval_steps=1, **options
+    )
+    trainer.evaluate()
+    evaluated = trainer.generations[-1]
+    assert math.isnan(trainer.tau) and evaluated["groups"].rewards.numel() == 24
+    assert evaluated["groups"].ref_mean_logps[~evaluated["groups"].mixed[:, 0]].isnan().all()
+    assert list(trainer._logs["advantages"]) == evaluated["advantages"].flatten().tolist()[-8:]
+    trainer.train()
+    training = [generation["groups"] for generation in trainer.generations if generation["training"]]
+    seen = len(trainer._estimated_thresholds.correct) + len(trainer._estimated_thresholds.wrong)
+    assert seen == sum(groups.rewards.numel() for groups in training) == 8
+
+
+def test_mask_and_reference_metrics(tiny_model, tmp_path):
+    """What the log says of the mask and the reference, counted by hand over the rows of the window."""
+    trainer = make_trainer(tiny_model, tmp_path, max_steps=4, logging_steps=4, ref_ppl_low=30.0, ref_ppl_high=30.0)
+    trainer.train()
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    rows = {0.0: [], 1.0: []}
+    misranking = []
+    for generation in trainer.generations:
+        groups = generation["groups"]
+        logps = iter([literal_mean_logp(base, *row) for row in unpadded_rows(generation["batch"])])
+        for labels, scores in zip(groups.correct.tolist(), groups.mean_logps.tolist(), strict=True):
+            ref_logps = [next(logps) for _ in labels]
+            pairs = [
+                (a, b)
+                for a, x in zip(scores, labels, strict=True)
+                for b, y in zip(scores, labels, strict=True)
+                if x > y
+            ]
+            if pairs:
+                misranking.append(np.mean([1 / (1 + math.exp((right - wrong) / 0.6)) for right, wrong in pairs]))
+                for label, ref_logp in zip(labels, ref_logps, strict=True):
+                    rows[label].append(ref_logp)
+    [entry] = [entry for entry in trainer.state.log_history if "capo/tau" in entry]
+    right, wrong = np.array(rows[1.0]), np.array(rows[0.0])
+    assert entry["capo/frac_masked_correct"] == pytest.approx(np.mean(np.exp(-right) > 30.0))
+    assert entry["capo/frac_masked_wrong"] == pytest.approx(np.mean(np.exp(-wrong) < 30.0))
+    assert 0 < entry["capo/frac_masked_correct"] < 1 and 0 < entry["capo/frac_masked_wrong"] < 1
+    assert entry["capo/ref_ppl_correct"] == pytest.approx(math.exp(-right.mean()), rel=1e-4)
+    assert entry["capo/ref_ppl_wrong"] == pytest.approx(math.exp(-wrong.mean()), rel=1e-4)
+    assert entry["capo/soft_misranking"] == pytest.approx(np.mean(misranking), abs=1e-5)
+
+
+def test_unknown_correctness_beside_another_reward_is_counted(tiny_model, tmp_path):
+    def unknown(completion_ids, **kwargs):
+        return [None for _ in completion_ids]
+
+    functions = [unknown, length_reward]
+    trainer = make_trainer(tiny_model, tmp_path, reward_funcs=functions, correctness_reward="unknown")
+    trainer.train()
+    [entry] = [entry for entry in trainer.state.log_history if "capo/tau" in entry]
+    assert entry["capo/frac_unscorable"] == 1.0
+
+
+def test_scores_are_without_dropout(tiny_model, tmp_path):
+    lora = LoraConfig(
+        r=4, lora_alpha=32, lora_dropout=0.5, init_lora_weights=False, target_modules=["q_proj", "v_proj"]
+    )
+    trainer = make_trainer(tiny_model, tmp_path, peft_config=lora, ref_ppl_mask=False)
+    trainer.train()
+    generation = trainer.generations[0]
+    expected = policy_logps(trainer, generation, tiny_model)
+    np.testing.assert_allclose(generation["groups"].mean_logps.flatten().numpy(), expected, atol=1e-4)
+
+
+def test_adapters_that_cannot_serve_as_reference(tiny_model, tmp_path):
+    lora = LoraConfig(r=4, target_modules=["q_proj"])
+    named = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), lora, adapter_name="mine")
+    with pytest.raises(ValueError, match="copy of its adapter 'default', but it has mine"):
+        make_trainer(named, tmp_path)
+    used = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), lora)
+    make_trainer(used, tmp_path)
+    assert "ref" in used.peft_config
+    make_trainer(used, tmp_path)  # a second trainer on the same model starts from where that is
+
+
+def test_the_revision_is_the_policys_only(tiny_model, tmp_path, monkeypatch):
+    import trl.trainer.grpo_trainer as grpo_trainer
+
+    load, revisions = grpo_trainer.create_model_from_path, []
+
+    def remember(model_id, **kwargs):
+        revisions.append(kwargs.pop("revision", None))
+        return load(model_id, **kwargs)
+
+    monkeypatch.setattr(grpo_trainer, "create_model_from_path", remember)
+    options = dict(ref_model_name_or_path=tiny_model, model_init_kwargs={"revision": "step-100"})
+    make_trainer(tiny_model, tmp_path, **options)
+    assert revisions == ["step-100", None]

@@ -404,13 +404,13 @@ def test_checks_come_before_the_model_is_loaded(tmp_path):
         CAPOTrainer("/no/such/model", parity_reward, CAPOConfig(**config_kwargs(tmp_path)), rows)
 
 
-def test_correctness_reward_must_be_named_and_known(tiny_model, tmp_path):
+def test_correctness_reward_must_be_named_and_known(tmp_path):
     functions = [parity_reward, length_reward]
     with pytest.raises(ValueError, match="set correctness_reward.*parity_reward, length_reward"):
-        CAPOTrainer(tiny_model, functions, CAPOConfig(**config_kwargs(tmp_path)), prompt_dataset())
+        CAPOTrainer("/no/such/model", functions, CAPOConfig(**config_kwargs(tmp_path)), prompt_dataset())
     config = CAPOConfig(**config_kwargs(tmp_path, correctness_reward="accuracy"))
     with pytest.raises(ValueError, match="'accuracy' is not a reward function: one of parity_reward, length_reward"):
-        CAPOTrainer(tiny_model, functions, config, prompt_dataset())
+        CAPOTrainer("/no/such/model", functions, config, prompt_dataset())
 
 
 def test_state_file_is_json(tiny_model, tmp_path):
@@ -418,3 +418,83 @@ def test_state_file_is_json(tiny_model, tmp_path):
     CAPOTrainer(tiny_model, parity_reward, config, prompt_dataset()).train()
     state = json.loads((tmp_path / "checkpoint-1" / "trl_capo_state.json").read_text())
     assert state["tau"] == 0.6 and (state["ref_ppl_low"], state["ref_ppl_high"]) == (1.05, 2.5)
+
+
+def test_prediction_does_not_leak_into_the_next_evaluation(tiny_model, tmp_path):
+    def by_prompt(prompts, **kwargs):
+        return [float(prompt[0]["content"].startswith("7")) for prompt in prompts]
+
+    def rows(text):
+        return Dataset.from_dict({"prompt": [[{"role": "user", "content": text}]] * 4})
+
+    config = CAPOConfig(**config_kwargs(tmp_path, ref_ppl_mask=False))
+    trainer = CAPOTrainer(tiny_model, by_prompt, config, rows("7"), eval_dataset=rows("8"))
+    trainer.predict(rows("7"))
+    metrics = trainer.evaluate()
+    assert metrics["eval_capo/frac_all_wrong"] == 1.0 and metrics["eval_capo/frac_all_correct"] == 0.0
+
+
+def test_every_evaluation_set_has_its_own_metrics(tiny_model, tmp_path):
+    def by_prompt(prompts, **kwargs):
+        return [float(prompt[0]["content"].startswith("7")) for prompt in prompts]
+
+    sets = {
+        name: Dataset.from_dict({"prompt": [[{"role": "user", "content": text}]] * 4})
+        for name, text in (("right", "7"), ("wrong", "8"))
+    }
+    config = CAPOConfig(**config_kwargs(tmp_path, ref_ppl_mask=False))
+    trainer = CAPOTrainer(tiny_model, by_prompt, config, prompt_dataset(), eval_dataset=sets)
+    metrics = trainer.evaluate()
+    assert metrics["eval_right_capo/frac_all_correct"] == 1.0 and metrics["eval_wrong_capo/frac_all_correct"] == 0.0
+
+
+def test_a_finished_run_keeps_its_best_model(tiny_model, tmp_path):
+    options = dict(
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        ref_ppl_mask=False,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_capo/ppl_wrong",
+        greater_is_better=False,
+    )
+
+    def make():
+        config = CAPOConfig(**config_kwargs(tmp_path, **options))
+        return CAPOTrainer(tiny_model, parity_reward, config, prompt_dataset(), eval_dataset=prompt_dataset(8))
+
+    first = make()
+    first.train()
+    again = make()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert largest_change(parameters(first), parameters(again)) == 0
+
+
+def test_resuming_without_a_checkpoint_is_an_error(tiny_model, tmp_path):
+    trainer = CAPOTrainer(tiny_model, parity_reward, CAPOConfig(**config_kwargs(tmp_path)), prompt_dataset())
+    with pytest.raises(ValueError, match="no complete checkpoint in"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_resuming_in_the_middle_of_a_generation_is_warned_of(tiny_model, tmp_path, capsys):
+    options = dict(steps_per_generation=2, per_device_train_batch_size=4, save_strategy="steps", save_steps=2)
+
+    def make(max_steps):
+        config = CAPOConfig(**config_kwargs(tmp_path, max_steps=max_steps, **options))
+        return CAPOTrainer(tiny_model, parity_reward, config, prompt_dataset())
+
+    make(3).train()  # transformers saves after the last step, wherever that is
+    make(6).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert "lies in the middle of a generation" in capsys.readouterr().out
+
+
+def test_a_moving_reference_may_be_switched_on_at_a_restart(tiny_model, tmp_path, capsys):
+    options = dict(save_strategy="steps", save_steps=1)
+    config = CAPOConfig(**config_kwargs(tmp_path, **options))
+    CAPOTrainer(tiny_model, parity_reward, config, prompt_dataset()).train()
+    config = CAPOConfig(**config_kwargs(tmp_path, max_steps=2, sync_ref_model=True, **options))
+    trainer = CAPOTrainer(tiny_model, parity_reward, config, prompt_dataset())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert "has no moving reference" in capsys.readouterr().out

@@ -8,7 +8,6 @@ What is ours and not the paper's is opt-in and listed in `docs/method.md`. Where
 
 import math
 import textwrap
-from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -36,12 +35,13 @@ class CAPOTrainer(GroupAdvantageTrainer):
         from trl.rewards import accuracy_reward
 
         from trl_capo import CAPOConfig, CAPOTrainer
+        from trl_capo.data.math import drop_unparsable_gold
 
         trainer = CAPOTrainer(
             model="Qwen/Qwen2.5-Math-1.5B",
             reward_funcs=accuracy_reward,
             args=CAPOConfig(output_dir="qwen-capo"),
-            train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+            train_dataset=drop_unparsable_gold(load_dataset("trl-lib/DeepMath-103K", split="train")),
         )
         trainer.train()
         ```
@@ -65,8 +65,7 @@ class CAPOTrainer(GroupAdvantageTrainer):
             }"""),
     }
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def _setup_method(self) -> None:
         config = self.args
         self._gap_scale = GapScale() if config.tau_unit == "gap" else None
         self._estimated_thresholds = None
@@ -120,14 +119,14 @@ class CAPOTrainer(GroupAdvantageTrainer):
         if not self.args.graded_rewards:
             return groups.correct
         rewards = groups.rewards_per_func[..., self._correctness_index]
-        outside = rewards[(rewards < 0) | (rewards > 1)]
+        outside = rewards[(rewards < -1e-6) | (rewards > 1 + 1e-6)]
         if len(outside) > 0:
             name = self.reward_func_names[self._correctness_index]
             raise ValueError(
                 f"graded_rewards=True needs rewards in [0, 1], but {name!r} returned {outside[0].item():g}. Rescale "
                 "it, or set graded_rewards=False and a correct_threshold."
             )
-        return rewards
+        return rewards.clamp(0, 1)
 
     def _update_estimates(self, groups: RolloutGroups, valid: Tensor) -> None:
         if self._gap_scale is not None:
@@ -202,19 +201,21 @@ class CAPOTrainer(GroupAdvantageTrainer):
 
     def _method_state(self) -> dict:
         low, high = self.ref_ppl_thresholds
+        constants = {"tau": self.tau, "ref_ppl_low": low, "ref_ppl_high": high}
         return {
-            "tau": self.tau,  # these three for the reader; the estimates below are what is restored
-            "ref_ppl_low": low,
-            "ref_ppl_high": high,
-            "gap_scale": asdict(self._gap_scale) if self._gap_scale else None,
-            "estimated_thresholds": asdict(self._estimated_thresholds) if self._estimated_thresholds else None,
+            # For the reader; what is restored are the samples from which they were estimated.
+            **{name: None if math.isnan(value) else value for name, value in constants.items()},
+            "gaps": self._gap_scale.gaps if self._gap_scale else [],
+            "ref_ppl_correct": self._estimated_thresholds.correct if self._estimated_thresholds else [],
+            "ref_ppl_wrong": self._estimated_thresholds.wrong if self._estimated_thresholds else [],
         }
 
     def _load_method_state(self, state: dict) -> None:
-        if self._gap_scale is not None and state["gap_scale"] is not None:
-            self._gap_scale = GapScale(**state["gap_scale"])
-        if self._estimated_thresholds is not None and state["estimated_thresholds"] is not None:
-            self._estimated_thresholds = PerplexityThresholds(**state["estimated_thresholds"])
+        if self._gap_scale is not None:
+            self._gap_scale.gaps = state["gaps"]
+        if self._estimated_thresholds is not None:
+            self._estimated_thresholds.correct = state["ref_ppl_correct"]
+            self._estimated_thresholds.wrong = state["ref_ppl_wrong"]
 
 
 def _mean(values: np.ndarray) -> float:

@@ -1,8 +1,10 @@
 """Bad input is refused before any training time is spent, with one message that says what to change."""
 
+import functools
 import math
 import os
 import tempfile
+import threading
 
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -10,26 +12,38 @@ from trl import GRPOConfig
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward
 
 
+def steps_between_generations(args: GRPOConfig) -> int:
+    """Optimizer steps after which a generation is used up, where training can be resumed exactly.
+
+    A generation feeds `steps_per_generation x num_iterations` micro-steps, an optimizer step takes
+    `gradient_accumulation_steps` of them; this is the first number of optimizer steps at which both end.
+    """
+    generate_every = args.steps_per_generation * args.num_iterations
+    return generate_every // math.gcd(generate_every, args.gradient_accumulation_steps)
+
+
 def check_save_steps(args: GRPOConfig) -> None:
     """Refuses checkpoints in the middle of a generation, from which training cannot resume exactly.
 
-    A generation feeds `steps_per_generation x num_iterations` micro-steps; its completions are not part of a
-    checkpoint.
+    The completions of a generation are not part of a checkpoint. The checkpoint that transformers writes after the
+    last step may lie anywhere; resuming from it with a higher `max_steps` warns.
 
     Raises:
-        ValueError: `save_steps` is no multiple of the optimizer steps between two generations.
+        ValueError: `save_steps` (`eval_steps` if the best model is saved) is no multiple of the optimizer steps
+            between two generations.
     """
-    if args.save_strategy != "steps" or (args.save_steps < 1 and args.max_steps <= 0):
+    name = {"steps": "save_steps", "best": "eval_steps"}.get(args.save_strategy)
+    steps = getattr(args, name) if name else None
+    if not steps or (steps < 1 and args.max_steps <= 0):
         return
-    save_steps = int(args.save_steps) if args.save_steps >= 1 else math.ceil(args.max_steps * args.save_steps)
-    generate_every = args.steps_per_generation * args.num_iterations  # micro-steps
-    interval = generate_every // math.gcd(generate_every, args.gradient_accumulation_steps)  # optimizer steps
-    if save_steps % interval != 0:
-        nearest = max(interval, round(save_steps / interval) * interval)
+    interval = steps_between_generations(args)
+    whole_steps = int(steps) if steps >= 1 else math.ceil(args.max_steps * steps)
+    if whole_steps % interval != 0:
+        nearest = max(interval, round(whole_steps / interval) * interval)
         raise ValueError(
-            f"save_steps={args.save_steps} would write checkpoints in the middle of a generation, from which training "
-            f"cannot resume exactly. New completions are generated every {interval} optimizer steps: set "
-            f"save_steps={nearest}, or another multiple of {interval}."
+            f"{name}={steps} would write checkpoints in the middle of a generation, from which training cannot resume "
+            f"exactly. New completions are generated every {interval} optimizer steps: set {name}={nearest}, or "
+            f"another multiple of {interval}."
         )
 
 
@@ -124,8 +138,8 @@ def check_gold(dataset: Dataset, name: str) -> None:
         examples = ", ".join(f"{dataset[row]['solution']!r} (row {row})" for row in bad[:3])
         raise ValueError(
             f"{name}: math-verify cannot parse {len(bad)} of {len(dataset)} gold answers in 'solution': {examples}. "
-            "Wrap each gold in $...$ or \\boxed{...}, or drop those rows (trl-capo train "
-            "--drop_unparsable_gold true)."
+            "Wrap each gold in $...$ or \\boxed{...}, or drop those rows: trl_capo.data.math.drop_unparsable_gold("
+            "dataset), or --drop_unparsable_gold true of trl-capo train."
         )
 
 
@@ -142,13 +156,20 @@ def unparsable_golds(solutions: list[str]) -> list[int]:
         >>> unparsable_golds(["$\\frac{1}{2}$", "east", r"\boxed{7}"])
         [1]
     """
-    from math_verify import parse
-
     solutions = list(solutions)
     unique = list(dict.fromkeys(solutions))
     progress = tqdm(unique, desc="Checking gold answers", disable=len(unique) < 2000)
-    bad = {solution for solution in progress if not isinstance(solution, str) or not parse(solution)}
+    bad = {solution for solution in progress if not _is_parsable(solution)}
     return [row for row, solution in enumerate(solutions) if solution in bad]
+
+
+@functools.lru_cache(maxsize=100_000)  # a dataset is checked when it is cleaned and when it is trained on
+def _is_parsable(solution: str) -> bool:
+    from math_verify import parse
+
+    # math-verify's timeouts are signals, which only the main thread may set.
+    timeout = 10 if threading.current_thread() is threading.main_thread() else None
+    return isinstance(solution, str) and bool(parse(solution, parsing_timeout=timeout))
 
 
 def find_correctness_reward(names: list[str], wanted: str | None) -> int:

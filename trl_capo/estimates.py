@@ -1,8 +1,8 @@
 """Two constants of CAPO that may be estimated from the first rollouts: the unit of tau and the mask's thresholds.
 
 Both are taken once, from the first values of the training, and then frozen: a tau that followed the gaps would never
-let a settled pair saturate, and thresholds that followed the policy's rollouts would chase it. Both are plain
-dataclasses, so that `dataclasses.asdict` is what a checkpoint holds.
+let a settled pair saturate, and thresholds that followed the policy's rollouts would chase it. A checkpoint
+holds the values, so that a resumed run has the same constants.
 """
 
 from dataclasses import dataclass, field

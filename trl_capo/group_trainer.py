@@ -25,19 +25,21 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerState
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import grpo_trainer
-from trl.trainer.utils import RepeatSampler, get_config_model_id, use_adapter
+from trl.trainer.utils import RepeatSampler, get_callable_name, get_config_model_id, use_adapter
 
 from trl_capo.calibration import metrics
+from trl_capo.checkpoints import last_complete_checkpoint
 from trl_capo.checks import (
     check_data,
     check_launch,
     check_output_dir,
     check_save_steps,
     find_correctness_reward,
+    steps_between_generations,
 )
 from trl_capo.group_config import GroupAdvantageConfig
 
@@ -45,7 +47,7 @@ from trl_capo.group_config import GroupAdvantageConfig
 STATE_FILE = "trl_capo_state.json"
 REFERENCE_DIR = "reference"
 
-# Inputs of a vision-language model that are not one row a completion: such a batch passes the reference whole.
+# Inputs of a vision-language model. They are not one row a completion, so its batches pass the reference whole.
 MULTIMODAL_INPUTS = (
     "pixel_values",
     "image_grid_thw",
@@ -97,8 +99,9 @@ class RolloutGroups:
 class GroupAdvantageTrainer(GRPOTrainer):
     """`GRPOTrainer` whose advantages may depend on whole groups. Takes the same arguments.
 
-    Hooks for a method, all optional: `_compute_advantages`, `needs_ref`, `_rows_needing_ref`, `_sequence_statistics`,
-    `_token_advantages`, `_calibration_arrays`, `_calibration_metrics`, `_method_state`, `_load_method_state`.
+    Hooks for a method, all optional: `_compute_advantages`, `_setup_method`, `needs_ref`, `_rows_needing_ref`,
+    `_sequence_statistics`, `_token_advantages`, `_calibration_arrays`, `_calibration_metrics`, `_method_state`,
+    `_load_method_state`.
 
     Raises:
         TypeError: `args` is not of `config_class` (GRPO through the seam also takes TRL's own `GRPOConfig`).
@@ -125,13 +128,16 @@ class GroupAdvantageTrainer(GRPOTrainer):
         check_launch(args)
         check_save_steps(args)
         check_output_dir(args.output_dir)
-        if kwargs.get("environment_factory") is None:  # an environment brings its own prompts
+        if kwargs.get("environment_factory") is None:  # an environment brings its own prompts, and perhaps a reward
             check_data(reward_funcs, train_dataset=train_dataset, eval_dataset=eval_dataset)
+            find_correctness_reward(_reward_names(reward_funcs), args.correctness_reward)
 
         beta = args.beta
         use_ref = self.needs_ref(args)
         loaded = not isinstance(model, str)
         policy_is_peft = kwargs.get("peft_config") is not None or (loaded and is_peft_model(model))
+        if use_ref and loaded and is_peft_model(model):
+            _make_room_for_reference_adapter(model)
         reference = _reference_source(model, args, policy_is_peft) if use_ref or beta != 0 else None
         if use_ref and beta == 0:
             args.beta = 1.0  # any nonzero value makes TRL build, wrap and shard its reference model
@@ -148,6 +154,8 @@ class GroupAdvantageTrainer(GRPOTrainer):
         self._rewards_per_func = None
         self._window = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._num_eval_prompts = None
+        self._eval_prefix = "eval"
+        self._setup_method()
         if args.sync_ref_model and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self.accelerator.print(
                 "⚠️ sync_ref_model: the moving reference is not saved under FSDP or DeepSpeed. A resumed run starts it "
@@ -155,6 +163,9 @@ class GroupAdvantageTrainer(GRPOTrainer):
             )
 
     # Hooks -----------------------------------------------------------------------------------------------------------
+
+    def _setup_method(self) -> None:
+        """What a method adds to the constructor; everything else of the trainer is there."""
 
     def _compute_advantages(self, groups: RolloutGroups) -> Tensor | None:
         """Advantages of a generation, shape (P, G). None keeps those that TRL computed."""
@@ -195,7 +206,8 @@ class GroupAdvantageTrainer(GRPOTrainer):
 
     def _calibration_metrics(self, window: dict[str, np.ndarray]) -> dict[str, float]:
         """Metrics over the logging window, from its `_calibration_arrays`, concatenated along the prompts."""
-        correct, mean_logps, valid = window["correct"], window["mean_logps"], window["valid"].astype(bool)
+        correct, mean_logps = window["correct"], window["mean_logps"]
+        valid = window["valid"].astype(bool) & ~np.isnan(correct)
         in_mixed_group = window["in_mixed_group"].astype(bool)
         fractions = metrics.group_fractions(correct, valid=valid)
         return {
@@ -268,7 +280,7 @@ class GroupAdvantageTrainer(GRPOTrainer):
         rows = rows.flatten()[self._local_slice(mask.size(0))]
         if "ref_per_token_logps" in output:  # beta > 0: TRL's own pass serves the mask too
             mean_logps = _masked_mean(output["ref_per_token_logps"], mask)
-        elif any(name in output for name in MULTIMODAL_INPUTS):
+        elif self._is_vlm:
             mean_logps = _masked_mean(self._ref_per_token_logps(output), mask)
         else:
             mean_logps = self._ref_mean_logps_of(output, mask, rows)
@@ -297,16 +309,22 @@ class GroupAdvantageTrainer(GRPOTrainer):
 
     @torch.no_grad()
     def _per_token_logps(self, model, output: dict[str, Tensor]) -> Tensor:
-        """Log-probs of the completion tokens, shape (B, T), by TRL's own forward."""
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            logps, *_ = self._get_per_token_logps_and_entropies(
-                model,
-                torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
-                torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
-                output["completion_ids"].size(1),
-                batch_size=self._no_grad_batch_size(),
-                **{name: output[name] for name in MULTIMODAL_INPUTS if name in output},
-            )
+        """Log-probs of the completion tokens, shape (B, T), by TRL's own forward, without dropout."""
+        batch_size = self._no_grad_batch_size()
+        was_training = model.training
+        model.eval()
+        try:
+            with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+                logps, *_ = self._get_per_token_logps_and_entropies(
+                    model,
+                    torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
+                    torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
+                    output["completion_ids"].size(1),
+                    batch_size=batch_size,
+                    **{name: output[name] for name in MULTIMODAL_INPUTS if name in output},
+                )
+        finally:
+            model.train(was_training)
         return logps
 
     def _no_grad_batch_size(self) -> int:
@@ -326,37 +344,55 @@ class GroupAdvantageTrainer(GRPOTrainer):
 
     # Metrics ---------------------------------------------------------------------------------------------------------
 
-    def evaluation_loop(self, dataloader, *args, **kwargs):
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         # With several ranks the last batch is filled up with the first prompts again: those must not count twice.
         self._num_eval_prompts = len(dataloader.dataset) if isinstance(dataloader.dataset, Dataset) else None
-        return super().evaluation_loop(dataloader, *args, **kwargs)
+        self._eval_prefix = metric_key_prefix
+        self._window["eval"].clear()  # `predict` runs this loop and logs nothing
+        return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # TRL averages what was appended, and the mean of batch AUCs is not the AUC of the set: so the window's rows
-        # are kept, and one value is appended here. TRL writes an undefined (NaN) metric as None.
-        mode = "train" if self.model.training else "eval"
-        if self._window[mode]:
-            num_prompts = self._num_eval_prompts if mode == "eval" else None
-            window = {name: np.concatenate(arrays)[:num_prompts] for name, arrays in self._window[mode].items()}
-            for name, value in self._calibration_metrics(window).items():
-                self._metrics[mode][name] = [value]
-            self._window[mode].clear()
+        # TRL averages what was appended to its metrics, and the mean of batch AUCs is not the AUC of the set: so the
+        # window's rows are kept, and its metrics computed here. As in TRL, an undefined one (NaN) is logged as None.
+        training = self.model.training
+        window = self._window["train" if training else "eval"]
+        if window:
+            num_prompts = None if training else self._num_eval_prompts
+            rows = {name: np.concatenate(arrays)[:num_prompts] for name, arrays in window.items()}
+            prefix = "" if training else f"{self._eval_prefix}_"
+            for name, value in self._calibration_metrics(rows).items():
+                logs[prefix + name] = None if math.isnan(value) else value
+            window.clear()
         super().log(logs, start_time)
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: "str | bool | None" = None, **kwargs) -> TrainOutput:
-        # From the checkpoint of the last step transformers would train one step more.
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"There is no complete checkpoint in {self.args.output_dir!r} to resume from.")
+        if resume_from_checkpoint:
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
-            if 0 < self.args.max_steps <= state.global_step:
-                self._load_from_checkpoint(resume_from_checkpoint)
-                self.state = state
-                self._load_state_file(resume_from_checkpoint)
-                return TrainOutput(state.global_step, math.nan, {})
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            if state.global_step % steps_between_generations(self.args) != 0:
+                self.accelerator.print(
+                    f"⚠️ {resume_from_checkpoint} lies in the middle of a generation, whose completions are not saved: "
+                    "the resumed run will not be exactly the uninterrupted one."
+                )
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            if 0 < self.args.max_steps <= state.global_step and not sharded:
+                return self._restore_finished_run(resume_from_checkpoint, state)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _restore_finished_run(self, checkpoint: str, state: TrainerState) -> TrainOutput:
+        # From the checkpoint of the last step transformers would train one step more.
+        self.accelerator.print(f"{checkpoint} is the end of a run of {state.global_step} steps: nothing to train.")
+        self.state = state
+        self._load_from_checkpoint(checkpoint)
+        self._load_state_file(checkpoint)
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(state.global_step, math.nan, {})
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
@@ -393,9 +429,12 @@ class GroupAdvantageTrainer(GRPOTrainer):
                 self._load_method_state(json.load(file))
         elif self._method_state():
             self.accelerator.print(f"⚠️ {checkpoint} has no {STATE_FILE}: {self._name} estimates its constants anew.")
-        if self._saves_reference():
+        folder = os.path.join(checkpoint, REFERENCE_DIR)
+        if self._saves_reference() and not os.path.isdir(folder):
+            self.accelerator.print(f"⚠️ {checkpoint} has no moving reference: it starts from the initial model.")
+        elif self._saves_reference():
             reference = self.accelerator.unwrap_model(self.ref_model)
-            saved = type(reference).from_pretrained(os.path.join(checkpoint, REFERENCE_DIR), dtype=reference.dtype)
+            saved = type(reference).from_pretrained(folder, dtype=reference.dtype)
             reference.load_state_dict(saved.state_dict())
 
     def _saves_reference(self) -> bool:
@@ -423,6 +462,29 @@ class _EpochRepeatSampler(RepeatSampler):
             torch.randperm(self.num_samples, generator=self.generator)
 
 
+def _reward_names(reward_funcs) -> list[str]:
+    """The names that TRL will give the reward functions."""
+    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    models = {id(f): get_config_model_id(f.config) for f in functions if isinstance(f, torch.nn.Module)}
+    ids = [f if isinstance(f, str) else models.get(id(f)) for f in functions]
+    return [
+        get_callable_name(function) if model_id is None else model_id.split("/")[-1]
+        for function, model_id in zip(functions, ids, strict=True)
+    ]
+
+
+def _make_room_for_reference_adapter(model) -> None:
+    """TRL copies the adapter "default" to "ref", the reference, and fails if one is missing or the other is there."""
+    if "default" not in model.peft_config:
+        raise ValueError(
+            f"The reference of a PEFT model is a copy of its adapter 'default', but it has "
+            f"{', '.join(model.peft_config)}. Load the adapter under that name (adapter_name='default'), or set "
+            "ref_ppl_mask=False."
+        )
+    if "ref" in model.peft_config:  # of an earlier trainer; the reference is where this one starts
+        model.delete_adapter("ref")
+
+
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over the unmasked positions of each row, shape (B,); NaN for a row without any."""
     return (values.float() * mask).sum(dim=1) / mask.sum(dim=1)
@@ -441,7 +503,9 @@ def _reference_source(model, args, policy_is_peft: bool) -> "PreTrainedModel | s
     if policy_is_peft or isinstance(model, str) or zero3:
         return None
     # TRL would reload an instance from the path in its config, which may be missing or hold other weights.
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    reference = copy.deepcopy(model).eval().requires_grad_(False)
+    reference.__dict__.pop("forward", None)  # an earlier trainer's patch, which would still run the policy
+    return reference
 
 
 @contextmanager
@@ -460,7 +524,9 @@ def _reference_from(source: "PreTrainedModel | str | None", policy_is_loaded: bo
     def load_policy_then_source(model_id, **kwargs):
         if pending_policy and pending_policy.pop():
             return load(model_id, **kwargs)
-        return source if isinstance(source, PreTrainedModel) else load(source, **kwargs)
+        if isinstance(source, PreTrainedModel):
+            return source
+        return load(source, **{**kwargs, "revision": None})  # the revision is the policy's
 
     grpo_trainer.create_model_from_path = load_policy_then_source
     try:

@@ -4,7 +4,11 @@ A column `prompt` with one conversation a row, and a column `solution` whose gol
 such as `3x+2` or `\text{east}` is misread or not read at all by math-verify.
 """
 
+import warnings
+
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+from trl_capo.checks import unparsable_golds
 
 
 Rows = Dataset | IterableDataset
@@ -15,14 +19,45 @@ def wrap_gold(answer) -> str:
     r"""A gold answer in the form that math-verify reads: `$answer$`, unless it is marked up already.
 
     Args:
-        answer: Gold answer; numbers are written out.
+        answer: Gold answer; numbers are written out. A missing one (None, NaN) becomes empty, which no parser accepts.
 
     Example:
-        >>> wrap_gold(r"\sqrt{3}+1"), wrap_gold(27), wrap_gold(r"so \boxed{4}"), wrap_gold("$7$")
-        ('$\\sqrt{3}+1$', '$27$', 'so \\boxed{4}', '$7$')
+        >>> wrap_gold(r"\sqrt{3}+1"), wrap_gold(27), wrap_gold(r"so \boxed{4}"), wrap_gold("$7$"), wrap_gold(None)
+        ('$\\sqrt{3}+1$', '$27$', 'so \\boxed{4}', '$7$', '')
     """
-    text = str(answer).strip()
-    return text if "$" in text or r"\boxed" in text or r"\(" in text else f"${text}$"
+    text = "" if answer is None or answer != answer else str(answer).strip()
+    marked_up = "$" in text.replace(r"\$", "") or r"\boxed" in text or r"\(" in text
+    return text if marked_up or not text else f"${text}$"
+
+
+def drop_unparsable_gold(dataset: Rows | Splits) -> Rows | Splits:
+    """The rows whose gold answer in `solution` math-verify can parse; says how many were dropped, with examples.
+
+    Args:
+        dataset: Dataset, or splits, with a column `solution`.
+
+    Raises:
+        ValueError: There is no column `solution`.
+    """
+    if isinstance(dataset, Splits):
+        return type(dataset)({split: drop_unparsable_gold(rows) for split, rows in dataset.items()})
+    if isinstance(dataset, IterableDataset):
+        return dataset.filter(lambda row: not unparsable_golds([row["solution"]]))
+    if "solution" not in dataset.column_names:
+        raise ValueError(
+            f"There are no gold answers to check: the dataset has no column 'solution', only "
+            f"{', '.join(dataset.column_names)}."
+        )
+    bad = set(unparsable_golds(dataset["solution"]))
+    if not bad:
+        return dataset
+    examples = ", ".join(repr(dataset[row]["solution"]) for row in sorted(bad)[:3])
+    warnings.warn(
+        f"Dropping {len(bad)} of {len(dataset)} rows whose gold cannot be parsed: {examples} ...",
+        UserWarning,
+        stacklevel=2,
+    )
+    return dataset.select([row for row in range(len(dataset)) if row not in bad])
 
 
 def to_conversations(

@@ -8,6 +8,7 @@ Stopped at any point, the same command goes on where it was.
 """
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -75,6 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     """Train, evaluate, compare."""
     args = make_parser().parse_args(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from the Hub
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the demo draws a figure and needs matplotlib: pip install 'trl-capo[report]'.")
     folder = Path(args.output_dir)
     _remember_settings(folder, vars(args))
     print(f"Training GRPO and CAPO from the shipped base, {args.steps} steps each, into {folder}/ ...")

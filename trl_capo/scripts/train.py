@@ -162,7 +162,7 @@ def _load_data(script_args, dataset_args):
     from datasets import load_dataset
     from trl import get_dataset
 
-    from trl_capo.data.math import to_conversations
+    from trl_capo.data.math import drop_unparsable_gold, to_conversations
 
     if script_args.dataset_name == "arithmetic":
         from trl_capo.data.arithmetic import SPLITS, arithmetic_dataset
@@ -178,19 +178,7 @@ def _load_data(script_args, dataset_args):
     dataset = to_conversations(
         dataset, script_args.dataset_prompt_column, script_args.dataset_solution_column, script_args.system_prompt
     )
-    return _drop_unparsable_gold(dataset) if script_args.drop_unparsable_gold else dataset
-
-
-def _drop_unparsable_gold(dataset):
-    from trl_capo.checks import unparsable_golds
-
-    for split, rows in dataset.items():
-        bad = set(unparsable_golds(rows["solution"]))
-        if bad:
-            examples = ", ".join(repr(rows[row]["solution"]) for row in sorted(bad)[:3])
-            print(f"⚠️ {split}: dropping {len(bad)} of {len(rows)} rows whose gold cannot be parsed: {examples} ...")
-            dataset[split] = rows.select([row for row in range(len(rows)) if row not in bad])
-    return dataset
+    return drop_unparsable_gold(dataset) if script_args.drop_unparsable_gold else dataset
 
 
 def _split(dataset, split: str, option: str):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from trl.rewards import accuracy_reward
 
-from trl_capo.evaluation.grade import grade
+from trl_capo.evaluation.grade import grade, grade_samples
+from trl_capo.evaluation.sample import Samples
 
 
 TEXTS = [
@@ -81,3 +82,12 @@ def test_import_is_light():
     code = f"import sys, trl_capo.evaluation.grade, trl_capo.evaluation.sample; print({heavy} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_samples_are_graded_against_the_solution_of_their_prompt():
+    texts = [[r"\boxed{1}", r"\boxed{2}", "none"], [r"\boxed{2}", r"\boxed{2}", r"\boxed{1}"]]
+    shape = (2, 3)
+    samples = Samples(texts, np.zeros(shape), np.ones(shape, dtype=int), np.zeros(shape, dtype=bool))
+    answers, correct = grade_samples(samples, ["$1$", "$2$"], progress=False)
+    assert answers == [["1", "2", None], ["2", "2", "1"]]
+    np.testing.assert_array_equal(correct, [[1, 0, 0], [1, 1, 0]])

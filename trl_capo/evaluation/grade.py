@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+
+if TYPE_CHECKING:
+    from trl_capo.evaluation.sample import Samples
 
 
 def grade(
@@ -49,6 +53,26 @@ def grade(
         answers.append(answer)
         correct[i] = rewards[parsed_answer, solution]
     return answers, correct
+
+
+def grade_samples(
+    samples: Samples, solutions: Sequence[str], *, progress: bool = True
+) -> tuple[list[list[str | None]], np.ndarray]:
+    """`grade` for the samples of P prompts, N each.
+
+    Args:
+        samples: What `sample_completions` returned.
+        solutions: Gold answer of each prompt, P of them.
+        progress: Show a progress bar.
+
+    Returns:
+        Answers, P lists of N, and correctness, shape (P, N).
+    """
+    num_prompts, num_samples = samples.mean_logps.shape
+    texts = [text for row in samples.completions for text in row]
+    answers, correct = grade(texts, np.repeat(solutions, num_samples).tolist(), progress=progress)
+    rows = [answers[start : start + num_samples] for start in range(0, len(answers), num_samples)]
+    return rows, correct.reshape(num_prompts, num_samples)
 
 
 def _parse_answer(text: str) -> list[Any]:

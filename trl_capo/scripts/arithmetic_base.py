@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -28,7 +27,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config,
 
 from trl_capo.calibration.metrics import accuracy, auc_pooled, auc_within, group_fractions
 from trl_capo.data.arithmetic import SPLITS, arithmetic_dataset, arithmetic_tokenizer, sample_chains, write_answer
-from trl_capo.evaluation.grade import grade
+from trl_capo.evaluation.grade import grade_samples
 from trl_capo.evaluation.sample import sample_completions
 
 
@@ -131,10 +130,7 @@ def report(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, split: s
         batch_size=1024,
         progress=False,
     )
-    texts = [text for row in samples.completions for text in row]
-    solutions = np.repeat(dataset["solution"], samples.lengths.shape[1]).tolist()
-    _, correct = grade(texts, solutions, progress=False)
-    correct = correct.reshape(samples.lengths.shape)
+    _, correct = grade_samples(samples, dataset["solution"], progress=False)
     return (
         f"{split:<12} accuracy {accuracy(correct):.3f}"
         f"   AUC within prompts {auc_within(correct, samples.mean_logps):.3f}"

@@ -6,10 +6,12 @@ import os
 import tempfile
 import threading
 
+import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 from trl import GRPOConfig
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward
+from trl.trainer.utils import get_callable_name, get_config_model_id
 
 
 def steps_between_generations(args: GRPOConfig) -> int:
@@ -170,6 +172,17 @@ def _is_parsable(solution: str) -> bool:
     # math-verify's timeouts are signals, which only the main thread may set.
     timeout = 10 if threading.current_thread() is threading.main_thread() else None
     return isinstance(solution, str) and bool(parse(solution, parsing_timeout=timeout))
+
+
+def reward_names(reward_funcs) -> list[str]:
+    """The names that TRL will give the reward functions."""
+    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    models = {id(f): get_config_model_id(f.config) for f in functions if isinstance(f, torch.nn.Module)}
+    ids = [f if isinstance(f, str) else models.get(id(f)) for f in functions]
+    return [
+        get_callable_name(function) if model_id is None else model_id.split("/")[-1]
+        for function, model_id in zip(functions, ids, strict=True)
+    ]
 
 
 def find_correctness_reward(names: list[str], wanted: str | None) -> int:

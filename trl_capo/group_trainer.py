@@ -10,7 +10,6 @@ rewards; mean log-probs are gathered; then the reference passes over the rows th
 computed from global tensors, identically on every rank, and each rank keeps its slice. Groups may straddle ranks.
 """
 
-import copy
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import grpo_trainer
-from trl.trainer.utils import RepeatSampler, get_callable_name, get_config_model_id, use_adapter
+from trl.trainer.utils import RepeatSampler, get_config_model_id, use_adapter
 
 from trl_capo.calibration import metrics
 from trl_capo.checkpoints import last_complete_checkpoint
@@ -39,9 +38,11 @@ from trl_capo.checks import (
     check_output_dir,
     check_save_steps,
     find_correctness_reward,
+    reward_names,
     steps_between_generations,
 )
 from trl_capo.group_config import GroupAdvantageConfig
+from trl_capo.reference import make_room_for_reference_adapter, reference_source
 
 
 STATE_FILE = "trl_capo_state.json"
@@ -130,15 +131,15 @@ class GroupAdvantageTrainer(GRPOTrainer):
         check_output_dir(args.output_dir)
         if kwargs.get("environment_factory") is None:  # an environment brings its own prompts, and perhaps a reward
             check_data(reward_funcs, train_dataset=train_dataset, eval_dataset=eval_dataset)
-            find_correctness_reward(_reward_names(reward_funcs), args.correctness_reward)
+            find_correctness_reward(reward_names(reward_funcs), args.correctness_reward)
 
         beta = args.beta
         use_ref = self.needs_ref(args)
         loaded = not isinstance(model, str)
         policy_is_peft = kwargs.get("peft_config") is not None or (loaded and is_peft_model(model))
         if use_ref and loaded and is_peft_model(model):
-            _make_room_for_reference_adapter(model)
-        reference = _reference_source(model, args, policy_is_peft) if use_ref or beta != 0 else None
+            make_room_for_reference_adapter(model)
+        reference = reference_source(model, args, policy_is_peft) if use_ref or beta != 0 else None
         if use_ref and beta == 0:
             args.beta = 1.0  # any nonzero value makes TRL build, wrap and shard its reference model
         try:
@@ -462,50 +463,9 @@ class _EpochRepeatSampler(RepeatSampler):
             torch.randperm(self.num_samples, generator=self.generator)
 
 
-def _reward_names(reward_funcs) -> list[str]:
-    """The names that TRL will give the reward functions."""
-    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-    models = {id(f): get_config_model_id(f.config) for f in functions if isinstance(f, torch.nn.Module)}
-    ids = [f if isinstance(f, str) else models.get(id(f)) for f in functions]
-    return [
-        get_callable_name(function) if model_id is None else model_id.split("/")[-1]
-        for function, model_id in zip(functions, ids, strict=True)
-    ]
-
-
-def _make_room_for_reference_adapter(model) -> None:
-    """TRL copies the adapter "default" to "ref", the reference, and fails if one is missing or the other is there."""
-    if "default" not in model.peft_config:
-        raise ValueError(
-            f"The reference of a PEFT model is a copy of its adapter 'default', but it has "
-            f"{', '.join(model.peft_config)}. Load the adapter under that name (adapter_name='default'), or set "
-            "ref_ppl_mask=False."
-        )
-    if "ref" in model.peft_config:  # of an earlier trainer; the reference is where this one starts
-        model.delete_adapter("ref")
-
-
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over the unmasked positions of each row, shape (B,); NaN for a row without any."""
     return (values.float() * mask).sum(dim=1) / mask.sum(dim=1)
-
-
-def _reference_source(model, args, policy_is_peft: bool) -> "PreTrainedModel | str | None":
-    """What the reference model is to be built from: a model, an id or path, or None for TRL's own choice."""
-    if args.ref_model_name_or_path is not None:
-        if policy_is_peft:
-            raise ValueError(
-                "ref_model_name_or_path cannot be used with PEFT, where the reference is the model without its "
-                "adapter. Leave it unset, or merge the adapter and train without PEFT."
-            )
-        return args.ref_model_name_or_path
-    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-    if policy_is_peft or isinstance(model, str) or zero3:
-        return None
-    # TRL would reload an instance from the path in its config, which may be missing or hold other weights.
-    reference = copy.deepcopy(model).eval().requires_grad_(False)
-    reference.__dict__.pop("forward", None)  # an earlier trainer's patch, which would still run the policy
-    return reference
 
 
 @contextmanager

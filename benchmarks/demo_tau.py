@@ -3,8 +3,9 @@
     python benchmarks/demo_tau.py
 
 The rule: of the values that on average lose at most one point of accuracy to GRPO, the one with the highest AUC within
-prompts. Same base, steps and batches as `trl-capo demo`. Each finished run is added to `benchmarks/results/demo_tau.json` at
-once and not repeated; the table is `benchmarks/results/demo_tau.md`. About 4 minutes a run on one core, two at a time.
+prompts. Same base, steps and batches as `trl-capo demo`. Each finished run is added to
+`benchmarks/results/demo_tau.json` at once and not repeated; the table is `benchmarks/results/demo_tau.md`. About 4
+minutes a run on one core, two at a time.
 """
 
 import argparse

@@ -14,16 +14,16 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerState
 from transformers.trainer_utils import TrainOutput
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
@@ -44,6 +44,9 @@ from trl_capo.checks import (
 from trl_capo.group_config import GroupAdvantageConfig
 from trl_capo.reference import make_room_for_reference_adapter, reference_source
 
+
+# One or several of: a function, the id of a reward model, a reward model.
+RewardFunctions = Callable | str | PreTrainedModel | list[Callable | str | PreTrainedModel]
 
 STATE_FILE = "trl_capo_state.json"
 REFERENCE_DIR = "reference"
@@ -98,7 +101,7 @@ class RolloutGroups:
 
 
 class GroupAdvantageTrainer(GRPOTrainer):
-    """`GRPOTrainer` whose advantages may depend on whole groups. Takes the same arguments.
+    """`GRPOTrainer` whose advantages may depend on whole groups. Takes the same arguments, the rest by keyword.
 
     Hooks for a method, all optional: `_compute_advantages`, `_setup_method`, `needs_ref`, `_rows_needing_ref`,
     `_sequence_statistics`, `_token_advantages`, `_calibration_arrays`, `_calibration_metrics`, `_method_state`,
@@ -114,12 +117,12 @@ class GroupAdvantageTrainer(GRPOTrainer):
 
     def __init__(
         self,
-        model,
-        reward_funcs=None,
-        args=None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
+        model: str | PreTrainedModel,
+        reward_funcs: RewardFunctions | None = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         **kwargs,
     ):
         if args is None:

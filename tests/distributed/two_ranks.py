@@ -110,3 +110,4 @@ if __name__ == "__main__":
     }
     with open(f"{folder}/rank{RANK}.json", "w") as file:
         json.dump(results, file)
+    os._exit(0)  # freeing the process group at the interpreter's end may hang (see scripts/train.py)

@@ -52,7 +52,7 @@ def test_table_and_advice(finished, capsys):
     out = capsys.readouterr().out
     for text in ("accuracy", "AUC", "majority", "PC@4", "precision", "perplexity", "test_5", "CAPO minus GRPO"):
         assert text in out
-    assert "trl-capo train --config recipes/arithmetic/capo/config_demo.yaml" in out
+    assert "train --config recipes/arithmetic/capo/config_demo.yaml" in out
 
 
 def test_other_settings_need_another_folder(finished, capsys):

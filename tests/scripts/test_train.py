@@ -34,8 +34,26 @@ def write_recipe(folder, model: str, **overrides):
 def run_command(arguments: list[str], cwd, **kwargs):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd)}
     return subprocess.Popen(
-        arguments, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
+        arguments,
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **kwargs,
     )
+
+
+def finish(process, seconds: float = 300) -> str:
+    """Output of a command; one that hangs is killed with all its processes."""
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, output[-3000:]
+    return output
 
 
 def test_recipe_trains_and_saves(tiny_model, tmp_path, capsys):
@@ -111,6 +129,19 @@ def test_bad_recipes_get_one_line(tiny_model, tmp_path, capsys, overrides, messa
     assert error.startswith("trl-capo train: error:") and message in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--taau", "6"], "unknown option --taau. Did you mean '--tau'?"),
+        (["--max_step", "6"], "unknown option --max_step. Did you mean '--max_steps'?"),
+        (["--method", "grpo"], "unknown key 'tau'. It is an option of capo, not of grpo."),
+    ],
+)
+def test_bad_options_get_one_line(tiny_model, tmp_path, capsys, arguments, message):
+    assert cli.main(["train", "--config", str(write_recipe(tmp_path, tiny_model, tau=0.5)), *arguments]) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_missing_recipe(capsys):
     assert cli.main(["train", "--config", "/no/such/recipe.yaml"]) == 2
     assert "/no/such/recipe.yaml: No such file" in capsys.readouterr().err
@@ -141,10 +172,8 @@ def test_killed_and_resumed_run_ends_where_the_uninterrupted_one_does(tiny_model
     assert not (killed / "model.safetensors").exists()
 
     resumed = run_command([*command, "--output_dir", str(killed), "--resume_from_checkpoint", "true"], repository)
-    output, _ = resumed.communicate(timeout=180)
-    assert resumed.returncode == 0, output[-3000:]
-    assert "Resuming from" in output
-    whole.communicate(timeout=180)
+    assert "Resuming from" in finish(resumed)
+    finish(whole)
     expected, actual = load_file(tmp_path / "whole" / "model.safetensors"), load_file(killed / "model.safetensors")
     assert max((expected[name] - actual[name]).abs().max().item() for name in expected) <= 1e-6
     states = [
@@ -170,9 +199,7 @@ def test_launched_on_two_processes(tiny_model, tmp_path, repository):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     launch += [str(repository / "recipes" / "accelerate_configs" / "ddp.yaml"), "--num_processes", "2"]
     launch += ["--main_process_port", "0", "-m", "trl_capo.scripts.train", "--config", str(recipe)]
-    run = run_command(launch, repository)
-    output, _ = run.communicate(timeout=300)
-    assert run.returncode == 0, output[-3000:]
+    output = finish(run_command(launch, repository))
     assert output.count("✅ Training completed.") == 1
     assert torch.isfinite(load_file(tmp_path / "run" / "model.safetensors")["model.norm.weight"]).all()
 

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -296,16 +297,18 @@ def _say_what_to_look_at(results: dict, folder: Path) -> None:
     for split, models in results["splits"].items():
         gap = {name: models["capo"][name] - models["grpo"][name] for name in ("auc_within", "accuracy")}
         print(f"  {split}: AUC within {gap['auc_within']:+.3f}, accuracy {gap['accuracy']:+.3f}")
+    command = "trl-capo" if shutil.which("trl-capo") else os.path.relpath(Path(sys.executable).parent / "trl-capo")
+    seed = results["settings"]["seed"] + 1
     print(
         f"""
-What to look at: {folder}/results.png, and the columns AUC within and precision@50%: at about the same accuracy, a
-higher value means that you can rely more on the answers the model is sure of. One seed proves nothing: repeat with
---seed 1. All numbers: {folder}/results.json
+What to look at: {folder}/results.png, and the columns AUC within and precision: at about the same accuracy, a higher
+value means that you can rely more on the answers the model is sure of. One seed proves nothing: repeat with another.
+All numbers: {folder}/results.json
 
 What to type next:
-  trl-capo demo --output_dir runs/demo-1 --seed 1
-  trl-capo train --config recipes/arithmetic/capo/config_demo.yaml     the same CAPO run from a recipe
-  trl-capo train --help                                                your own model and data
+  {command} demo --output_dir runs/demo-{seed} --seed {seed}
+  {command} train --config recipes/arithmetic/capo/config_demo.yaml     the same CAPO run from a recipe
+  {command} train --help                                                your own model and data
 How it works: docs/method.md. Every logged number: docs/metrics.md."""
     )
 

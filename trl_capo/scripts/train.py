@@ -4,7 +4,7 @@
 """`trl-capo train`: train a model with CAPO, or with GRPO through the same seam, from a YAML recipe or options.
 
     trl-capo train --config recipes/arithmetic/capo/config_demo.yaml
-    trl-capo train --config recipes/arithmetic/capo/config_demo.yaml --method grpo --output_dir runs/grpo
+    trl-capo train --config recipes/arithmetic/capo/config_demo.yaml --tau 0.4 --output_dir runs/tau-0.4
     accelerate launch --config_file recipes/accelerate_configs/ddp.yaml -m trl_capo.scripts.train --config ...
 
 Conventions are TRL's: an option overrides the recipe, the recipe overrides the default.
@@ -15,7 +15,8 @@ import difflib
 import importlib
 import os
 import sys
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, fields
 
 from trl_capo.cli import main as cli_main
 
@@ -53,7 +54,9 @@ def make_parser(method: str = "capo", prog: str | None = "trl-capo train"):
             metadata={"help": "Drop rows whose gold answer math-verify cannot parse instead of refusing them."},
         )
 
-    return TrlParser((TrainArguments, _load(METHODS[method][0]), ModelConfig, DatasetMixtureConfig), prog=prog)
+    return TrlParser(
+        (TrainArguments, _load(METHODS[method][0]), ModelConfig, DatasetMixtureConfig), prog=prog, allow_abbrev=False
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,8 +64,9 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     method, config_path = _method_and_config(argv)
     parser = make_parser(method)
+    _check_options(argv, parser)
     if config_path is not None:
-        _check_recipe_keys(config_path, parser)
+        _check_recipe_keys(config_path, parser, method)
     script_args, training_args, model_args, dataset_args = parser.parse_args_and_config(argv)
     resume_from = _checkpoint_to_resume(training_args)
 
@@ -97,6 +101,10 @@ def main(argv: list[str] | None = None) -> None:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
     trainer.end()
+    if trainer.accelerator.num_processes > 1:
+        # The model's DDP wrapper now owns the process group. When it is freed, the main thread waits for gloo's thread
+        # and holds the GIL, which that thread may still need to free its last gather: let it do so first.
+        time.sleep(1)
 
 
 def _method_and_config(argv: list[str]) -> tuple[str, str | None]:
@@ -121,13 +129,28 @@ def _read_recipe(path: str) -> dict:
     return recipe
 
 
-def _check_recipe_keys(path: str, parser: argparse.ArgumentParser) -> None:
+def _check_options(argv: list[str], parser: argparse.ArgumentParser) -> None:
+    known = {*parser._option_string_actions, "--config"}
+    for argument in argv:
+        option = argument.partition("=")[0]
+        if option.startswith("--") and option not in known:
+            raise ValueError(f"unknown option {option}.{_hint(option, known)}")
+
+
+def _check_recipe_keys(path: str, parser: argparse.ArgumentParser, method: str) -> None:
     known = {action.dest for action in parser._actions} | {"env"}
     for key in _read_recipe(path):
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else " See trl-capo train --help for the options."
+            owners = [
+                other for other, (config, _) in METHODS.items() if key in {f.name for f in fields(_load(config))}
+            ]
+            hint = f" It is an option of {owners[0]}, not of {method}." if owners else _hint(str(key), known)
             raise ValueError(f"{path}: unknown key {key!r}.{hint}")
+
+
+def _hint(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else " See trl-capo train --help for the options."
 
 
 def _checkpoint_to_resume(training_args) -> str | None:
@@ -140,7 +163,10 @@ def _checkpoint_to_resume(training_args) -> str | None:
         return newest
     if wanted is None or str(wanted).lower() == "false":
         if newest is not None:
-            print(f"ℹ️ Starting over. To go on from {newest} instead: --resume_from_checkpoint true")
+            print(
+                f"ℹ️ Starting over in a folder with checkpoints, which may be overwritten or, with save_total_limit, "
+                f"removed. To go on from {newest} instead: --resume_from_checkpoint true"
+            )
         return None
     if not os.path.isdir(wanted):
         raise ValueError(f"resume_from_checkpoint={wanted!r} is not a folder. Use true for the newest checkpoint.")

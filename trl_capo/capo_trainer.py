@@ -188,9 +188,9 @@ class CAPOTrainer(GroupAdvantageTrainer):
         low, high = self.ref_ppl_thresholds
         return {
             **super()._calibration_metrics(window),
-            "capo/soft_misranking": _mean(window["soft_misranking"]),
-            "capo/frac_masked_correct": _mean(masked[correct]),
-            "capo/frac_masked_wrong": _mean(masked[wrong]),
+            "capo/soft_misranking": metrics.nanmean(window["soft_misranking"]),
+            "capo/frac_masked_correct": metrics.nanmean(masked[correct]),
+            "capo/frac_masked_wrong": metrics.nanmean(masked[wrong]),
             "capo/ref_ppl_correct": metrics.perplexity(ref_mean_logps[correct]),
             "capo/ref_ppl_wrong": metrics.perplexity(ref_mean_logps[wrong]),
             "capo/tau": self.tau,
@@ -216,9 +216,3 @@ class CAPOTrainer(GroupAdvantageTrainer):
         if self._estimated_thresholds is not None:
             self._estimated_thresholds.correct = state["ref_ppl_correct"]
             self._estimated_thresholds.wrong = state["ref_ppl_wrong"]
-
-
-def _mean(values: np.ndarray) -> float:
-    """Mean of the known values; NaN if there are none."""
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if values.size else math.nan

@@ -57,7 +57,7 @@ def finish(process, seconds: float = 300) -> str:
 
 
 def test_recipe_trains_and_saves(tiny_model, tmp_path, capsys):
-    assert cli.main(["train", "--config", str(write_recipe(tmp_path, tiny_model))]) == 0
+    assert cli.main(["train", f"--config={write_recipe(tmp_path, tiny_model)}"]) == 0
     assert (tmp_path / "run" / "model.safetensors").exists()
     assert "✅ Training completed." in capsys.readouterr().out
 

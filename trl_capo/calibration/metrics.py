@@ -37,7 +37,7 @@ def auc_within(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike | 
     correct, confidence, valid = _rows(correct, confidence, valid)
     _require_groups(correct)
     prompts = np.broadcast_to(np.arange(correct.shape[0])[:, None], correct.shape)
-    return _nanmean(_auc_by_group(correct[valid], confidence[valid], prompts[valid], correct.shape[0]))
+    return nanmean(_auc_by_group(correct[valid], confidence[valid], prompts[valid], correct.shape[0]))
 
 
 def auc_pooled(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike | None = None) -> float:
@@ -87,7 +87,7 @@ def auc_per_slot(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike 
     correct, confidence, valid = _rows(correct, confidence, valid)
     _require_groups(correct)
     slots = np.broadcast_to(np.arange(correct.shape[1]), correct.shape)
-    return _nanmean(_auc_by_group(correct[valid], confidence[valid], slots[valid], correct.shape[1]))
+    return nanmean(_auc_by_group(correct[valid], confidence[valid], slots[valid], correct.shape[1]))
 
 
 def accuracy(correct: ArrayLike, *, valid: ArrayLike | None = None) -> float:
@@ -110,7 +110,7 @@ def accuracy(correct: ArrayLike, *, valid: ArrayLike | None = None) -> float:
     """
     n_right, n_valid = _count_by_prompt(correct, valid)
     answered = n_valid > 0
-    return _nanmean(n_right[answered] / n_valid[answered])
+    return nanmean(n_right[answered] / n_valid[answered])
 
 
 def group_fractions(correct: ArrayLike, *, valid: ArrayLike | None = None) -> dict[str, float]:
@@ -130,9 +130,9 @@ def group_fractions(correct: ArrayLike, *, valid: ArrayLike | None = None) -> di
     """
     n_right, n_valid = _count_by_prompt(correct, valid)
     return {
-        "frac_mixed": _nanmean((n_right > 0) & (n_right < n_valid)),
-        "frac_all_correct": _nanmean((n_right > 0) & (n_right == n_valid)),
-        "frac_all_wrong": _nanmean((n_right == 0) & (n_valid > 0)),
+        "frac_mixed": nanmean((n_right > 0) & (n_right < n_valid)),
+        "frac_all_correct": nanmean((n_right > 0) & (n_right == n_valid)),
+        "frac_all_wrong": nanmean((n_right == 0) & (n_valid > 0)),
     }
 
 
@@ -228,7 +228,7 @@ def aurc(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike | None =
         0.333333
     """
     _, precision = precision_coverage(correct, confidence, valid=valid)
-    return _nanmean(1 - precision)
+    return nanmean(1 - precision)
 
 
 def perplexity(mean_logps: ArrayLike, *, valid: ArrayLike | None = None) -> float:
@@ -250,7 +250,7 @@ def perplexity(mean_logps: ArrayLike, *, valid: ArrayLike | None = None) -> floa
         4.0
     """
     mean_logps = np.asarray(mean_logps, dtype=np.float64)
-    return float(np.exp(-_nanmean(mean_logps[_valid_rows(valid, mean_logps)])))
+    return float(np.exp(-nanmean(mean_logps[_valid_rows(valid, mean_logps)])))
 
 
 def _auc_by_group(
@@ -321,7 +321,7 @@ def _require_groups(correct: NDArray[np.float64]) -> None:
         raise ValueError(f"`correct` must have shape (P, G), prompts by completions, got {correct.shape}.")
 
 
-def _nanmean(values: ArrayLike) -> float:
+def nanmean(values: ArrayLike) -> float:
     """Mean over what is not NaN, without numpy's warning when nothing is left."""
     values = np.asarray(values, dtype=np.float64)
     values = values[~np.isnan(values)]

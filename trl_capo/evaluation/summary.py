@@ -36,8 +36,10 @@ def summarize(
         "accuracy": metrics.accuracy(correct),
         "auc_within": metrics.auc_within(correct, mean_logps),
         "auc_pooled": metrics.auc_pooled(correct, mean_logps),
-        "majority": _mean([_is_correct(majority_vote(a, s), a, c) for c, s, a in rows]),
-        "perplexity_consistency": _mean([_is_correct(perplexity_consistency(a, s), a, c) for c, s, a in rows]),
+        "majority": metrics.nanmean([_is_correct(majority_vote(a, s), a, c) for c, s, a in rows]),
+        "perplexity_consistency": metrics.nanmean(
+            [_is_correct(perplexity_consistency(a, s), a, c) for c, s, a in rows]
+        ),
         "precision_at_50": metrics.precision_at_coverage(correct, mean_logps, 0.5),
         "precision_at_80": metrics.precision_at_coverage(correct, mean_logps, 0.8),
         "ppl_correct": metrics.perplexity(mean_logps, valid=correct == 1),
@@ -48,8 +50,3 @@ def summarize(
 def _is_correct(selection: Selection, answers: Sequence[Hashable | None], correct: np.ndarray) -> float:
     """Correctness of the chosen answer, read off a sample that gave it; no answer at all is wrong."""
     return 0.0 if selection.answer is None else float(correct[list(answers).index(selection.answer)])
-
-
-def _mean(values: list[float]) -> float:
-    known = [value for value in values if value == value]
-    return sum(known) / len(known) if known else float("nan")

@@ -62,6 +62,8 @@ def make_parser(method: str = "capo", prog: str | None = "trl-capo train"):
 def main(argv: list[str] | None = None) -> None:
     """Train, save, and push if asked to."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    # TrlParser knows `--config FILE` only.
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     method, config_path = _method_and_config(argv)
     parser = make_parser(method)
     _check_options(argv, parser)

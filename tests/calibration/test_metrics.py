@@ -55,6 +55,7 @@ def test_aucs_count_pairs(seed, masked):
     use = usable(correct, confidence, valid)
     within = [pairwise_auc(c[u], f[u]) for c, f, u in zip(correct, confidence, use, strict=True)]
     slots = [pairwise_auc(c[u], f[u]) for c, f, u in zip(correct.T, confidence.T, use.T, strict=True)]
+    assert metrics.auc_by_prompt(correct, confidence, valid=valid) == pytest.approx(within, abs=1e-12, nan_ok=True)
     assert metrics.auc_within(correct, confidence, valid=valid) == pytest.approx(defined_mean(within), abs=1e-12)
     assert metrics.auc_per_slot(correct, confidence, valid=valid) == pytest.approx(defined_mean(slots), abs=1e-12)
     pooled = pairwise_auc(correct[use], confidence[use])

@@ -34,10 +34,30 @@ def auc_within(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike | 
         >>> auc_within([[1, 1, 0, 0], [1, 1, 1, 1]], [[-0.2, -0.5, -0.4, -0.1], [-0.3, -0.2, -0.1, -0.1]])
         0.25
     """
+    return nanmean(auc_by_prompt(correct, confidence, valid=valid))
+
+
+def auc_by_prompt(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike | None = None) -> NDArray[np.float64]:
+    """The AUC inside each prompt, of which `auc_within` is the mean: what a bootstrap over prompts resamples.
+
+        [#(right above wrong) + #ties / 2] / (n_right * n_wrong)
+
+    Args:
+        correct: Correctness, shape (P, G).
+        confidence: Confidence, shape (P, G), higher is surer.
+        valid: Boolean, shape (P, G). Rows that may take part; defaults to all that hold numbers.
+
+    Returns:
+        Shape (P,); NaN for a prompt that is not mixed.
+
+    Example:
+        >>> auc_by_prompt([[1, 1, 0, 0], [1, 1, 1, 1]], [[-0.2, -0.5, -0.4, -0.1], [-0.3, -0.2, -0.1, -0.1]])
+        array([0.25,  nan])
+    """
     correct, confidence, valid = _rows(correct, confidence, valid)
     _require_groups(correct)
     prompts = np.broadcast_to(np.arange(correct.shape[0])[:, None], correct.shape)
-    return nanmean(_auc_by_group(correct[valid], confidence[valid], prompts[valid], correct.shape[0]))
+    return _auc_by_group(correct[valid], confidence[valid], prompts[valid], correct.shape[0])
 
 
 def auc_pooled(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike | None = None) -> float:

@@ -1,0 +1,105 @@
+"""The bootstrap against loops, scipy and known answers."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from trl_capo.calibration.bootstrap import (
+    bootstrap_means,
+    bootstrap_statistic,
+    interval,
+    mean_over_seeds_and_prompts,
+    paired_difference,
+)
+
+
+def table(seed_sd, prompt_sd, noise_sd, shape, rng):
+    """Values with a seed effect, a prompt effect and noise; the true mean is 0."""
+    num_seeds, num_prompts = shape
+    return (
+        rng.normal(0, seed_sd, (num_seeds, 1))
+        + rng.normal(0, prompt_sd, (1, num_prompts))
+        + rng.normal(0, noise_sd, shape)
+    )
+
+
+def test_replicates_are_means_over_drawn_seeds_of_means_over_drawn_prompts():
+    rng = np.random.default_rng(0)
+    values = rng.random((2, 3, 5))
+    values[0, 1, 2] = values[1, 0, :] = np.nan
+    replicates = bootstrap_means(values, num_resamples=50, seed=7)
+
+    draws = np.random.default_rng(7)
+    seeds = [np.repeat(range(3), counts) for counts in draws.multinomial(3, [1 / 3] * 3, 50)]
+    prompts = [np.repeat(range(5), counts) for counts in draws.multinomial(5, [1 / 5] * 5, 50)]
+    for b in range(50):
+        for method in range(2):
+            by_seed = []
+            for seed in seeds[b]:
+                drawn = [values[method, seed, p] for p in prompts[b] if not np.isnan(values[method, seed, p])]
+                if drawn:
+                    by_seed.append(sum(drawn) / len(drawn))
+            expected = sum(by_seed) / len(by_seed) if by_seed else np.nan
+            np.testing.assert_allclose(replicates[b, method], expected, rtol=1e-12)
+
+
+def test_any_statistic_gets_the_same_distribution_as_the_mean():
+    values = np.random.default_rng(0).random((4, 30))
+    by_counts = bootstrap_means(values, num_resamples=4000)
+    by_indices = bootstrap_statistic(
+        lambda seeds, prompts: values[np.ix_(seeds, prompts)].mean(), 4, 30, num_resamples=4000
+    )
+    quantiles = [0.025, 0.25, 0.5, 0.75, 0.975]
+    np.testing.assert_allclose(np.quantile(by_indices, quantiles), np.quantile(by_counts, quantiles), atol=0.01)
+
+
+def test_one_seed_is_the_ordinary_bootstrap_over_prompts():
+    values = np.random.default_rng(0).exponential(size=(1, 200))
+    ours = interval(values.mean(), bootstrap_means(values, num_resamples=20_000))
+    theirs = stats.bootstrap((values[0],), np.mean, n_resamples=20_000, method="percentile", rng=1)
+    np.testing.assert_allclose([ours.low, ours.high], theirs.confidence_interval, atol=0.01)
+
+
+@pytest.mark.parametrize("sds", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.3, 1.0, 0.5)])
+def test_the_interval_covers_the_true_mean(sds):
+    """Both seeds and prompts vary, so resampling only one of the two would cover too rarely."""
+    rng = np.random.default_rng(1)
+    covered = 0
+    for trial in range(200):
+        values = table(*sds, (30, 40), rng)
+        replicates = bootstrap_means(values, num_resamples=200, seed=trial)
+        estimate = interval(values.mean(), replicates)
+        covered += estimate.low <= 0 <= estimate.high
+    assert 0.89 <= covered / 200 <= 1.0
+    assert replicates.std() < 2 * np.sqrt(sds[0] ** 2 / 30 + sds[1] ** 2 / 40 + sds[2] ** 2 / 1200)  # and not by width
+
+
+def test_what_methods_share_cancels():
+    rng = np.random.default_rng(0)
+    baseline = table(1.0, 1.0, 1.0, (5, 100), rng)
+    difference = paired_difference(baseline + 0.1, baseline)
+    np.testing.assert_allclose([difference.value, difference.low, difference.high], 0.1)
+    unpaired = paired_difference(baseline + 0.1, table(1.0, 1.0, 1.0, (5, 100), rng))
+    assert unpaired.high - unpaired.low > 0.5
+
+
+def test_undefined_values_are_left_out():
+    values = np.array([[0.0, np.nan], [1.0, 3.0]])
+    assert mean_over_seeds_and_prompts(values) == 1.0
+    assert mean_over_seeds_and_prompts([[np.nan], [2.0]]) == 2.0
+    assert np.isnan(mean_over_seeds_and_prompts([[np.nan]]))
+    nothing = paired_difference([[np.nan, np.nan]], [[0.0, 1.0]])
+    assert np.isnan([nothing.value, nothing.low, nothing.high]).all()
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="same shape to be paired"):
+        paired_difference(np.zeros((2, 3)), np.zeros((3, 2)))
+    with pytest.raises(ValueError, match="seeds by prompts"):
+        bootstrap_means(np.zeros(3))
+    with pytest.raises(ValueError, match="seeds by prompts"):
+        bootstrap_means(np.zeros((2, 0)))
+    with pytest.raises(ValueError, match="num_resamples"):
+        bootstrap_means(np.zeros((2, 2)), num_resamples=0)
+    with pytest.raises(ValueError, match="level"):
+        interval(0.0, [0.0], level=95)

@@ -1,0 +1,195 @@
+"""How sure a comparison of trained models is: bootstrap over seeds and prompts, paired.
+
+What was measured is a table of one number per training seed and prompt, (S, P): how often the model of that seed was
+right on that prompt, or its AUC there. Another seed would have given another model and other prompts another test, so
+both are drawn again with replacement, independently, every seed with every prompt (the crossed bootstrap):
+
+    replicate = mean over drawn seeds of (mean over drawn prompts of values[seed, prompt])
+
+Models that share seeds and prompts are compared within each replicate: all rows of one call see the same draws, so the
+luck that they share cancels in their difference.
+
+Assumption: seeds and prompts are independent draws. Degenerate cases: with one seed the interval covers prompts only,
+which is not evidence about training; with few seeds (under about eight) percentile intervals are somewhat too narrow.
+A NaN, e.g. the AUC of a prompt that was always answered right, is left out of the mean over the drawn prompts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its percentile interval.
+
+    Attributes:
+        value: The estimate from what was measured.
+        low: Lower end of the interval; NaN if undefined.
+        high: Upper end.
+
+    Example:
+        >>> str(Estimate(0.05, 0.031, 0.0689))
+        '0.050 [0.031, 0.069]'
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def mean_over_seeds_and_prompts(values: ArrayLike) -> NDArray[np.float64]:
+    """The statistic that is resampled: mean over prompts, then over seeds, NaN left out of both.
+
+    Args:
+        values: Shape (..., S, P).
+
+    Returns:
+        Shape (...); NaN where nothing is defined.
+
+    Example:
+        >>> mean_over_seeds_and_prompts([[1.0, 0.0, np.nan], [1.0, 1.0, 1.0]]).item()  # mean of 1/2 and 1
+        0.75
+    """
+    values = _as_table(values)
+    num_seeds, num_prompts = values.shape[-2:]
+    return _weighted_means(values, np.ones((1, num_seeds)), np.ones((1, num_prompts)))[0]
+
+
+def bootstrap_means(values: ArrayLike, *, num_resamples: int = 2000, seed: int = 0) -> NDArray[np.float64]:
+    """Replicates of `mean_over_seeds_and_prompts` under crossed resampling of seeds and prompts.
+
+    Args:
+        values: One number per seed and prompt, NaN where undefined, shape (..., S, P). Whatever is to be compared
+            goes into one call, along the leading dimensions, and so gets the same draws.
+        num_resamples: Number of replicates, B.
+        seed: Seed of the draws.
+
+    Returns:
+        Shape (B, ...).
+
+    Example:
+        >>> replicates = bootstrap_means([[[0.0, 1.0]], [[0.5, 1.5]]], num_resamples=3)  # 2 methods, 1 seed
+        >>> (replicates[:, 1] - replicates[:, 0]).tolist()  # the prompts differ, the methods' difference does not
+        [0.5, 0.5, 0.5]
+    """
+    values = _as_table(values)
+    if num_resamples < 1:
+        raise ValueError(f"`num_resamples` must be at least 1, got {num_resamples}.")
+    num_seeds, num_prompts = values.shape[-2:]
+    rng = np.random.default_rng(seed)
+    seed_counts = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), num_resamples)  # (B, S)
+    prompt_counts = rng.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), num_resamples)  # (B, P)
+    return _weighted_means(values, seed_counts, prompt_counts)
+
+
+def bootstrap_statistic(
+    statistic: Callable[[NDArray[np.int64], NDArray[np.int64]], ArrayLike],
+    num_seeds: int,
+    num_prompts: int,
+    *,
+    num_resamples: int = 500,
+    seed: int = 0,
+) -> NDArray[np.float64]:
+    """Replicates of any statistic under crossed resampling, for what is not a mean, e.g. precision at a coverage.
+
+    Args:
+        statistic: Takes the drawn seeds, shape (S,), and the drawn prompts, shape (P,), as indices, and returns a
+            number or an array of them. What is to be compared belongs into one call.
+        num_seeds: S.
+        num_prompts: P.
+        num_resamples: Number of replicates, B.
+        seed: Seed of the draws.
+
+    Returns:
+        Shape (B, ...), whatever `statistic` returns in place of the dots.
+
+    Example:
+        >>> best = np.array([[1.0, 3.0, 2.0]])
+        >>> bootstrap_statistic(lambda seeds, prompts: best[seeds][:, prompts].max(), 1, 3, num_resamples=4).tolist()
+        [3.0, 1.0, 1.0, 3.0]
+    """
+    rng = np.random.default_rng(seed)
+    replicates = [
+        statistic(rng.integers(num_seeds, size=num_seeds), rng.integers(num_prompts, size=num_prompts))
+        for _ in range(num_resamples)
+    ]
+    return np.array(replicates, dtype=np.float64)
+
+
+def interval(value: float, replicates: ArrayLike, *, level: float = 0.95) -> Estimate:
+    """A measured value with the percentile interval of its replicates.
+
+    Args:
+        value: The measured value.
+        replicates: Its bootstrap replicates, any shape; NaN ones are left out.
+        level: Share of the replicates inside the interval, in (0, 1).
+
+    Returns:
+        The estimate.
+
+    Example:
+        >>> str(interval(0.5, np.linspace(0, 1, 101), level=0.9))
+        '0.500 [0.050, 0.950]'
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"`level` must lie in (0, 1), got {level}. Use 0.95 for a 95% interval.")
+    replicates = np.asarray(replicates, dtype=np.float64)
+    replicates = replicates[~np.isnan(replicates)]
+    if replicates.size == 0:
+        return Estimate(float(value), float("nan"), float("nan"))
+    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(float(value), float(low), float(high))
+
+
+def paired_difference(
+    values: ArrayLike, baseline: ArrayLike, *, level: float = 0.95, num_resamples: int = 2000, seed: int = 0
+) -> Estimate:
+    """Difference of two methods in the mean over seeds and prompts, with its interval.
+
+    Args:
+        values: The method's numbers, shape (S, P), NaN where undefined.
+        baseline: The other's, same shape: row s from the same training seed, column p from the same prompt.
+        level: Share of the replicates inside the interval.
+        num_resamples: Number of replicates.
+        seed: Seed of the draws.
+
+    Returns:
+        Mean of `values` minus mean of `baseline`, and the interval.
+
+    Example:
+        >>> str(paired_difference([[0.25, 0.5], [0.75, 1.0]], [[0.0, 0.25], [0.5, 0.75]]))  # better by 1/4 everywhere
+        '0.250 [0.250, 0.250]'
+    """
+    if np.shape(values) != np.shape(baseline):
+        raise ValueError(
+            f"`values` and `baseline` must have the same shape to be paired, got {np.shape(values)} and "
+            f"{np.shape(baseline)}. Keep the seeds and prompts that both have."
+        )
+    both = np.stack([_as_table(values), _as_table(baseline)])
+    measured = mean_over_seeds_and_prompts(both)
+    replicates = bootstrap_means(both, num_resamples=num_resamples, seed=seed)
+    return interval(measured[0] - measured[1], replicates[:, 0] - replicates[:, 1], level=level)
+
+
+def _weighted_means(values: NDArray[np.float64], seed_counts: NDArray, prompt_counts: NDArray) -> NDArray[np.float64]:
+    """Means with every seed and prompt counted as often as it was drawn, (..., S, P), (B, S), (B, P) -> (B, ...)."""
+    defined = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        by_seed = (np.where(defined, values, 0) @ prompt_counts.T) / (defined @ prompt_counts.T)  # (..., S, B)
+        seen = ~np.isnan(by_seed)
+        counts = seed_counts.T * seen
+        means = np.where(seen, by_seed * counts, 0).sum(-2) / counts.sum(-2)  # (..., B)
+    return np.moveaxis(means, -1, 0)
+
+
+def _as_table(values: ArrayLike) -> NDArray[np.float64]:
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim < 2 or 0 in values.shape[-2:]:
+        raise ValueError(f"values must have shape (..., S, P), seeds by prompts, none of them 0, got {values.shape}.")
+    return values

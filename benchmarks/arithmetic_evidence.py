@@ -1,0 +1,603 @@
+"""Tables and figures of `docs/evidence.md` from the runs of `arithmetic_study.py`; nothing is trained here.
+
+    python benchmarks/arithmetic_evidence.py
+
+Writes `docs/figures/evidence_*.png`, `benchmarks/results/arithmetic_study/tables.json`, and the tables between the
+`<!-- table: name -->` marks of `docs/evidence.md`. Every interval is the 95% crossed bootstrap over seeds and prompts
+of `trl_capo.calibration.bootstrap`. It is paired: two methods are compared on the seeds that both have, with the same
+prompts and the same random numbers. Without a split, a number is the plain mean of the splits. What is one number a
+seed (entropy, pooled AUC) varies over seeds only.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from arithmetic_study import CURVE_PROMPTS, MAIN, NUM_SAMPLES, RESULTS, TEMPERATURES, TEST_SPLITS, TUNING, WORLDS
+from tqdm import tqdm
+
+from trl_capo.calibration.bootstrap import (
+    Estimate,
+    bootstrap_means,
+    bootstrap_statistic,
+    interval,
+    mean_over_seeds_and_prompts,
+    paired_difference,
+)
+from trl_capo.calibration.metrics import nanmean, precision_coverage
+from trl_capo.calibration.selection import Selection, majority_vote, perplexity_consistency, weighted_vote
+
+
+ROOT = Path(__file__).parent.parent
+NAMES = {
+    "base": "base",
+    "grpo": "GRPO",
+    "capo": "CAPO",
+    "capo_no_mask": "CAPO without mask",
+    "grpo_mask": "GRPO + mask only",
+    "grpo_paper_mask": "GRPO + the paper's mask only",
+    "grpo_no_std": "GRPO, not divided by std",
+    "capo_tau_low": "CAPO, half the tau",
+    "capo_tau_high": "CAPO, twice the tau",
+    "capo_paper_mask": "CAPO, the paper's thresholds",
+    "capo_paper_mask_2": "CAPO, its second thresholds",
+    "capo_gap": 'CAPO, `tau_unit="gap"`',
+    "capo_sum": "CAPO, sums over pairs",
+    "capo_batch": 'CAPO, `pair_scope="batch"`',
+    "capo_ema": "CAPO, EMA reference",
+    "grpo_graded": "GRPO, graded rewards",
+    "capo_graded": "CAPO, graded rewards",
+}
+COLORS = {"base": "#7f7f7f", "grpo": "#d55e00", "capo": "#0072b2", "capo_no_mask": "#56b4e9", "grpo_mask": "#e69f00"}
+COUNTS = (1, 2, 4, 8, 16)  # answers that are voted over
+VOTE_TAU = 0.15  # CAPO's in the world of slips: its loss takes s / tau for the log-odds of being right
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs of one method in one world, by training seed.
+
+    Attributes:
+        numbers: What each seed's JSON says.
+        arrays: What each seed's NPZ holds.
+    """
+
+    numbers: dict[int, dict]
+    arrays: dict[int, dict[str, np.ndarray]]
+
+    @property
+    def steps(self) -> list[int]:
+        return [int(key) for key in next(iter(self.numbers.values()))["checkpoints"] if not key.startswith("T")]
+
+    def only(self, seeds) -> "Runs":
+        return Runs({s: self.numbers[s] for s in seeds}, {s: self.arrays[s] for s in seeds})
+
+    def by_prompt(self, name: str, step: int | str, splits=tuple(TEST_SPLITS)) -> np.ndarray:
+        """An array of every seed, splits one after the other: `right`, `auc` (S, P); `correct`, ... (S, P, .)."""
+        return np.stack(
+            [np.concatenate([a[f"{step}/{split}/{name}"] for split in splits]) for a in self.arrays.values()]
+        )
+
+    def accuracy(self, step: int | str, split: str) -> np.ndarray:
+        """Share of right samples, (S, P)."""
+        return self.by_prompt("right", step, (split,)) / NUM_SAMPLES
+
+    def auc(self, step: int | str, split: str) -> np.ndarray:
+        """AUC inside each prompt, (S, P), NaN where it is undefined."""
+        return self.by_prompt("auc", step, (split,))
+
+    def summary(self, name: str, step: int | str, split: str) -> np.ndarray:
+        """A number of the evaluation of each seed, (S, 1)."""
+        return np.array([[numbers["checkpoints"][str(step)][split][name]] for numbers in self.numbers.values()])
+
+    def samples(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Correctness, mean log-prob and numbered answer of each sample of all splits at the end, (S, P, N) each."""
+        correct = np.unpackbits(self.by_prompt("correct", self.steps[-1]), axis=-1)
+        return correct, self.by_prompt("mean_logps", self.steps[-1]), self.by_prompt("answers", self.steps[-1])
+
+    def logged(self, name: str) -> float:
+        """A number logged in the last window of training, averaged over seeds; NaN if it is not logged."""
+        return nanmean([n["training"][-1].get(name, np.nan) for n in self.numbers.values() if n["training"]])
+
+
+def load(world: str) -> dict[str, Runs]:
+    """The finished runs of a world, by method in the order of `NAMES`."""
+    runs = {}
+    for method in NAMES:
+        paths = sorted((RESULTS / world).glob(f"{method}-*.json"), key=_seed)
+        if paths:
+            numbers = {_seed(path): json.loads(path.read_text()) for path in paths}
+            runs[method] = Runs(numbers, {_seed(path): dict(np.load(path.with_suffix(".npz"))) for path in paths})
+    return runs
+
+
+def _seed(path: Path) -> int:
+    return int(path.stem.rsplit("-", 1)[1])
+
+
+def both(runs: Runs, baseline: Runs) -> tuple[Runs, Runs]:
+    """Two methods, with the seeds that both have."""
+    seeds = [seed for seed in runs.numbers if seed in baseline.numbers]
+    return runs.only(seeds), baseline.only(seeds)
+
+
+def over_splits(numbers: Callable[[str], np.ndarray], splits=tuple(TEST_SPLITS)) -> tuple[np.ndarray, np.ndarray]:
+    """Means over seeds and prompts, averaged over splits, and their replicates.
+
+    Args:
+        numbers: What is measured on a split, shape (..., S, P).
+        splits: Which splits.
+
+    Returns:
+        Shapes (...) and (B, ...). The splits of a replicate have the same draw of seeds.
+    """
+    measured = np.mean([mean_over_seeds_and_prompts(numbers(split)) for split in splits], axis=0)
+    return measured, np.mean([bootstrap_means(numbers(split)) for split in splits], axis=0)
+
+
+def value(numbers: Callable[[str], np.ndarray], splits=tuple(TEST_SPLITS)) -> float:
+    """The mean alone."""
+    return float(np.mean([mean_over_seeds_and_prompts(numbers(split)) for split in splits]))
+
+
+def difference(
+    numbers: Callable[[str], np.ndarray], baseline: Callable[[str], np.ndarray], splits=tuple(TEST_SPLITS)
+) -> Estimate:
+    measured, replicates = over_splits(lambda split: np.stack([numbers(split), baseline(split)]), splits)
+    return interval(measured[0] - measured[1], replicates[:, 0] - replicates[:, 1])
+
+
+def against(runs: Runs, baseline: Runs, splits=tuple(TEST_SPLITS)) -> dict[str, Estimate]:
+    """A method minus another at the end of training.
+
+    `auc_within` compares the means over the prompts that are mixed for the one and for the other. Training changes
+    which these are, so `auc_common` compares them on the prompts that are mixed for both.
+    """
+    runs, baseline = both(runs, baseline)
+    step, step_b = runs.steps[-1], baseline.steps[-1]
+
+    def where_both(of: Runs, at: int) -> Callable[[str], np.ndarray]:
+        def auc(split: str) -> np.ndarray:
+            undefined = np.isnan(runs.auc(step, split)) | np.isnan(baseline.auc(step_b, split))
+            return np.where(undefined, np.nan, of.auc(at, split))
+
+        return auc
+
+    result = {
+        "auc_within": difference(lambda s: runs.auc(step, s), lambda s: baseline.auc(step_b, s), splits),
+        "auc_common": difference(where_both(runs, step), where_both(baseline, step_b), splits),
+        "accuracy": difference(lambda s: runs.accuracy(step, s), lambda s: baseline.accuracy(step_b, s), splits),
+    }
+    for name in ("auc_pooled", "entropy"):
+        result[name] = difference(
+            lambda s, name=name: runs.summary(name, step, s),
+            lambda s, name=name: baseline.summary(name, step_b, s),
+            splits,
+        )
+    return result
+
+
+def at_matched_accuracy(
+    runs: Runs, baseline: Runs, base: Runs, splits=tuple(TEST_SPLITS)
+) -> dict[str, float | Estimate]:
+    """AUC on both learning curves at one accuracy, the lower of the two that are reached at the end.
+
+    The curve of a method starts at the base and goes through its checkpoints, over the prompts that all of them share.
+    """
+    seeds = [seed for seed in base.numbers if seed in runs.numbers and seed in baseline.numbers]
+    curves = [
+        [(base.only(seeds), 0), *((method.only(seeds), step) for step in method.steps)] for method in (runs, baseline)
+    ]
+
+    def points(split: str) -> np.ndarray:
+        return np.array(
+            [
+                [[of.accuracy(at, split)[:, :CURVE_PROMPTS] for of, at in curve] for curve in curves],
+                [[of.auc(at, split)[:, :CURVE_PROMPTS] for of, at in curve] for curve in curves],
+            ]
+        )  # accuracy and AUC, (2, methods, checkpoints, S, P)
+
+    (accuracy, auc), replicates = over_splits(points, splits)
+    level = float(accuracy[:, -1].min())
+    measured = [auc_at(level, accuracy[m], auc[m]) for m in (0, 1)]
+    drawn = np.array([[auc_at(level, accuracy[m], auc[m]) for m in (0, 1)] for accuracy, auc in replicates])
+    return {
+        "accuracy": level,
+        "auc_within": measured[0],
+        "auc_within_baseline": measured[1],
+        "difference": interval(measured[0] - measured[1], drawn[:, 0] - drawn[:, 1]),
+    }
+
+
+def at_matched_temperature(runs: Runs, baseline: Runs, splits=tuple(TEST_SPLITS)) -> Estimate:
+    """AUC of a method sampled as hot or cold as makes it as accurate as the baseline at temperature 1, minus its AUC.
+
+    A hotter sampler makes more errors, and improbable ones, which are easily told from right answers: entropy buys AUC
+    with accuracy. This compares two models at one price. NaN if more than 5% of the replicates leave the temperatures
+    that were sampled.
+    """
+    runs, baseline = both(runs, baseline)
+    ends = [(runs, f"T{TEMPERATURES[1]}"), (runs, runs.steps[-1]), (runs, f"T{TEMPERATURES[0]}")]  # ever more accurate
+    ends.append((baseline, baseline.steps[-1]))
+
+    def points(split: str) -> np.ndarray:
+        accuracy = [of.accuracy(at, split)[:, :CURVE_PROMPTS] for of, at in ends]
+        return np.array([accuracy, [of.auc(at, split)[:, :CURVE_PROMPTS] for of, at in ends]])  # (2, 4, S, P)
+
+    def gap(accuracy: np.ndarray, auc: np.ndarray) -> float:
+        if not accuracy[0] <= accuracy[3] <= accuracy[2]:
+            return np.nan
+        return auc_at(accuracy[3], accuracy[:3], auc[:3]) - auc[3]
+
+    measured, replicates = over_splits(points, splits)
+    gaps = np.array([gap(*drawn) for drawn in replicates])
+    if np.isnan(gaps).mean() > 0.05:
+        return Estimate(np.nan, np.nan, np.nan)
+    return interval(gap(*measured), gaps)
+
+
+def auc_at(level: float, accuracy: np.ndarray, auc: np.ndarray) -> float:
+    """AUC where a curve first reaches an accuracy, interpolated between its points, (K,) each; else at its end."""
+    if accuracy.max() < level:
+        return float(auc[-1])
+    after = int(np.argmax(accuracy >= level))
+    if after == 0:
+        return float(auc[0])
+    share = (level - accuracy[after - 1]) / (accuracy[after] - accuracy[after - 1])
+    return float(auc[after - 1] + share * (auc[after] - auc[after - 1]))
+
+
+SELECTORS = {
+    "majority vote": lambda answers, logps: majority_vote(answers),
+    "Perplexity Consistency": lambda answers, logps: perplexity_consistency(answers, logps),
+    f"vote weighted by exp(s / {VOTE_TAU})": lambda answers, logps: weighted_vote(
+        answers, np.exp(logps / VOTE_TAU), mean_logps=logps
+    ),
+    "surest answer": lambda answers, logps: weighted_vote(answers, logps == logps.max(), mean_logps=logps),
+}
+
+
+def selected(runs: Runs) -> dict[str, dict[int, np.ndarray]]:
+    """Accuracy of each selector for each number of samples, on disjoint sets of them, by seed and prompt (S, P)."""
+    correct, logps, answers = runs.samples()
+    result = {name: {count: np.zeros(correct.shape[:2]) for count in COUNTS} for name in SELECTORS}
+    for at in tqdm(list(np.ndindex(correct.shape[:2])), desc="Voting", unit="prompt"):
+        for count in COUNTS:
+            for start in range(0, NUM_SAMPLES, count):
+                part = slice(start, start + count)
+                votes = [None if answer < 0 else answer for answer in answers[at][part].tolist()]
+                for name, select in SELECTORS.items():
+                    choice = select(votes, logps[at][part])
+                    result[name][count][at] += is_right(choice, votes, correct[at][part]) * count / NUM_SAMPLES
+    return result
+
+
+def is_right(choice: Selection, votes: list, correct: np.ndarray) -> int:
+    return 0 if choice.answer is None else int(correct[votes.index(choice.answer)])
+
+
+def questions(runs: Runs) -> tuple[np.ndarray, np.ndarray]:
+    """Whether the answer that Perplexity Consistency chooses of 16 is right, and its confidence, (S, P) each."""
+    correct, logps, answers = runs.samples()
+    right, confidence = np.zeros(correct.shape[:2]), np.zeros(correct.shape[:2])
+    for at in np.ndindex(right.shape):
+        votes = [None if answer < 0 else answer for answer in answers[at].tolist()]
+        choice = perplexity_consistency(votes, logps[at])
+        right[at] = is_right(choice, votes, correct[at])
+        # The sum of the weights, not their share: sixteen hesitant votes say less than sixteen sure ones.
+        confidence[at] = choice.scores.get(choice.answer, 0.0) / NUM_SAMPLES
+    return right, confidence
+
+
+def precision_differences(tables: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, dict[str, Estimate]]:
+    """Precision of the surest half and of the surest 80%, of each method and CAPO minus GRPO, by coverage.
+
+    Args:
+        tables: Correctness and confidence of each method, shape (S, P) or (S, P, N): N rows a prompt.
+    """
+    coverages = (0.5, 0.8)
+    sorted_tables = {}
+    for method, (right, confidence) in tables.items():
+        rows_per_prompt = right[0].size // right.shape[1]
+        orders = [np.argsort(-c.ravel(), kind="stable") for c in confidence]
+        sorted_tables[method] = [(r.ravel()[o], o // rows_per_prompt) for r, o in zip(right, orders, strict=True)]
+
+    def statistic(seeds: np.ndarray, prompts: np.ndarray) -> list[list[float]]:
+        return [
+            np.average([surest(right, prompts[of], coverages) for right, of in by_seed], axis=0, weights=seeds)
+            for by_seed in sorted_tables.values()
+        ]
+
+    num_seeds, num_prompts = next(iter(tables.values()))[0].shape[:2]
+    measured = np.array(statistic(np.ones(num_seeds), np.ones(num_prompts, dtype=int)))
+    replicates = bootstrap_statistic(statistic, num_seeds, num_prompts, num_resamples=1000)
+    methods = list(tables)
+    capo, grpo = methods.index("capo"), methods.index("grpo")
+    result = {}
+    for k, coverage in enumerate(coverages):
+        result[f"{coverage:.0%}"] = {m: interval(measured[i, k], replicates[:, i, k]) for i, m in enumerate(methods)}
+        gap = interval(measured[capo, k] - measured[grpo, k], replicates[:, capo, k] - replicates[:, grpo, k])
+        result[f"{coverage:.0%}"]["capo - grpo"] = gap
+    return result
+
+
+def surest(right: np.ndarray, counts: np.ndarray, coverages: tuple[float, ...]) -> list[float]:
+    """Precision of the surest shares of rows that are sorted by confidence and count several times, (M,) each."""
+    covered, hits = np.cumsum(counts), np.cumsum(counts * right)
+    ends = [np.searchsorted(covered, coverage * covered[-1]) for coverage in coverages]
+    return [hits[end] / covered[end] for end in ends]
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def signed(estimate: Estimate) -> str:
+    return f"{estimate.value:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
+
+
+def main_table(runs: dict[str, Runs]) -> str:
+    rows = []
+    for split in TEST_SPLITS:
+        for method in [m for m in MAIN if m in runs]:
+            of, step = runs[method], runs[method].steps[-1]
+            cells = [
+                value(lambda s, of=of, step=step: of.accuracy(step, s), (split,)),
+                value(lambda s, of=of, step=step: of.auc(step, s), (split,)),
+                *(
+                    of.summary(name, step, split).mean()
+                    for name in ("auc_pooled", "perplexity_consistency", "entropy")
+                ),
+            ]
+            gaps = ["", ""]
+            if method not in ("base", "grpo"):
+                gap = against(of, runs["grpo"], (split,))
+                gaps = [signed(gap["auc_within"]), signed(gap["accuracy"])]
+            name = f"{NAMES[method]} (`{method}`)"
+            rows.append([split if method == "base" else "", name, *(f"{cell:.3f}" for cell in cells), *gaps])
+    header = ["split", "method", "accuracy", "AUC within", "AUC pooled", "PC@16", "entropy"]
+    return table([*header, "AUC within minus GRPO", "accuracy minus GRPO"], rows)
+
+
+def pairs_table(runs: dict[str, Runs], pairs: list[tuple[str, str]]) -> str:
+    """One method minus another at the end, all splits."""
+    rows = []
+    for method, baseline in pairs:
+        if method not in runs or baseline not in runs:
+            continue
+        of = runs[method]
+        gap = against(of, runs[baseline])
+        masked = [of.logged(f"capo/frac_masked_{kind}") for kind in ("correct", "wrong")]
+        tau = of.logged("capo/tau")
+        rows.append(
+            [
+                f"{NAMES[method]} (`{method}`)",
+                NAMES[baseline],
+                "" if np.isnan(tau) or "grpo" in method else f"{tau:.2f}",
+                "" if np.isnan(masked).any() else f"{masked[0]:.1%} / {masked[1]:.1%}",
+                *(signed(gap[name]) for name in ("auc_within", "auc_common", "accuracy", "auc_pooled", "entropy")),
+                len(both(of, runs[baseline])[0].numbers),
+            ]
+        )
+    header = ["method", "minus", "tau", "masked right / wrong", "AUC within", "on prompts mixed for both", "accuracy"]
+    return table([*header, "AUC pooled", "entropy", "seeds"], rows)
+
+
+def fall_table(runs: dict[str, Runs]) -> str:
+    """AUC within of each checkpoint minus that of the base, over the prompts of the curve: does training harm it?"""
+    rows = []
+    for method in [m for m in MAIN if m in runs and m != "base"]:
+        of, base = both(runs[method], runs["base"])
+        for step in of.steps:
+            gaps = [
+                difference(
+                    lambda s, of=of, step=step, name=name: getattr(of, name)(step, s)[:, :CURVE_PROMPTS],
+                    lambda s, base=base, name=name: getattr(base, name)(0, s)[:, :CURVE_PROMPTS],
+                )
+                for name in ("auc", "accuracy")
+            ]
+            rows.append([NAMES[method] if step == of.steps[0] else "", step, *map(signed, gaps)])
+    return table(["method", "step", "AUC within minus base", "accuracy minus base"], rows)
+
+
+def matched_table(runs: dict[str, Runs]) -> str:
+    rows = []
+    for method in [m for m in ("capo", "capo_no_mask", "grpo_mask") if m in runs]:
+        for name, splits in [("all", tuple(TEST_SPLITS)), *((split, (split,)) for split in TEST_SPLITS)]:
+            found = at_matched_accuracy(runs[method], runs["grpo"], runs["base"], splits)
+            cells = [f"{found[k]:.3f}" for k in ("accuracy", "auc_within", "auc_within_baseline")]
+            rows.append([NAMES[method] if name == "all" else "", name, *cells, signed(found["difference"])])
+    return table(["method", "split", "at accuracy", "AUC within", "of GRPO", "difference"], rows)
+
+
+def temperature_table(runs: dict[str, Runs]) -> str:
+    rows = []
+    for method in [m for m in ("grpo", "capo", "capo_no_mask") if m in runs]:
+        of = runs[method]
+        for temperature in (TEMPERATURES[0], 1.0, TEMPERATURES[1]):
+            key = of.steps[-1] if temperature == 1 else f"T{temperature}"
+            cells = [
+                value(lambda s, of=of, key=key: of.accuracy(key, s)[:, :CURVE_PROMPTS]),
+                value(lambda s, of=of, key=key: of.auc(key, s)[:, :CURVE_PROMPTS]),
+            ]
+            gap = ""
+            if temperature == 1:
+                other = "grpo" if method != "grpo" else "capo"
+                gap = f"{signed(at_matched_temperature(of, runs[other]))} than {NAMES[other]}"
+            rows.append(
+                [NAMES[method] if temperature < 1 else "", temperature, *(f"{cell:.3f}" for cell in cells), gap]
+            )
+    header = ["method", "temperature", "accuracy", "AUC within"]
+    return table([*header, "AUC within, at the temperature where it is as accurate as the other at 1"], rows)
+
+
+def selection_table(votes: dict[str, dict]) -> str:
+    rows = []
+    for method, by_selector in votes.items():
+        for name, by_count in by_selector.items():
+            cells = [f"{mean_over_seeds_and_prompts(by_count[count]):.3f}" for count in COUNTS]
+            most, grpo = by_count[COUNTS[-1]], votes["grpo"][name][COUNTS[-1]]
+            gap = signed(paired_difference(most, grpo)) if method == "capo" else ""
+            rows.append([NAMES[method] if name == next(iter(SELECTORS)) else "", name, *cells, gap])
+    return table(["model", "answer chosen by", *(f"N = {count}" for count in COUNTS), "N = 16, CAPO minus GRPO"], rows)
+
+
+def precision_table(samples: dict[str, dict], chosen: dict[str, dict]) -> str:
+    rows = []
+    for name, tables in (("single samples, by s", samples), ("questions, PC@16 answers", chosen)):
+        for coverage, of in tables.items():
+            cells = [str(of[method]) for method in ("base", "grpo", "capo")]
+            rows.append([name if coverage == "50%" else "", coverage, *cells, signed(of["capo - grpo"])])
+    return table(["what is answered", "surest", "base", "GRPO", "CAPO", "CAPO minus GRPO"], rows)
+
+
+def tuning_table(world: str) -> str:
+    rows = []
+    for method in TUNING[world]:
+        stem = method.replace(" ", "_")
+        for path in sorted((RESULTS / f"{world}_tuning").glob(f"{stem}-[0-9]*.json"), key=_seed):
+            last = list(json.loads(path.read_text())["checkpoints"].values())[-1]
+            names = ("accuracy", "auc_within", "auc_pooled", "entropy")
+            rows.append(
+                [method, _seed(path), *(f"{nanmean([of[name] for of in last.values()]):.3f}" for name in names)]
+            )
+    return table(["setting", "seed", "accuracy", "AUC within", "AUC pooled", "entropy"], rows)
+
+
+def draw_curves(worlds: dict[str, dict[str, Runs]], path: Path) -> None:
+    """Accuracy and AUC along training, mean and range of the seeds, and the one against the other."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(worlds), 3, figsize=(13, 3.6 * len(worlds)), layout="constrained", squeeze=False)
+    for (world, runs), row in zip(worlds.items(), axes, strict=True):
+        for method in [m for m in MAIN if m in runs and m != "base"]:
+            of, base = both(runs[method], runs["base"])
+            points = [(base, 0), *((of, step) for step in of.steps)]
+            steps = [step for _, step in points]
+            accuracy, auc = (
+                np.mean(
+                    [
+                        [np.nanmean(getattr(m, name)(step, split)[:, :CURVE_PROMPTS], axis=1) for m, step in points]
+                        for split in TEST_SPLITS
+                    ],
+                    axis=0,
+                )
+                for name in ("accuracy", "auc")
+            )  # (checkpoints, S) each
+            style = dict(color=COLORS[method], label=NAMES[method], linewidth=2)
+            for axis, values in ((row[0], accuracy), (row[1], auc)):
+                axis.plot(steps, values.mean(axis=1), **style)
+                axis.fill_between(steps, values.min(axis=1), values.max(axis=1), color=COLORS[method], alpha=0.12)
+            row[2].plot(accuracy.mean(axis=1), auc.mean(axis=1), marker="o", markersize=4, **style)
+            for axis in row[1:]:
+                axis.axhline(auc[0].mean(), color=COLORS["base"], linestyle=":", linewidth=1)
+        row[0].set_ylabel(f"world: {world}", fontsize=12)
+        row[0].set_title("accuracy")
+        row[1].set_title("AUC within prompts (dotted: base)")
+        row[2].set_title("AUC within prompts against accuracy")
+        row[0].set_xlabel("optimizer step")
+        row[1].set_xlabel("optimizer step")
+        row[2].set_xlabel("accuracy")
+    _finish(figure, axes, path)
+
+
+def draw_uses(runs: dict[str, Runs], votes: dict, chosen: dict, path: Path) -> None:
+    """What the confidence buys: votes against N, precision-coverage of samples and of questions."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained", squeeze=False)
+    for method, of in runs.items():
+        style = dict(color=COLORS[method], linewidth=2)
+        for name, line in (("Perplexity Consistency", "-"), ("majority vote", ":"), ("surest answer", "--")):
+            label = f"{NAMES[method]}, {name}" if method == "capo" else NAMES[method] if line == "-" else None
+            accuracy = [mean_over_seeds_and_prompts(votes[method][name][count]) for count in COUNTS]
+            axes[0, 0].plot(COUNTS, accuracy, linestyle=line, label=label, **style)
+        for axis, (right, confidence) in ((axes[0, 1], of.samples()[:2]), (axes[0, 2], chosen[method])):
+            curves = [precision_coverage(r, c) for r, c in zip(right, confidence, strict=True)]
+            coverage = curves[0][0]
+            points = np.unique(np.linspace(len(coverage) // 50, len(coverage) - 1, 300).astype(int))
+            precision = np.mean([precision[points] for _, precision in curves], axis=0)
+            axis.plot(coverage[points], precision, label=NAMES[method], **style)
+    axes[0, 0].set_xscale("log", base=2)
+    axes[0, 0].set_title("accuracy of the chosen answer")
+    axes[0, 0].set_xlabel("samples")
+    axes[0, 1].set_title("precision of the surest samples")
+    axes[0, 2].set_title("precision of the surest questions (PC@16)")
+    for axis in axes[0, 1:]:
+        axis.set_xlabel("coverage")
+    _finish(figure, axes, path)
+
+
+def _finish(figure, axes, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+PAIRS = [
+    *((method, "grpo") for method in NAMES if method not in ("base", "grpo")),
+    ("capo_no_mask", "capo"),
+    ("capo_no_mask", "capo_paper_mask"),
+    ("capo_batch", "capo_sum"),
+    ("capo_graded", "grpo_graded"),
+]
+
+
+def world_tables(world: str, runs: dict[str, Runs], figures: Path) -> dict[str, str]:
+    """Everything about one world."""
+    tables = {"pairs": pairs_table(runs, PAIRS)}
+    if world in TUNING:
+        tables["tuning"] = tuning_table(world)
+    if "capo" not in runs or "base" not in runs:
+        return tables
+    tables["main"], tables["fall"] = main_table(runs), fall_table(runs)
+    tables["matched"], tables["temperature"] = matched_table(runs), temperature_table(runs)
+    seeds = [seed for seed in runs["base"].numbers if seed in runs["grpo"].numbers and seed in runs["capo"].numbers]
+    users = {method: runs[method].only(seeds) for method in ("base", "grpo", "capo")}
+    votes = {method: selected(of) for method, of in users.items()}
+    chosen = {method: questions(of) for method, of in users.items()}
+    samples = {method: of.samples()[:2] for method, of in users.items()}
+    tables["selection"] = selection_table(votes)
+    tables["precision"] = precision_table(precision_differences(samples), precision_differences(chosen))
+    draw_uses(users, votes, chosen, figures / f"evidence_uses_{world}.png")
+    return tables
+
+
+def main() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    figures = ROOT / "docs" / "figures"
+    worlds = {world: runs for world in WORLDS if "grpo" in (runs := load(world))}
+    tables = {}
+    for world, runs in worlds.items():
+        print(f"{world}:", {method: len(of.numbers) for method, of in runs.items()})
+        tables |= {f"{world} {name}": content for name, content in world_tables(world, runs, figures).items()}
+    draw_curves(
+        {world: runs for world, runs in worlds.items() if {"base", "capo"} <= set(runs)},
+        figures / "evidence_curves.png",
+    )
+    (RESULTS / "tables.json").write_text(json.dumps(tables, indent=1))
+    write_tables(ROOT / "docs" / "evidence.md", tables)
+
+
+def write_tables(document: Path, tables: dict[str, str]) -> None:
+    """Puts each table that the document asks for between its marks."""
+    text = document.read_text()
+    for name in re.findall(r"<!-- table: (.*) -->", text):
+        between = re.compile(f"({re.escape(f'<!-- table: {name} -->')}\n).*?(<!-- end -->)", re.DOTALL)
+        text = between.sub(lambda found, content=tables[name]: f"{found[1]}\n{content}\n\n{found[2]}", text)
+    document.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -554,13 +554,15 @@ PAIRS = [
 
 def world_tables(world: str, runs: dict[str, Runs], figures: Path) -> dict[str, str]:
     """Everything about one world."""
-    tables = {"pairs": pairs_table(runs, PAIRS)}
+    tables = {
+        "pairs": pairs_table(runs, PAIRS),
+        "main": main_table(runs),
+        "fall": fall_table(runs),
+        "matched": matched_table(runs),
+        "temperature": temperature_table(runs),
+    }
     if world in TUNING:
         tables["tuning"] = tuning_table(world)
-    if "capo" not in runs or "base" not in runs:
-        return tables
-    tables["main"], tables["fall"] = main_table(runs), fall_table(runs)
-    tables["matched"], tables["temperature"] = matched_table(runs), temperature_table(runs)
     seeds = [seed for seed in runs["base"].numbers if seed in runs["grpo"].numbers and seed in runs["capo"].numbers]
     users = {method: runs[method].only(seeds) for method in ("base", "grpo", "capo")}
     votes = {method: selected(of) for method, of in users.items()}
@@ -577,15 +579,17 @@ def main() -> None:
 
     matplotlib.use("Agg")
     figures = ROOT / "docs" / "figures"
-    worlds = {world: runs for world in WORLDS if "grpo" in (runs := load(world))}
+    worlds = {world: runs for world in WORLDS if {"base", "grpo", "capo"} <= set(runs := load(world))}
+    if not worlds:
+        raise SystemExit(
+            "no world has runs of base, grpo and capo yet. Make them first, e.g.: "
+            "python benchmarks/arithmetic_study.py --world slips --methods base grpo capo"
+        )
     tables = {}
     for world, runs in worlds.items():
         print(f"{world}:", {method: len(of.numbers) for method, of in runs.items()})
         tables |= {f"{world} {name}": content for name, content in world_tables(world, runs, figures).items()}
-    draw_curves(
-        {world: runs for world, runs in worlds.items() if {"base", "capo"} <= set(runs)},
-        figures / "evidence_curves.png",
-    )
+    draw_curves(worlds, figures / "evidence_curves.png")
     (RESULTS / "tables.json").write_text(json.dumps(tables, indent=1))
     write_tables(ROOT / "docs" / "evidence.md", tables)
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -234,3 +235,9 @@ class RepoUrl(str):
 def test_every_method_has_a_parser():
     for method in train.METHODS:
         assert "--num_generations" in train.make_parser(method).format_help()
+
+
+@pytest.mark.parametrize("name", ["arithmetic-base", "arithmetic-habit"])
+def test_shipped_models_have_names(name):
+    assert (Path(train._model_path(name)) / "model.safetensors").exists()
+    assert train._model_path("some/other") == "some/other"

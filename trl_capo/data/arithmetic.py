@@ -16,10 +16,10 @@ answers as a hasty human writes them. Three things make its confidence informati
 Because the last two generalise, this world favours methods that act on confidence. Where what is misranked cannot be
 generalised (half-known products alone), there is less to win.
 
-A second base (`HABIT_MODEL`) has the paper's ailment: reinforcement learning makes it more accurate and its confidence
-less telling. Its logits are flattened (`HABIT_SHARPNESS`), so most of its errors are random and look unsure. And it
-has a habit: where a sum or a difference carries, it forgets the carry nearly always (`HABIT_RATE`). Training sharpens
-the random errors away; what is left is confidently wrong.
+A second base (`HABIT_MODEL`, the same command with `--habit`) starts from better confidence. Its logits are flattened
+(`HABIT_SHARPNESS`), so most of its errors are random and look unsure. And it has a habit: where a sum or a difference
+carries, it forgets the carry nearly always (`HABIT_RATE`). It is meant for studying what happens to confidence when
+training sharpens the random errors away.
 
 Prompts are assigned to splits by a hash of their text, so that no two splits share one, whatever the seeds and sizes.
 """
@@ -155,9 +155,8 @@ def write_answer(chain: str, rng: random.Random | None = None, *, habit: bool = 
         if rng is not None:
             separator = rng.choices(list(SEPARATORS), list(SEPARATORS.values()))[0]
             may_slip = carries(value, operator, right) if habit else operator != "*"
-            if may_slip and rng.random() < (
-                HABIT_RATE if habit else SLIP_RATE
-            ):  # the carry or the borrow is forgotten
+            rate = HABIT_RATE if habit else SLIP_RATE
+            if may_slip and rng.random() < rate:  # the carry or the borrow is forgotten
                 result = (result + (10 if operator == "-" else -10)) % MODULUS
         answer += f"{value}{operator}{right}={result}{separator}"
         value = result

@@ -1,6 +1,7 @@
 """Train the base model of the arithmetic world from scratch.
 
     python -m trl_capo.scripts.arithmetic_base --output_dir trl_capo/assets/arithmetic-base
+    python -m trl_capo.scripts.arithmetic_base --habit --output_dir trl_capo/assets/arithmetic-habit
 
 Supervised training in two stages, on prompts that reinforcement learning and evaluation never see: clean answers,
 so that sums are known and products half known; then human-like answers with slips and free separators (see

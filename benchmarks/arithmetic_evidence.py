@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from arithmetic_study import CURVE_PROMPTS, MAIN, NUM_SAMPLES, RESULTS, TEMPERATURES, TEST_SPLITS, TUNING, WORLDS
+from arithmetic_study import CURVE_PROMPTS, MAIN, NUM_SAMPLES, RESULTS, TEST_SPLITS, TUNING, WORLDS
 from tqdm import tqdm
 
 from trl_capo.calibration.bootstrap import (
@@ -53,6 +53,7 @@ NAMES = {
 }
 COLORS = {"base": "#7f7f7f", "grpo": "#d55e00", "capo": "#0072b2", "capo_no_mask": "#56b4e9", "grpo_mask": "#e69f00"}
 COUNTS = (1, 2, 4, 8, 16)  # answers that are voted over
+PRECISIONS = (0.8, 0.9)  # asked of the questions that are answered at all
 VOTE_TAU = 0.15  # CAPO's in the world of slips: its loss takes s / tau for the log-odds of being right
 
 
@@ -71,6 +72,12 @@ class Runs:
     @property
     def steps(self) -> list[int]:
         return [int(key) for key in next(iter(self.numbers.values()))["checkpoints"] if not key.startswith("T")]
+
+    @property
+    def temperatures(self) -> list[tuple[float, int | str]]:
+        """Temperatures of the samples at the end, from the coldest, and the key of each."""
+        keys = [key for key in next(iter(self.numbers.values()))["checkpoints"] if key.startswith("T")]
+        return sorted([(1.0, self.steps[-1]), *((float(key[1:]), key) for key in keys)])
 
     def only(self, seeds) -> "Runs":
         return Runs({s: self.numbers[s] for s in seeds}, {s: self.arrays[s] for s in seeds})
@@ -220,17 +227,17 @@ def at_matched_temperature(runs: Runs, baseline: Runs, splits=tuple(TEST_SPLITS)
     that were sampled.
     """
     runs, baseline = both(runs, baseline)
-    ends = [(runs, f"T{TEMPERATURES[1]}"), (runs, runs.steps[-1]), (runs, f"T{TEMPERATURES[0]}")]  # ever more accurate
+    ends = [(runs, key) for _, key in reversed(runs.temperatures)]  # ever colder, ever more accurate
     ends.append((baseline, baseline.steps[-1]))
 
     def points(split: str) -> np.ndarray:
         accuracy = [of.accuracy(at, split)[:, :CURVE_PROMPTS] for of, at in ends]
-        return np.array([accuracy, [of.auc(at, split)[:, :CURVE_PROMPTS] for of, at in ends]])  # (2, 4, S, P)
+        return np.array([accuracy, [of.auc(at, split)[:, :CURVE_PROMPTS] for of, at in ends]])  # (2, K + 1, S, P)
 
     def gap(accuracy: np.ndarray, auc: np.ndarray) -> float:
-        if not accuracy[0] <= accuracy[3] <= accuracy[2]:
+        if not accuracy[0] <= accuracy[-1] <= accuracy[-2]:
             return np.nan
-        return auc_at(accuracy[3], accuracy[:3], auc[:3]) - auc[3]
+        return auc_at(accuracy[-1], accuracy[:-1], auc[:-1]) - auc[-1]
 
     measured, replicates = over_splits(points, splits)
     gaps = np.array([gap(*drawn) for drawn in replicates])
@@ -331,6 +338,52 @@ def surest(right: np.ndarray, counts: np.ndarray, coverages: tuple[float, ...]) 
     return [hits[end] / covered[end] for end in ends]
 
 
+def abstention(
+    tables: dict[str, tuple[np.ndarray, np.ndarray]], precisions: tuple[float, ...]
+) -> dict[float, dict[str, tuple[Estimate, Estimate]]]:
+    """Answer only above a threshold that promised a precision on other questions: is it kept, how much is answered?
+
+    The threshold is the lowest confidence at which the surest questions of the odd prompts are right that often; it is
+    applied to the even ones, and the other way round. With no such threshold nothing is answered.
+
+    Args:
+        tables: Correctness and confidence of each method, shape (S, P).
+        precisions: What is asked for.
+
+    Returns:
+        By precision and method: the precision of what was answered, and the share of questions that was. A seed that
+        answers nothing has no precision, and the estimate leaves it out.
+    """
+    result = {}
+    for asked in precisions:
+        result[asked] = {}
+        for method, (right, confidence) in tables.items():
+            kept, answered = [], []
+            for r, c in zip(right, confidence, strict=True):
+                halves = [(r[0::2], c[0::2]), (r[1::2], c[1::2])]
+                hits = [
+                    their_r[their_c >= threshold(my_r, my_c, asked)]
+                    for (my_r, my_c), (their_r, their_c) in (halves, halves[::-1])
+                ]
+                hits = np.concatenate(hits)
+                kept.append([hits.mean() if len(hits) else np.nan])
+                answered.append([len(hits) / len(r)])
+            result[asked][method] = tuple(
+                interval(mean_over_seeds_and_prompts(numbers), bootstrap_means(numbers))
+                for numbers in (kept, answered)
+            )
+    return result
+
+
+def threshold(right: np.ndarray, confidence: np.ndarray, precision: float) -> float:
+    """The lowest confidence from which on so many are right; infinity if there is none. Shapes (P,)."""
+    order = np.argsort(-confidence, kind="stable")
+    precise = np.cumsum(right[order]) / np.arange(1, len(right) + 1) >= precision
+    last_of_ties = np.append(confidence[order][1:] < confidence[order][:-1], True)
+    ends = np.flatnonzero(precise & last_of_ties)
+    return float(confidence[order][ends[-1]]) if len(ends) else np.inf
+
+
 def table(header: list[str], rows: list[list]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
@@ -416,22 +469,19 @@ def matched_table(runs: dict[str, Runs]) -> str:
 
 def temperature_table(runs: dict[str, Runs]) -> str:
     rows = []
-    for method in [m for m in ("grpo", "capo", "capo_no_mask") if m in runs]:
+    for method, other in (("base", "grpo"), ("grpo", "capo"), ("capo", "grpo"), ("capo_no_mask", "grpo")):
+        if method not in runs:
+            continue
         of = runs[method]
-        for temperature in (TEMPERATURES[0], 1.0, TEMPERATURES[1]):
-            key = of.steps[-1] if temperature == 1 else f"T{temperature}"
+        for temperature, key in of.temperatures:
             cells = [
                 value(lambda s, of=of, key=key: of.accuracy(key, s)[:, :CURVE_PROMPTS]),
                 value(lambda s, of=of, key=key: of.auc(key, s)[:, :CURVE_PROMPTS]),
             ]
-            gap = ""
-            if temperature == 1:
-                other = "grpo" if method != "grpo" else "capo"
-                gap = f"{signed(at_matched_temperature(of, runs[other]))} than {NAMES[other]}"
-            rows.append(
-                [NAMES[method] if temperature < 1 else "", temperature, *(f"{cell:.3f}" for cell in cells), gap]
-            )
-    header = ["method", "temperature", "accuracy", "AUC within"]
+            gap = f"{signed(at_matched_temperature(of, runs[other]))} than {NAMES[other]}" if temperature == 1 else ""
+            name = NAMES[method] if key == of.temperatures[0][1] else ""
+            rows.append([name, temperature, *(f"{cell:.3f}" for cell in cells), gap])
+    header = ["model", "temperature", "accuracy", "AUC within"]
     return table([*header, "AUC within, at the temperature where it is as accurate as the other at 1"], rows)
 
 
@@ -455,17 +505,93 @@ def precision_table(samples: dict[str, dict], chosen: dict[str, dict]) -> str:
     return table(["what is answered", "surest", "base", "GRPO", "CAPO", "CAPO minus GRPO"], rows)
 
 
-def tuning_table(world: str) -> str:
+def abstention_table(tables: dict[float, dict[str, tuple[Estimate, Estimate]]]) -> str:
     rows = []
-    for method in TUNING[world]:
-        stem = method.replace(" ", "_")
-        for path in sorted((RESULTS / f"{world}_tuning").glob(f"{stem}-[0-9]*.json"), key=_seed):
-            last = list(json.loads(path.read_text())["checkpoints"].values())[-1]
-            names = ("accuracy", "auc_within", "auc_pooled", "entropy")
-            rows.append(
-                [method, _seed(path), *(f"{nanmean([of[name] for of in last.values()]):.3f}" for name in names)]
-            )
+    for asked, by_method in tables.items():
+        for method, (kept, answered) in by_method.items():
+            rows.append([f"{asked:.0%}" if method == "base" else "", NAMES[method], str(kept), str(answered)])
+    return table(["precision asked for", "model", "precision of what it answers", "share of questions answered"], rows)
+
+
+def tuned(world: str) -> dict[str, dict[int, list[float]]]:
+    """Accuracy, AUC within, AUC pooled and entropy on the validation split, by setting and seed."""
+    found = {}
+    for setting in TUNING[world]:
+        paths = (RESULTS / f"{world}_tuning").glob(f"{setting.replace(' ', '_')}-[0-9]*.json")
+        last = {
+            _seed(p): list(json.loads(p.read_text())["checkpoints"].values())[-1] for p in sorted(paths, key=_seed)
+        }
+        names = ("accuracy", "auc_within", "auc_pooled", "entropy")
+        found[setting] = {
+            seed: [nanmean([of[name] for of in at.values()]) for name in names] for seed, at in last.items()
+        }
+    return found
+
+
+def chosen_settings(world: str) -> tuple[str, str]:
+    """GRPO's and CAPO's settings of the study, among those that were run with every tuning seed.
+
+    GRPO's is the most accurate. CAPO's has the highest AUC within of those at most two points less accurate.
+    """
+    by_seed = tuned(world)
+    seeds = max(map(len, by_seed.values()))
+    means = {setting: np.mean(list(of.values()), axis=0) for setting, of in by_seed.items() if len(of) == seeds}
+    grpo = max((setting for setting in means if setting.startswith("grpo")), key=lambda setting: means[setting][0])
+    capo = [s for s in means if s.startswith("capo") and means[s][0] >= means[grpo][0] - 0.02]
+    return grpo, max(capo, key=lambda setting: means[setting][1])
+
+
+def tuning_table(world: str) -> str:
+    chosen = chosen_settings(world)
+    rows = [
+        [f"**{setting}**" if setting in chosen else setting, seed, *(f"{number:.3f}" for number in numbers)]
+        for setting, of in tuned(world).items()
+        for seed, numbers in of.items()
+    ]
     return table(["setting", "seed", "accuracy", "AUC within", "AUC pooled", "entropy"], rows)
+
+
+def regime_table(worlds: dict[str, dict[str, Runs]]) -> str:
+    """Each world in a row: what GRPO does to the base's AUC, and what CAPO adds."""
+    rows = []
+    for world, runs in worlds.items():
+        base, grpo, capo = runs["base"], runs["grpo"], runs["capo"]
+        fall, gap = against(grpo, base), against(capo, grpo)
+        matched = at_matched_accuracy(capo, grpo, base)
+        start = [value(lambda s, base=base, name=name: getattr(base, name)(0, s)) for name in ("accuracy", "auc")]
+        rows.append(
+            [
+                f"`{world}`",
+                " / ".join(f"{number:.3f}" for number in start),
+                f"{WORLDS[world].tau / median_gap(base):.1f}",
+                signed(fall["accuracy"]),
+                signed(fall["auc_within"]),
+                signed(fall["auc_common"]),
+                signed(gap["accuracy"]),
+                signed(gap["auc_within"]),
+                signed(matched["difference"]),
+                len(both(capo, grpo)[0].numbers),
+            ]
+        )
+    header = [
+        "world",
+        "base: accuracy / AUC",
+        "tau in gaps",
+        "GRPO - base: accuracy",
+        "AUC",
+        "on prompts mixed for both",
+    ]
+    return table([*header, "CAPO - GRPO: accuracy", "AUC", "AUC at matched accuracy", "seeds"], rows)
+
+
+def median_gap(base: Runs) -> float:
+    """Median distance in mean log-prob between a right and a wrong answer of the base to one prompt."""
+    correct, logps, _ = base.samples()
+    pairs = [
+        np.abs(np.subtract.outer(logps[at][correct[at] == 1], logps[at][correct[at] == 0])).ravel()
+        for at in np.ndindex(correct.shape[:2])
+    ]
+    return float(np.median(np.concatenate(pairs)))
 
 
 def draw_curves(worlds: dict[str, dict[str, Runs]], path: Path) -> None:
@@ -561,7 +687,7 @@ def world_tables(world: str, runs: dict[str, Runs], figures: Path) -> dict[str, 
         "matched": matched_table(runs),
         "temperature": temperature_table(runs),
     }
-    if world in TUNING:
+    if (RESULTS / f"{world}_tuning").exists():
         tables["tuning"] = tuning_table(world)
     seeds = [seed for seed in runs["base"].numbers if seed in runs["grpo"].numbers and seed in runs["capo"].numbers]
     users = {method: runs[method].only(seeds) for method in ("base", "grpo", "capo")}
@@ -570,6 +696,7 @@ def world_tables(world: str, runs: dict[str, Runs], figures: Path) -> dict[str, 
     samples = {method: of.samples()[:2] for method, of in users.items()}
     tables["selection"] = selection_table(votes)
     tables["precision"] = precision_table(precision_differences(samples), precision_differences(chosen))
+    tables["abstention"] = abstention_table(abstention(chosen, PRECISIONS))
     draw_uses(users, votes, chosen, figures / f"evidence_uses_{world}.png")
     return tables
 
@@ -589,6 +716,7 @@ def main() -> None:
     for world, runs in worlds.items():
         print(f"{world}:", {method: len(of.numbers) for method, of in runs.items()})
         tables |= {f"{world} {name}": content for name, content in world_tables(world, runs, figures).items()}
+    tables["regimes"] = regime_table(worlds)
     draw_curves(worlds, figures / "evidence_curves.png")
     (RESULTS / "tables.json").write_text(json.dumps(tables, indent=1))
     write_tables(ROOT / "docs" / "evidence.md", tables)

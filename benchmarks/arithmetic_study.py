@@ -33,7 +33,10 @@ RESULTS = Path(__file__).parent / "results" / "arithmetic_study"
 CLEAN_MODEL = Path("runs") / "arithmetic-clean"
 LONGEST_RUN = 400  # seconds; until a longer one was seen
 NUM_SAMPLES = 16
-TEMPERATURES = (0.7, 1.3)  # of the samples, besides 1, at the end of training; log-probs are always those at 1
+# Of the samples, besides 1, at the end of training; log-probs are always those at 1. The base is only cooled: training
+# does that to it too.
+TEMPERATURES = (0.7, 1.3)
+BASE_TEMPERATURES = (0.3, 0.5, 0.7)
 TEST_SPLITS = {"test_2": 500, "test_3": 500, "test_4": 500}  # prompts of each
 CURVE_PROMPTS = 250  # the first of these, for checkpoints before the last and for other temperatures
 TUNING_SPLITS = {"validation_2": 300, "validation_3": 300, "validation_4": 300}
@@ -126,16 +129,6 @@ TUNING = {
         "capo tau 0.25": ("capo", CAPO | MASK | dict(tau=0.25)),
         "capo mask 25-75": ("capo", CAPO | PAPER_MASK | dict(tau=0.15)),
     },
-    "habit": {
-        "grpo": ("grpo", NO_STD),
-        "grpo lr 4e-4": ("grpo", NO_STD | dict(learning_rate=4e-4)),
-        "grpo std": ("grpo", STD),
-        "grpo std lr 4e-4": ("grpo", STD | dict(learning_rate=4e-4)),
-        "capo tau 0.2": ("capo", CAPO | MASK | dict(tau=0.2)),
-        "capo tau 0.4": ("capo", CAPO | MASK | dict(tau=0.4)),
-        "capo tau 0.8": ("capo", CAPO | MASK | dict(tau=0.8)),
-        "capo tau 0.4 lr 4e-4": ("capo", CAPO | MASK | dict(tau=0.4, learning_rate=4e-4)),
-    },
 }
 
 
@@ -208,7 +201,7 @@ def run(world: str, method: str, seed: int, tune: bool, deadline: float) -> bool
         return False
     be_quiet()
     torch.set_num_threads(1)
-    evaluations, history = _evaluate_base(world, seed, tune) if method == "base" else _train(world, method, seed, tune)
+    evaluations, history = _evaluate_base(world, seed) if method == "base" else _train(world, method, seed, tune)
     summary = {
         "world": world,
         "method": method,
@@ -246,13 +239,20 @@ def _compact(method: str, arrays: dict[int | str, dict]) -> dict[str, np.ndarray
     return compact
 
 
-def _evaluate_base(world: str, seed: int, tune: bool) -> tuple[dict, list]:
+def _evaluate_base(world: str, seed: int) -> tuple[dict, list]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         write_base(world, folder)
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    return {0: evaluate(model, tokenizer, TUNING_SPLITS if tune else TEST_SPLITS, seed)}, []
+    evaluations = {0: evaluate(model, tokenizer, TEST_SPLITS, seed)}
+    return evaluations | at_temperatures(model, tokenizer, BASE_TEMPERATURES, seed), []
+
+
+def at_temperatures(model, tokenizer, temperatures: tuple[float, ...], seed: int) -> dict[str, tuple[dict, dict]]:
+    """Evaluations of colder and hotter samples, on the prompts of the learning curves."""
+    splits = dict.fromkeys(TEST_SPLITS, CURVE_PROMPTS)
+    return {f"T{t}": evaluate(model, tokenizer, splits, seed, t) for t in temperatures}
 
 
 def _train(world: str, method: str, seed: int, tune: bool) -> tuple[dict, list]:
@@ -285,9 +285,7 @@ def _train(world: str, method: str, seed: int, tune: bool) -> tuple[dict, list]:
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     if method in MAIN and not tune:
-        for temperature in TEMPERATURES:
-            key = f"T{temperature}"
-            evaluations[key] = evaluate(trainer.model, trainer.processing_class, curve_splits, seed, temperature)
+        evaluations |= at_temperatures(trainer.model, trainer.processing_class, TEMPERATURES, seed)
     return evaluations, [entry for entry in trainer.state.log_history if "capo/auc_within" in entry]
 
 

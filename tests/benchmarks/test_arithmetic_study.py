@@ -98,6 +98,8 @@ def test_a_run_without_time_is_not_started(results):
 def test_what_is_stored_gives_back_what_was_measured(results):
     runs = evidence.load("slips")
     assert list(runs) == ["base", "grpo", "capo"]
+    assert [t for t, _ in runs["base"].temperatures] == [0.3, 0.5, 0.7, 1.0]
+    assert [key for _, key in runs["grpo"].temperatures] == ["T0.7", 2, "T1.3"]
     for method, last in (("base", 0), ("grpo", 2), ("capo", 2)):
         of = runs[method]
         assert of.steps == ([0] if method == "base" else [1, 2])
@@ -162,6 +164,62 @@ def test_common_prompts_only(results):
     common = ~np.isnan(ours) & ~np.isnan(theirs)
     found = evidence.against(runs["capo"], runs["grpo"], ("test_3",))["auc_common"].value
     assert found == pytest.approx(ours[common].mean() - theirs[common].mean(), abs=1e-6)
+
+
+def test_a_threshold_is_the_lowest_that_is_precise_enough():
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        right, confidence = (rng.random(30) < 0.7).astype(float), rng.integers(0, 12, 30) / 12
+        found = evidence.threshold(right, confidence, 0.8)
+        precise = [level for level in np.unique(confidence) if right[confidence >= level].mean() >= 0.8]
+        assert found == (min(precise) if precise else np.inf)
+    assert evidence.threshold(np.zeros(4), np.arange(4.0), 0.8) == np.inf
+
+
+def test_abstention_promises_on_one_half_and_keeps_on_the_other():
+    right = np.array([[1, 1, 1, 1, 0, 0, 1, 0]])
+    confidence = np.array([[0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]])
+    # Even prompts are right at .9, .7 and .3 and wrong at .5: at .8 they promise .7, above which the odd ones answer
+    # one question, rightly. Odd prompts promise .6, above which the even ones answer two, rightly.
+    kept, answered = evidence.abstention({"capo": (right, confidence)}, (0.8,))[0.8]["capo"]
+    assert kept.value == 1 and answered.value == 3 / 8
+    kept, answered = evidence.abstention({"capo": (0 * right, confidence)}, (0.8,))[0.8]["capo"]
+    assert np.isnan(kept.value) and answered.value == 0
+
+
+def test_settings_are_chosen_by_the_rule(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    (tmp_path / "slips_tuning").mkdir()
+
+    def write(setting: str, seed: int, accuracy: float, auc: float):
+        numbers = {"accuracy": accuracy, "auc_within": auc, "auc_pooled": 0.9, "entropy": 0.2}
+        path = tmp_path / "slips_tuning" / f"{setting.replace(' ', '_')}-{seed}.json"
+        path.write_text(json.dumps({"checkpoints": {"120": {"validation_2": numbers}}}))
+
+    for seed in (10, 11):
+        write("grpo", seed, 0.40, 0.80)
+        write("grpo std", seed, 0.42, 0.70)
+        write("capo", seed, 0.41, 0.75)
+        write("capo tau 0.1", seed, 0.39, 0.90)  # too inaccurate
+        write("capo tau 0.25", seed, 0.401, 0.80)
+    write("capo lr 1e-4", 10, 0.42, 0.95)  # one seed only
+    assert evidence.chosen_settings("slips") == ("grpo std", "capo tau 0.25")
+    assert "| **capo tau 0.25** | 11 | 0.401 | 0.800 |" in evidence.tuning_table("slips")
+
+
+def test_the_median_gap_is_over_pairs_of_one_prompt(results):
+    base = evidence.load("slips")["base"]
+    correct, logps, _ = (array[0] for array in base.samples())
+    gaps = [
+        abs(logps[p, i] - logps[p, j])
+        for p in range(len(correct))
+        for i in range(16)
+        for j in range(16)
+        if correct[p, i] > correct[p, j]
+    ]
+    assert evidence.median_gap(base) == pytest.approx(np.median(gaps))
+    row = evidence.regime_table({"slips": evidence.load("slips")}).splitlines()[-1]
+    assert row.startswith("| `slips` |") and f"| {study.WORLDS['slips'].tau / np.median(gaps):.1f} |" in row
 
 
 def test_tables_go_between_their_marks(tmp_path):

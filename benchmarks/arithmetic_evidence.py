@@ -16,7 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from arithmetic_study import CURVE_PROMPTS, MAIN, NUM_SAMPLES, RESULTS, TEST_SPLITS, TUNING, WORLDS
+from arithmetic_study import (
+    CURVE_PROMPTS,
+    MAIN,
+    NUM_SAMPLES,
+    RESULTS,
+    TEST_SPLITS,
+    TUNING,
+    WORLDS,
+    result_path,
+)
 from tqdm import tqdm
 
 from trl_capo.calibration.bootstrap import (
@@ -114,7 +123,8 @@ def load(world: str) -> dict[str, Runs]:
     """The finished runs of a world, by method in the order of `NAMES`."""
     runs = {}
     for method in NAMES:
-        paths = sorted((RESULTS / world).glob(f"{method}-*.json"), key=_seed)
+        folder = result_path(world, method, 0, False).parent
+        paths = sorted(folder.glob(f"{method}-*.json"), key=_seed)
         if paths:
             numbers = {_seed(path): json.loads(path.read_text()) for path in paths}
             runs[method] = Runs(numbers, {_seed(path): dict(np.load(path.with_suffix(".npz"))) for path in paths})

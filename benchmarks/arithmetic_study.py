@@ -68,7 +68,8 @@ class World:
 WORLDS = {
     "slips": World(),
     "habit": World("habit", tau=0.4),
-    "slips_long": World(learning_rate=1e-4, schedule="constant", steps=320, checkpoints=40),  # does entropy run away?
+    # As in the paper the rate stays constant; and longer: does entropy run away?
+    "slips_constant": World(learning_rate=1e-4, schedule="constant", steps=200, checkpoints=40),
     # Only to map where CAPO pays: the same base flattened, and bases without anything to unlearn.
     "slips_flat": World("slips", 0.45, tau=0.4),
     "clean": World("clean"),
@@ -171,7 +172,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def result_path(world: str, method: str, seed: int, tune: bool) -> Path:
-    return RESULTS / (f"{world}_tuning" if tune else world) / f"{method.replace(' ', '_')}-{seed}.json"
+    if tune:
+        world += "_tuning"
+    elif method == "base":  # that of another world, if it is the same
+        start = (WORLDS[world].base, WORLDS[world].sharpness)
+        world = next(name for name, of in WORLDS.items() if (of.base, of.sharpness) == start)
+    return RESULTS / world / f"{method.replace(' ', '_')}-{seed}.json"
 
 
 def options_of(world: str, method: str, seed: int, tune: bool) -> dict:

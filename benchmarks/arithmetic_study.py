@@ -30,7 +30,6 @@ from tqdm import tqdm
 
 
 RESULTS = Path(__file__).parent / "results" / "arithmetic_study"
-CLEAN_MODEL = Path("runs") / "arithmetic-clean"
 LONGEST_RUN = 400  # seconds; until a longer one was seen
 NUM_SAMPLES = 16
 # Of the samples, besides 1, at the end of training; log-probs are always those at 1. The base is only cooled: training
@@ -67,13 +66,12 @@ class World:
 
 WORLDS = {
     "slips": World(),
-    "habit": World("habit", tau=0.4),
+    "flat": World("flat", tau=0.4),
     # As in the paper the rate stays constant; and longer: does entropy run away?
     "slips_constant": World(learning_rate=1e-4, schedule="constant", steps=200, checkpoints=40),
-    # Only to map where CAPO pays: the same base flattened, and bases without anything to unlearn.
-    "slips_flat": World("slips", 0.45, tau=0.4),
-    "clean": World("clean"),
-    "clean_flat": World("clean", 0.45, tau=0.4),
+    # Only to map where CAPO pays: the first base as flat as the second, the second as sharp as it was before.
+    "slips_flat": World("slips", 0.5, tau=0.4),
+    "clean": World("flat", 2.0),
 }
 
 MASK = dict(ref_ppl_mask=True, ref_ppl_quantiles=[0.05, 0.95])
@@ -324,15 +322,9 @@ def write_base(world: str, folder: str | Path) -> None:
 
 
 def base_path(base: str) -> Path:
-    from trl_capo.data.arithmetic import BASE_MODEL, HABIT_MODEL
+    from trl_capo.data.arithmetic import BASE_MODEL, FLAT_MODEL
 
-    path = {"slips": BASE_MODEL, "habit": HABIT_MODEL, "clean": CLEAN_MODEL}[base]
-    if not path.exists():
-        raise ValueError(
-            f"{path} is not there. Make it, in about 6 minutes: "
-            f"python -m trl_capo.scripts.arithmetic_base --human_steps 0 --output_dir {path}"
-        )
-    return path
+    return {"slips": BASE_MODEL, "flat": FLAT_MODEL}[base]
 
 
 def box_reward(completions, solution, **kwargs) -> list[float]:

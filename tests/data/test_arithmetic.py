@@ -10,9 +10,8 @@ from trl.rewards import accuracy_reward
 from trl_capo.calibration.metrics import auc_within
 from trl_capo.data.arithmetic import (
     BASE_MODEL,
-    HABIT_MODEL,
-    HABIT_RATE,
-    HABIT_SHARPNESS,
+    FLAT_MODEL,
+    FLAT_SHARPNESS,
     SEPARATORS,
     SLIP_RATE,
     SPLITS,
@@ -79,31 +78,10 @@ class TestTask:
         for separator, rate in SEPARATORS.items():
             assert separators[separator] / separators.total() == pytest.approx(rate, abs=0.03)
 
-    def test_the_habit_forgets_carries_and_nothing_else(self):
-        rng = random.Random(0)
-        forgotten = []
-        for _ in range(3000):
-            for step in answer_steps(write_answer(sample_chain(rng, 3), rng, habit=True))[0]:
-                left, result = step.split("=")
-                value, [(operator, right)] = split_chain(left)
-                error = (int(result) - solve(left + "=")) % 1000
-                tens_change = {  # the tens of the result, less those of the two numbers
-                    "+": (value + right) // 10 - value // 10 - right // 10,
-                    "-": (value - right) // 10 - value // 10 + right // 10,
-                    "*": 0,
-                }[operator]
-                if tens_change == 0:
-                    assert error == 0
-                else:
-                    assert error in (0, {"+": 990, "-": 10}[operator])
-                    forgotten.append(error != 0)
-        assert sum(forgotten) / len(forgotten) == pytest.approx(HABIT_RATE, abs=0.02)
-
-    @pytest.mark.parametrize("habit", [False, True])
-    def test_answers_go_on_from_a_slip(self, habit):
+    def test_answers_go_on_from_a_slip(self):
         rng = random.Random(0)
         for _ in range(200):
-            steps, boxed = answer_steps(write_answer(sample_chain(rng, 4), rng, habit=habit))
+            steps, boxed = answer_steps(write_answer(sample_chain(rng, 4), rng))
             lefts, results = zip(*(step.split("=") for step in steps), strict=True)
             assert [str(split_chain(left)[0]) for left in lefts[1:]] == list(results[:-1])
             assert boxed == results[-1]
@@ -192,7 +170,7 @@ class TestTokenizer:
 
 
 class TestBaseModel:
-    @pytest.mark.parametrize("path", [BASE_MODEL, HABIT_MODEL])
+    @pytest.mark.parametrize("path", [BASE_MODEL, FLAT_MODEL])
     def test_small_and_float32(self, path):
         assert sum(file.stat().st_size for file in path.iterdir()) < 5_000_000
         model = AutoModelForCausalLM.from_pretrained(path)
@@ -205,7 +183,7 @@ class TestBaseModel:
 
     @pytest.mark.parametrize(
         ("path", "accuracies", "aucs"),
-        [(BASE_MODEL, (0.15, 0.5), (0.5, 0.8)), (HABIT_MODEL, (0.04, 0.2), (0.78, 0.95))],
+        [(BASE_MODEL, (0.15, 0.5), (0.5, 0.8)), (FLAT_MODEL, (0.15, 0.5), (0.85, 1.0))],
     )
     def test_shipped_models_can_be_improved(self, tokenizer, path, accuracies, aucs):
         # Loose bounds: enough groups are mixed; the confidence of the one is poor, that of the other still good.
@@ -222,15 +200,15 @@ class TestBaseModel:
         assert accuracies[0] < np.mean(correct) < accuracies[1]
         assert aucs[0] < auc_within(correct, samples.mean_logps) < aucs[1]
 
-    @pytest.mark.parametrize("habit", [False, True])
-    def test_training_command(self, tmp_path, capsys, habit):
+    @pytest.mark.parametrize("flat", [False, True])
+    def test_training_command(self, tmp_path, capsys, flat):
         arguments = "--clean_steps 2 --human_steps 2 --batch_size 4 --num_eval_prompts 2".split()
-        arguments += ["--habit"] if habit else []
+        arguments += ["--flat"] if flat else []
         states = []
         for name in ("first", "second"):
             main(["--output_dir", str(tmp_path / name), *arguments])
             states.append(AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict())
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
         sharpness = states[0]["model.norm.weight"].mean().item()  # four steps have hardly moved it from 1
-        assert sharpness == pytest.approx(HABIT_SHARPNESS if habit else 1.0, rel=0.05)
+        assert sharpness == pytest.approx(FLAT_SHARPNESS if flat else 1.0, rel=0.05)
         assert "test_5" in capsys.readouterr().out

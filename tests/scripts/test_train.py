@@ -237,7 +237,7 @@ def test_every_method_has_a_parser():
         assert "--num_generations" in train.make_parser(method).format_help()
 
 
-@pytest.mark.parametrize("name", ["arithmetic-base", "arithmetic-habit"])
+@pytest.mark.parametrize("name", ["arithmetic-base", "arithmetic-flat"])
 def test_shipped_models_have_names(name):
     assert (Path(train._model_path(name)) / "model.safetensors").exists()
     assert train._model_path("some/other") == "some/other"

@@ -16,10 +16,10 @@ answers as a hasty human writes them. Three things make its confidence informati
 Because the last two generalise, this world favours methods that act on confidence. Where what is misranked cannot be
 generalised (half-known products alone), there is less to win.
 
-A second base (`HABIT_MODEL`, the same command with `--habit`) starts from better confidence. Its logits are flattened
-(`HABIT_SHARPNESS`), so most of its errors are random and look unsure. And it has a habit: where a sum or a difference
-carries, it forgets the carry nearly always (`HABIT_RATE`). It is meant for studying what happens to confidence when
-training sharpens the random errors away.
+A second base (`FLAT_MODEL`, the same command with `--flat`) is that other case. It saw clean answers only, and its
+logits are flattened (`FLAT_SHARPNESS`): most of its errors are random and look unsure, so that its confidence tells
+right from wrong well. Training sharpens the random errors away and leaves what was never learned: accuracy rises,
+and confidence tells less.
 
 Prompts are assigned to splits by a hash of their text, so that no two splits share one, whatever the seeds and sizes.
 """
@@ -37,13 +37,12 @@ from transformers import AddedToken, Qwen2Tokenizer
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BASE_MODEL = ASSETS / "arithmetic-base"
-HABIT_MODEL = ASSETS / "arithmetic-habit"
+FLAT_MODEL = ASSETS / "arithmetic-flat"
 
 MODULUS = 1000
 MULTIPLICATION_RATE = 0.25
 SLIP_RATE = 0.4
-HABIT_RATE = 0.9
-HABIT_SHARPNESS = 0.4
+FLAT_SHARPNESS = 0.5
 SEPARATORS = {";": 0.7, ",": 0.2, ":": 0.07, "|": 0.03}
 
 PAD, EOS, UNKNOWN, BOXED = "<pad>", "<eos>", "<unk>", r"\boxed{"
@@ -119,25 +118,12 @@ def solve(chain: str) -> int:
     return value
 
 
-def carries(left: int, operator: str, right: int) -> bool:
-    """Whether the last digits of a sum carry, or those of a difference borrow.
-
-    Example:
-        >>> carries(17, "+", 25), carries(17, "+", 22), carries(21, "-", 15), carries(17, "*", 25)
-        (True, False, True, False)
-    """
-    if operator == "+":
-        return left % 10 + right % 10 >= 10
-    return operator == "-" and left % 10 < right % 10
-
-
-def write_answer(chain: str, rng: random.Random | None = None, *, habit: bool = False) -> str:
+def write_answer(chain: str, rng: random.Random | None = None) -> str:
     r"""Write out the steps of a chain.
 
     Args:
         chain: The prompt, e.g. `"63*15-43="`.
         rng: Source of slips and separators. None writes the clean answer.
-        habit: Slip nearly always where there is a carry, and nowhere else; otherwise slip sometimes, anywhere.
 
     Returns:
         The steps and the boxed value: that of `solve` in a clean answer, what the slips led to in a human-like one.
@@ -154,9 +140,7 @@ def write_answer(chain: str, rng: random.Random | None = None, *, habit: bool = 
         result, separator = evaluate_step(value, operator, right), ";"
         if rng is not None:
             separator = rng.choices(list(SEPARATORS), list(SEPARATORS.values()))[0]
-            may_slip = carries(value, operator, right) if habit else operator != "*"
-            rate = HABIT_RATE if habit else SLIP_RATE
-            if may_slip and rng.random() < rate:  # the carry or the borrow is forgotten
+            if operator != "*" and rng.random() < SLIP_RATE:  # the carry or the borrow is forgotten
                 result = (result + (10 if operator == "-" else -10)) % MODULUS
         answer += f"{value}{operator}{right}={result}{separator}"
         value = result

@@ -1,7 +1,7 @@
 """Train the base model of the arithmetic world from scratch.
 
     python -m trl_capo.scripts.arithmetic_base --output_dir trl_capo/assets/arithmetic-base
-    python -m trl_capo.scripts.arithmetic_base --habit --output_dir trl_capo/assets/arithmetic-habit
+    python -m trl_capo.scripts.arithmetic_base --flat --output_dir trl_capo/assets/arithmetic-flat
 
 Supervised training in two stages, on prompts that reinforcement learning and evaluation never see: clean answers,
 so that sums are known and products half known; then human-like answers with slips and free separators (see
@@ -28,7 +28,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config,
 
 from trl_capo.calibration.metrics import accuracy, auc_pooled, auc_within, group_fractions
 from trl_capo.data.arithmetic import (
-    HABIT_SHARPNESS,
+    FLAT_SHARPNESS,
     SPLITS,
     arithmetic_dataset,
     arithmetic_tokenizer,
@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--clean_steps", type=int, default=1800, help="steps on clean answers")
     parser.add_argument("--human_steps", type=int, default=400, help="steps on human-like answers")
     parser.add_argument(
-        "--habit", action="store_true", help="the base with a habit instead, see trl_capo.data.arithmetic"
+        "--flat", action="store_true", help="clean answers only, then flattened; see trl_capo.data.arithmetic"
     )
     parser.add_argument("--batch_size", type=int, default=64, help="answers a step")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="peak learning rate of the first stage")
@@ -90,15 +90,12 @@ def make_batch(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]])
 
 
 def supervised_batches(
-    tokenizer: PreTrainedTokenizerBase, rng: random.Random, batch_size: int, human_like: bool, habit: bool = False
+    tokenizer: PreTrainedTokenizerBase, rng: random.Random, batch_size: int, human_like: bool
 ) -> Iterator[list[dict[str, Tensor]]]:
     """Batches of prompts of the base split with answers, for ever; each cut into micro-batches of like length."""
     chains = sample_chains("base", rng)
     while True:
-        pairs = [
-            (chain, write_answer(chain, rng if human_like else None, habit=habit))
-            for chain in islice(chains, batch_size)
-        ]
+        pairs = [(chain, write_answer(chain, rng if human_like else None)) for chain in islice(chains, batch_size)]
         # Chains of two numbers are a third as long as those of five: padded together, half the computation is waste.
         pairs.sort(key=lambda pair: len(pair[0] + pair[1]))
         size = -(-batch_size // MICRO_BATCHES)
@@ -162,12 +159,12 @@ def main(argv: list[str] | None = None) -> None:
     rng = random.Random(args.seed)
     for name, human_like, steps, learning_rate in (
         ("clean answers", False, args.clean_steps, args.learning_rate),
-        ("human-like answers", True, args.human_steps, args.learning_rate / 4),
+        ("human-like answers", True, 0 if args.flat else args.human_steps, args.learning_rate / 4),
     ):
-        batches = supervised_batches(tokenizer, rng, args.batch_size, human_like, args.habit)
+        batches = supervised_batches(tokenizer, rng, args.batch_size, human_like)
         train(model, batches, steps, learning_rate, name)
-    if args.habit:
-        model.model.norm.weight.data *= HABIT_SHARPNESS  # the head is linear in it, so this flattens the logits
+    if args.flat:
+        model.model.norm.weight.data *= FLAT_SHARPNESS  # the head is linear in it, so this flattens the logits
     # What `generate` and TRL sample by default: the model's own distribution.
     model.generation_config = GenerationConfig(
         do_sample=True, top_k=0, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id

@@ -178,9 +178,9 @@ def _checkpoint_to_resume(training_args) -> str | None:
 def _model_path(name: str | None) -> str:
     if name is None:
         raise ValueError(
-            "model_name_or_path is missing: set it to a model id, a folder, arithmetic-base or arithmetic-habit."
+            "model_name_or_path is missing: set it to a model id, a folder, arithmetic-base or arithmetic-flat."
         )
-    if name in ("arithmetic-base", "arithmetic-habit") and not os.path.isdir(name):
+    if name in ("arithmetic-base", "arithmetic-flat") and not os.path.isdir(name):
         from trl_capo.data.arithmetic import ASSETS
 
         return str(ASSETS / name)

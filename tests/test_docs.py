@@ -70,3 +70,18 @@ def test_step_cost_in_the_readme(repository):
         layouts = json.loads((results / f"{name}.json").read_text())["layouts"]
         figures += [f"{layouts[layout][variant]['phases_over_grpo_stock']:.2f}" for layout in ("S=G", "S=2G")]
     assert re.findall(r"\d\.\d\d", section) == figures
+
+
+def test_the_evidence_is_what_was_measured(repository):
+    """Every table is the committed one, and every estimate with an interval, in the prose too, stands in a table."""
+    tables = json.loads((repository / "benchmarks" / "results" / "arithmetic_study" / "tables.json").read_text())
+    page = (repository / "docs" / "evidence.md").read_text()
+    between = dict(re.findall(r"<!-- table: (.*?) -->\n\n(.*?)\n\n<!-- end -->", page, re.DOTALL))
+    assert len(between) >= 8
+    assert between == {name: tables[name] for name in between}
+
+    estimate = re.compile(r"[+-]?\d\.\d{3} \[[+-]?\d\.\d{3}, [+-]?\d\.\d{3}\]")
+    measured = set(estimate.findall(" ".join(tables.values())))
+    for text in (page, (repository / "README.md").read_text()):
+        claimed = set(estimate.findall(text))
+        assert claimed and claimed <= measured, claimed - measured

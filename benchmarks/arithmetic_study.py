@@ -411,7 +411,8 @@ def grade_boxes(completions: list[list[str]], solutions: list[str]) -> tuple[lis
                 answers[p][n] = str(int(boxes[0]))
                 correct[p, n] = answers[p][n] == solution.removeprefix(r"\boxed{").removesuffix("}")
             else:
-                [answers[p][n]], [correct[p, n]] = grade([text], [solution], progress=False)
+                grades = grade([text], [solution], progress=False)
+                answers[p][n], correct[p, n] = grades.answers[0], grades.correct[0]
     return answers, correct
 
 

@@ -104,7 +104,7 @@ def overlapped(reward, pairs: list[Pair]) -> tuple[float, tuple]:
     begin = time.perf_counter()
     reward.start(completions, [gold for _, gold in pairs])
     seconds = time.perf_counter() - begin
-    wait(reward._pending.values())
+    wait(reward.workers._pending.values())
     called, results = timed(reward, pairs)
     return seconds + called, results
 

@@ -16,7 +16,7 @@ import trl.rewards
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.helpers import config_kwargs, prompt_dataset
-from trl_capo import rewards
+from trl_capo import rewards, workers
 from trl_capo.checks import check_data
 from trl_capo.rewards import get_accuracy_reward
 from trl_capo.scripts.train import _reward_function
@@ -106,13 +106,13 @@ def reward():
 def submitted(reward, monkeypatch):
     """The texts that reach the workers of `reward`."""
     texts = []
-    schedule = reward._pool.schedule
+    schedule = reward.workers._pool.schedule
 
     def remember(function, args, **kwargs):
         texts.append(args[0])
         return schedule(function, args, **kwargs)
 
-    monkeypatch.setattr(reward._pool, "schedule", remember)
+    monkeypatch.setattr(reward.workers._pool, "schedule", remember)
     return texts
 
 
@@ -134,7 +134,7 @@ def test_name_and_arguments_are_those_of_trl(reward):
 
 def test_what_a_worker_raises_is_raised(reward, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(TypeError, match="interpreted as an integer"):
-        patch.setattr(rewards, "_grade", int)
+        patch.setattr(reward.workers, "function", int)
         graded(reward, PAIRS)
     with pytest.raises(TypeError, match="pickle"):
         reward(as_completions([threading.Lock()]), ["$1$"])
@@ -154,7 +154,7 @@ def test_a_call_collects_what_start_began(reward, submitted):
     assert submitted == [r"\boxed{1}", r"\boxed{2}", r"\boxed{3}"]
     assert reward([*other, *begun], ["$1$"] * 3) == [0.0, 1.0, 0.0]
     assert submitted[3:] == [r"\boxed{3}"]
-    assert not reward._pending
+    assert not reward.workers._pending
     assert reward(begun, ["$1$", "$1$"]) == [1.0, 0.0]
     assert len(submitted) == 6  # nothing is remembered from call to call
 
@@ -164,7 +164,7 @@ def test_start_neither_waits_nor_keeps_what_was_not_collected(make_reward):
     begin = time.monotonic()
     reward.start(as_completions([SLOW]), ["$1$"])
     reward.start(as_completions([r"\boxed{2}"]), ["$2$"])
-    assert len(reward._pending) == 1
+    assert len(reward.workers._pending) == 1
     assert reward(as_completions([r"\boxed{2}"]), ["$2$"]) == [1.0]
     assert time.monotonic() - begin < 4  # SLOW would have held the worker for 5 seconds
 
@@ -174,7 +174,7 @@ def test_a_stuck_item_is_wrong_and_holds_nobody_up(make_reward):
     pairs = [(SLOW, "$1$"), *((rf"\boxed{{{n}}}", "$1$") for n in range(100)), (SLOW, "$1$")]
     begin, done = time.monotonic(), []
     reward.start(as_completions(text for text, _ in pairs), [gold for _, gold in pairs])
-    for future in list(reward._pending.values())[1:]:
+    for future in list(reward.workers._pending.values())[1:]:
         future.add_done_callback(lambda _: done.append(time.monotonic() - begin))
     with pytest.warns(UserWarning, match="2 of 102 completions count as wrong .* deadline of 1.5 s") as caught:
         results, columns = graded(reward, pairs)
@@ -190,7 +190,7 @@ def test_a_stuck_item_is_wrong_and_holds_nobody_up(make_reward):
 def test_an_item_stuck_in_c_is_ended_at_once(make_reward):
     reward = make_reward(num_workers=2)
     begin = time.monotonic()
-    stuck = reward._pool.schedule(eval, ("sum(range(10**10))",), timeout=0.5)
+    stuck = reward.workers._pool.schedule(eval, ("sum(range(10**10))",), timeout=0.5)
     with pytest.raises(TimeoutError):
         stuck.result()
     assert reward(as_completions([r"\boxed{1}"]), ["$1$"]) == [1.0]
@@ -201,9 +201,9 @@ def test_an_item_stuck_in_c_is_ended_at_once(make_reward):
 
 def test_a_worker_that_dies_costs_one_item(make_reward):
     reward = make_reward(num_workers=1)
-    worker = reward._pool.schedule(os.getpid).result()
+    worker = reward.workers._pool.schedule(os.getpid).result()
     reward.start(as_completions([SLOW]), ["$1$"])
-    [future] = reward._pending.values()
+    [future] = reward.workers._pending.values()
     wait_until(future.running)
     os.kill(worker, signal.SIGKILL)
     with pytest.warns(UserWarning, match="1 of 2 completions count as wrong"):
@@ -215,7 +215,7 @@ def test_a_worker_that_dies_costs_one_item(make_reward):
 @pytest.mark.parametrize("noticed", [True, False])
 def test_workers_killed_while_idle_are_replaced(make_reward, noticed):
     reward = make_reward(num_workers=1)
-    pool, worker = reward._pool, reward._pool.schedule(os.getpid).result()
+    pool, worker = reward.workers._pool, reward.workers._pool.schedule(os.getpid).result()
     os.kill(worker, signal.SIGKILL)
     if noticed:
         wait_until(lambda: not pool.active)
@@ -227,7 +227,7 @@ def test_workers_restart_after_stop_and_hold_no_torch(make_reward):
     reward = make_reward(num_workers=2)
     reward.stop()
     assert reward(as_completions([r"\boxed{1}"]), ["$1$"]) == [1.0]
-    modules = reward._pool.schedule(eval, ("set(__import__('sys').modules)",)).result()
+    modules = reward.workers._pool.schedule(eval, ("set(__import__('sys').modules)",)).result()
     assert "sympy" in modules and not modules & {"torch", "numpy", "transformers", "datasets", "pytest"}
 
 
@@ -242,7 +242,7 @@ def test_it_works_from_threads_with_timeouts(reward):
 @pytest.mark.parametrize("transform", [copy.deepcopy, lambda function: pickle.loads(pickle.dumps(function))])
 def test_copies_have_their_own_workers(transform):
     function = transform(get_accuracy_reward(num_workers=3, deadline=7.0))
-    assert (function.num_workers, function.deadline, function._pool) == (3, 7.0, None)
+    assert (function.workers.num_workers, function.workers.deadline, function.workers._pool) == (3, 7.0, None)
 
 
 def test_workers_share_the_cores_with_the_other_ranks(monkeypatch):
@@ -250,7 +250,7 @@ def test_workers_share_the_cores_with_the_other_ranks(monkeypatch):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores), raising=False)
         if ranks:
             monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-        assert rewards._default_workers() == expected
+        assert workers._default_workers() == expected
 
 
 @pytest.mark.parametrize(("option", "value"), [("num_workers", 0), ("deadline", 0.0), ("deadline", math.nan)])
@@ -313,7 +313,9 @@ def test_scripts_run_once_and_end(tmp_path):
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks processes up in /proc")
 def test_workers_end_with_a_run_that_is_killed(tmp_path):
-    script = SCRIPT + "print(accuracy_reward._pool.schedule(__import__('os').getpid).result(), flush=True); input()"
+    script = (
+        SCRIPT + "print(accuracy_reward.workers._pool.schedule(__import__('os').getpid).result(), flush=True); input()"
+    )
     script = script.replace(r"\boxed{9^{9^{9^{9}}}}", "later")
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -32,9 +32,9 @@ def test_grading_boxes_agrees_with_math_verify():
         "",
     ]
     answers, correct = study.grade_boxes([row], [r"\boxed{42}"])
-    expected_answers, expected_correct = grade(row, [r"\boxed{42}"] * len(row), progress=False)
-    assert answers == [expected_answers]
-    np.testing.assert_array_equal(correct[0], expected_correct)
+    expected = grade(row, [r"\boxed{42}"] * len(row), progress=False)
+    assert answers == [expected.answers]
+    np.testing.assert_array_equal(correct[0], expected.correct)
     assert 0 < correct.sum() < len(row)
 
 

@@ -1,14 +1,17 @@
 import math
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from trl.rewards import accuracy_reward
 
-from trl_capo.evaluation.grade import grade, grade_samples
+from trl_capo.evaluation import grade as grade_module
+from trl_capo.evaluation.grade import Grades, canonical_answers, grade, grade_samples
 from trl_capo.evaluation.sample import Samples
+from trl_capo.workers import Failure
 
 
 TEXTS = [
@@ -36,7 +39,9 @@ def test_correctness_is_the_accuracy_reward_of_every_pair():
     pairs = [(text, solution) for text in TEXTS for solution in SOLUTIONS] * 2
     texts, solutions = map(list, zip(*pairs, strict=True))
     expected = accuracy_reward([[{"role": "assistant", "content": text}] for text in texts], solutions)
-    answers, correct = grade(texts, solutions, progress=False)
+    grades = grade(texts, solutions, progress=False)
+    answers, correct = grades.answers, grades.correct
+    assert not grades.failed.any()
     np.testing.assert_array_equal(correct, [math.nan if reward is None else reward for reward in expected])
     assert correct.dtype == np.float64
     assert {0.0, 1.0} < set(correct)
@@ -44,7 +49,7 @@ def test_correctness_is_the_accuracy_reward_of_every_pair():
 
 
 def test_answers_are_canonical():
-    answers, _ = grade(TEXTS, ["$902$"] * len(TEXTS), progress=False)
+    answers = grade(TEXTS, ["$902$"] * len(TEXTS), progress=False).answers
     answer_of = dict(zip(TEXTS, answers, strict=True))
     assert answer_of[r"63*15=945;945-43=902;\boxed{902}"] == answer_of[r"I think \boxed{0902}"] == "902"
     assert answer_of[r"\boxed{\frac{1}{2}}"] == "1/2"
@@ -54,22 +59,69 @@ def test_answers_are_canonical():
 
 
 def test_a_gold_answer_that_cannot_be_parsed_is_unscorable_not_wrong():
-    answers, correct = grade([r"\boxed{3}"], [r"\text"], progress=False)
-    assert answers == ["3"]
-    assert np.isnan(correct[0])
+    grades = grade([r"\boxed{3}"], [r"\text"], progress=False)
+    assert grades.answers == ["3"]
+    assert np.isnan(grades.correct[0]) and not grades.failed[0]
 
 
 def test_nothing_to_grade():
-    answers, correct = grade([], [], progress=False)
-    assert answers == []
-    assert correct.shape == (0,)
+    grades = grade([], [], progress=False)
+    assert grades.answers == grades.sources == []
+    assert grades.correct.shape == grades.failed.shape == (0,)
 
 
 def test_works_off_the_main_thread():
     with ThreadPoolExecutor(1) as pool:
-        answers, correct = pool.submit(grade, [r"\boxed{3}"], ["$3$"], progress=False).result()
-    assert answers == ["3"]
-    assert correct.tolist() == [1.0]
+        grades = pool.submit(grade, [r"\boxed{3}"], ["$3$"], progress=False).result()
+    assert grades.answers == ["3"]
+    assert grades.correct.tolist() == [1.0]
+
+
+def test_without_workers_the_caller_grades(monkeypatch):
+    monkeypatch.setattr(grade_module, "can_start_workers", lambda: False)
+    grades = grade([r"\boxed{3}", r"\boxed{4}"], ["$3$"] * 2, progress=False)
+    assert grades.answers == ["3", "4"]
+    assert grades.correct.tolist() == [1.0, 0.0]
+
+
+def test_items_that_hang_cost_their_deadline_and_nothing_else():
+    stuck = r"\boxed{\frac{3^{2500000}+1}{7^{1250000}+2}}"  # 11 seconds inside one call of C
+    texts = [stuck if i % 50 == 7 else rf"\boxed{{{i}}}" for i in range(200)]
+    started = time.time()
+    with pytest.warns(UserWarning, match="4 of 200 completions count as wrong.* within 1.5 s"):
+        grades = grade([text + " " * i for i, text in enumerate(texts)], ["$3$"] * 200, deadline=1.5, progress=False)
+    assert time.time() - started < 10
+    hung = np.arange(200) % 50 == 7
+    np.testing.assert_array_equal(grades.failed, hung)
+    assert [answer is None for answer in grades.answers] == hung.tolist()
+    assert grades.correct.tolist() == [float(i == 3) for i in range(200)]
+
+
+def test_answers_that_mean_the_same_become_one():
+    texts = [
+        r"\boxed{0.5}",
+        r"\boxed{\frac{1}{2}}",
+        r"\boxed{2}",
+        r"\boxed{\sqrt{4}}",
+        "none",
+        r"\boxed{x+1}",
+        r"\boxed{1+x}",
+    ]
+    grades = grade(texts * 2, [r"$\frac{1}{2}$"] * 7 + ["$2$"] * 7, progress=False)
+    assert grades.correct.tolist() == [1, 1, 0, 0, 0, 0, 0] + [0, 0, 1, 1, 0, 0, 0]
+    names = canonical_answers(grades, [0] * 7 + [1] * 7)
+    for first in (0, 7):
+        half, also, two, root, nothing, x, y = names[first : first + 7]
+        assert half == also == grades.answers[0] and two == root == "2" and nothing is None and x == y
+        assert len({half, two, x}) == 3
+
+
+def test_a_comparison_that_is_given_up_counts_as_different(monkeypatch):
+    grades = Grades(["a", "b"], ["a", "b"], np.zeros(2), np.zeros(2, bool))
+    monkeypatch.setattr(grade_module, "_work", lambda *args: [Failure.TIMEOUT])
+    assert canonical_answers(grades, [0, 0]) == ["a", "b"]
+    monkeypatch.setattr(grade_module, "_work", lambda *args: [True])
+    assert canonical_answers(grades, [0, 0]) == ["a", "a"]
 
 
 def test_lengths_must_match():

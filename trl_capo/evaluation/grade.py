@@ -1,58 +1,89 @@
-"""Grade completions with math-verify, as the training reward does.
+"""Grade completions with math-verify, as the training reward does and by the same worker processes.
 
-Correctness is TRL's `accuracy_reward`; the answer is what math-verify parses under the reward's extraction rules. Both
-take up to a millisecond and samples repeat, so each distinct text is parsed once, and the reward is asked once per
-distinct pair of parsed answer and solution: it sees a completion only through that answer.
+Correctness is TRL's `accuracy_reward`; the answer is what math-verify parses under the reward's extraction rules. A
+completion that hangs or crashes math-verify costs its deadline, or its worker, and nothing else: it counts as wrong,
+has no answer, and is counted in `Grades.failed`. Pairs of text and solution that repeat are graded once.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import threading
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from trl_capo.workers import DeadlinePool, Failure, can_start_workers
 
 
 if TYPE_CHECKING:
     from trl_capo.evaluation.sample import Samples
 
+CHUNK = 1000  # completions between two ticks of the progress bar
+
+
+@dataclass(frozen=True)
+class Grades:
+    """Graded completions, in the order in which they came.
+
+    Attributes:
+        answers: What each one answers, as sympy prints it (`902` and `0902` give the same text), `None` where nothing
+            was extracted.
+        sources: The same as it was written, in LaTeX: what `same_answers` compares.
+        correct: 1, 0, or NaN where the solution cannot be parsed, float64.
+        failed: Whether grading was given up, at the deadline or because the worker died, bool.
+    """
+
+    answers: list[str | None]
+    sources: list[str | None]
+    correct: np.ndarray
+    failed: np.ndarray
+
 
 def grade(
-    completions: Sequence[str], solutions: Sequence[str], *, progress: bool = True
-) -> tuple[list[str | None], np.ndarray]:
+    completions: Sequence[str],
+    solutions: Sequence[str],
+    *,
+    num_workers: int | None = None,
+    deadline: float = 30.0,
+    progress: bool = True,
+) -> Grades:
     r"""Extract the answer of each completion and compare it with its solution.
 
     Args:
         completions: Sampled texts, any number.
         solutions: Gold answer of each completion, in `$...$` or `\boxed{...}`; math-verify misreads some bare ones.
+        num_workers: Worker processes. None: one a core.
+        deadline: Seconds that one completion may take.
         progress: Show a progress bar.
 
     Returns:
-        Answers as sympy prints them (`902` and `0902` give the same text, `0.5` and `\frac{1}{2}` do not), `None`
-        where nothing was extracted; and correctness, float64: 1, 0, or NaN where the solution cannot be parsed.
+        The grades. A warning says how many were given up.
     """
     from tqdm.auto import tqdm
-    from trl.rewards import accuracy_reward
 
     if len(completions) != len(solutions):
         raise ValueError(f"`solutions` needs one entry per completion, got {len(solutions)} for {len(completions)}.")
-    answers: list[str | None] = []
-    correct = np.empty(len(completions), dtype=np.float64)
-    parsed_texts: dict[str, tuple[str | None, str]] = {}
-    rewards: dict[tuple[str, str], float] = {}
-    bar = tqdm(completions, desc="Grading", unit="sample", disable=not progress)
-    for i, (text, solution) in enumerate(zip(bar, solutions, strict=True)):
-        if text not in parsed_texts:
-            parsed = _parse_answer(text)
-            parsed_texts[text] = (str(parsed[0]) if parsed else None, str(parsed))
-        answer, parsed_answer = parsed_texts[text]
-        if (parsed_answer, solution) not in rewards:
-            [reward] = accuracy_reward([[{"role": "assistant", "content": text}]], [solution])
-            rewards[parsed_answer, solution] = np.nan if reward is None else reward
-        answers.append(answer)
-        correct[i] = rewards[parsed_answer, solution]
-    return answers, correct
+    pairs = list(zip(completions, solutions, strict=True))
+    graded = []
+    with tqdm(total=len(pairs), desc="Grading", unit="sample", disable=not progress) as bar:
+        for start in range(0, len(pairs), CHUNK):
+            graded += _work(_grade_and_extract, pairs[start : start + CHUNK], num_workers, deadline)
+            bar.update(len(pairs[start : start + CHUNK]))
+    failed = np.array([isinstance(result, Failure) for result in graded], dtype=bool)
+    if failed.any():
+        warnings.warn(
+            f"{failed.sum()} of {len(graded)} completions count as wrong: math-verify did not grade them within "
+            f"{deadline:g} s, or died of them.",
+            stacklevel=2,
+        )
+    rows = [(0.0, None, None) if isinstance(result, Failure) else result for result in graded]
+    correct = np.array([np.nan if reward is None else reward for reward, _, _ in rows], dtype=np.float64)
+    return Grades([answer for _, answer, _ in rows], [source for _, _, source in rows], correct, failed)
 
 
 def grade_samples(
@@ -70,9 +101,82 @@ def grade_samples(
     """
     num_prompts, num_samples = samples.mean_logps.shape
     texts = [text for row in samples.completions for text in row]
-    answers, correct = grade(texts, np.repeat(solutions, num_samples).tolist(), progress=progress)
-    rows = [answers[start : start + num_samples] for start in range(0, len(answers), num_samples)]
-    return rows, correct.reshape(num_prompts, num_samples)
+    grades = grade(texts, np.repeat(solutions, num_samples).tolist(), progress=progress)
+    rows = [grades.answers[start : start + num_samples] for start in range(0, len(grades.answers), num_samples)]
+    return rows, grades.correct.reshape(num_prompts, num_samples)
+
+
+def canonical_answers(grades: Grades, groups: Sequence[int], *, deadline: float = 30.0) -> list[str | None]:
+    r"""Answers to one question that mean the same get one name: `0.5` and `\frac{1}{2}` become one candidate.
+
+    Right answers all mean the gold one. Wrong ones are compared pairwise by math-verify, in the workers; a comparison
+    that is given up counts as different.
+
+    Args:
+        grades: Graded completions.
+        groups: To which question each belongs.
+        deadline: Seconds that one comparison may take.
+
+    Returns:
+        One answer for each completion, named after the first of its class.
+    """
+    from trl_capo.calibration.selection import equivalence_classes
+
+    source_of: dict[tuple[int, str], str] = {}
+    right: dict[int, set[str]] = {}
+    for group, answer, source, correct in zip(groups, grades.answers, grades.sources, grades.correct, strict=True):
+        if answer is not None:
+            source_of.setdefault((group, answer), source)
+            if correct == 1:
+                right.setdefault(group, set()).add(answer)
+    by_group: dict[int, list[str]] = {}
+    for group, answer in source_of:
+        by_group.setdefault(group, []).append(answer)
+    wrong_pairs = [
+        (group, a, b)
+        for group, answers in by_group.items()
+        for a, b in itertools.combinations([answer for answer in answers if answer not in right.get(group, ())], 2)
+    ]
+    compared = _work(_same, [(source_of[g, a], source_of[g, b]) for g, a, b in wrong_pairs], None, deadline)
+    same = {pair for pair, equal in zip(wrong_pairs, compared, strict=True) if equal is True}
+
+    name: dict[tuple[int, str], str] = {}
+    for group, answers in by_group.items():
+        known = right.get(group, set())
+
+        def equal(a: str, b: str, group=group, known=known) -> bool:
+            return (a in known and b in known) or (group, a, b) in same
+
+        for answer, canonical in zip(answers, equivalence_classes(answers, equal), strict=True):
+            name[group, answer] = canonical
+    return [name.get((group, answer)) for group, answer in zip(groups, grades.answers, strict=True)]
+
+
+@functools.cache
+def _pool(function: Callable, num_workers: int | None, deadline: float) -> DeadlinePool:
+    """Workers start when first needed, half a second, and stay for the next call."""
+    return DeadlinePool(function, num_workers, deadline)
+
+
+def _work(function: Callable, pairs: list[tuple[str, str]], num_workers: int | None, deadline: float) -> list:
+    if not can_start_workers():
+        return [function(*pair) for pair in pairs]
+    return _pool(function, num_workers, deadline).results(pairs)
+
+
+def _grade_and_extract(text: str, solution: str) -> tuple[float | None, str | None, str | None]:
+    from trl.rewards import accuracy_reward
+
+    [reward] = accuracy_reward([[{"role": "assistant", "content": text}]], [solution])
+    parsed = _parse_answer(text)
+    return reward, (str(parsed[0]) if parsed else None), (parsed[-1] if parsed else None)
+
+
+def _same(source: str, other: str) -> bool:
+    from math_verify import verify
+
+    parsed = [_parse_answer(rf"\boxed{{{text}}}") for text in (source, other)]
+    return bool(verify(*parsed, timeout_seconds=_seconds(5)))
 
 
 def _parse_answer(text: str) -> list[Any]:
@@ -83,6 +187,9 @@ def _parse_answer(text: str) -> list[Any]:
     rules = LatexExtractionConfig(
         normalization_config=NormalizationConfig(units=True), boxed_match_priority=0, try_extract_without_anchor=False
     )
-    # math-verify's timeouts are signals, which only the main thread may set.
-    timeout = 10 if threading.current_thread() is threading.main_thread() else None
-    return parse(text, extraction_config=[rules], extraction_mode="first_match", parsing_timeout=timeout)
+    return parse(text, extraction_config=[rules], extraction_mode="first_match", parsing_timeout=_seconds(10))
+
+
+def _seconds(timeout: int) -> int | None:
+    """math-verify's timeouts are signals, which only the main thread may set."""
+    return timeout if threading.current_thread() is threading.main_thread() else None

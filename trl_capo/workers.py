@@ -1,0 +1,197 @@
+r"""Worker processes that work under a deadline an item: what grades completions in training and in evaluation.
+
+Math-verify's own timeouts are signals: they work in a main thread only, and not before a computation in C has ended,
+so that one `\boxed{\frac{3^{2500000}+1}{7^{1250000}+2}}` holds its process for 11 seconds where 5 are allowed. Here it
+holds one worker, at most until the deadline. `DeadlinePool.start` takes items without waiting.
+
+Assumes that a result depends on the item alone: items that repeat are worked on once.
+
+Degenerate cases: an item that misses the deadline is `TIMEOUT`, one whose worker dies `CRASHED`. Where workers cannot
+be started (`can_start_workers`: in a daemonic process, on Windows) the caller does the work itself, without a
+deadline.
+"""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import threading
+import types
+from collections.abc import Callable, Sequence
+from concurrent.futures import wait
+from enum import Enum
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from pebble import ProcessFuture, ProcessPool
+
+
+MAX_WORKERS = 16
+
+
+class Failure(Enum):
+    """In place of a result."""
+
+    TIMEOUT = "timeout"
+    CRASHED = "crashed"
+
+
+class DeadlinePool:
+    """Calls a function on items, `function(*item)`, in worker processes that start when first needed.
+
+    Args:
+        function: What a worker does with an item, in its main thread; picklable.
+        num_workers: None: one for each core that this process may use, divided among the ranks of the machine, at most
+            16.
+        deadline: Seconds that one item may take before its worker is killed.
+
+    Raises:
+        ValueError: If there is no worker or no time.
+    """
+
+    def __init__(self, function: Callable, num_workers: int | None = None, deadline: float = 30.0):
+        if num_workers is not None and num_workers < 1:
+            raise ValueError(f"num_workers must be at least 1, or None for one a core, got {num_workers}.")
+        if not deadline > 0:
+            raise ValueError(f"deadline must be a positive number of seconds, got {deadline}.")
+        self.function = function
+        self.num_workers = num_workers
+        self.deadline = deadline
+        self._pool: ProcessPool | None = None
+        self._stop_pool: Callable[[], None] = lambda: None
+        self._pending: dict[str, ProcessFuture] = {}
+        self._lock = threading.RLock()
+
+    def results(self, items: Sequence[tuple]) -> list[Any]:
+        """The result of each item, or why there is none, whether or not `start` has seen it."""
+        keys = [repr(item) for item in items]  # not every item can be hashed
+        with self._lock:
+            try:
+                result_of = self._collect(dict(zip(keys, items, strict=True)))
+            except BaseException:  # Ctrl-C, or what the function raised: nobody will ask for the rest
+                self.stop()
+                raise
+        return [result_of[key] for key in keys]
+
+    def start(self, items: Sequence[tuple]) -> None:
+        """Begins to work and returns at once. The call that asks for these items waits for what is left.
+
+        Drops what an earlier `start` began and no call has asked for.
+        """
+        with self._lock:
+            if self._pending:
+                # Not by cancelling: pebble ends the worker of a cancelled item, which may be on the next one by then.
+                self.stop()
+            self._submit({repr(item): item for item in items})
+
+    def stop(self) -> None:
+        """Ends the workers and drops their work. The next use starts new ones; Python's exit needs no call of it."""
+        with self._lock:
+            self._stop_pool()
+            self._pool = None
+            self._pending.clear()
+
+    def _submit(self, items: dict[str, tuple]) -> None:
+        for key, item in items.items():
+            if key in self._pending:
+                continue
+            if self._pool is None or not self._pool.active:
+                self._start_pool()
+            # One item a task, though a task costs 0.1 ms: the deadline is pebble's, and pebble's is the task's.
+            self._pending[key] = self._pool.schedule(self.function, item, timeout=self.deadline)
+
+    def _collect(self, items: dict[str, tuple]) -> dict[str, Any]:
+        from concurrent.futures.process import BrokenProcessPool
+
+        from pebble import ProcessExpired
+
+        results = {}
+        for _ in range(2):
+            self._submit({key: item for key, item in items.items() if key not in results})
+            futures = {key: self._pending.pop(key) for key in items if key in self._pending}
+            waiting = futures.values()
+            # A pool breaks if a worker is killed while none has work, and may then forget futures.
+            while waiting and self._pool.active:
+                _, waiting = wait(waiting, timeout=1.0)
+            for key, future in futures.items():
+                if not future.done():
+                    continue
+                try:
+                    results[key] = future.result()
+                except TimeoutError:
+                    results[key] = Failure.TIMEOUT
+                except ProcessExpired:
+                    results[key] = Failure.CRASHED
+                except BrokenProcessPool:
+                    pass
+            if len(results) == len(items):
+                return results
+            self.stop()
+        raise RuntimeError("the worker processes end without having done anything.")
+
+    def _start_pool(self) -> None:
+        from pebble import ProcessPool
+
+        self.stop()
+        self._pool = ProcessPool(self.num_workers or _default_workers(), context=_context())
+        # Unlike atexit, this also runs at the end of a process of multiprocessing, which waits for its children first
+        # and would do so for ever.
+        self._stop_pool = Finalize(self, _stop, args=(self._pool,), exitpriority=100)
+
+
+class _Worker(BaseProcess):
+    """A process that does not import the user's script, and that can be ended whatever it is doing.
+
+    Forked from a fork server: a fork of this process would inherit its threads and its CUDA context, a spawned process
+    would import sympy (half a second, 56 MiB of its own instead of 33) whenever one replaces a worker that was killed.
+    """
+
+    _start_method = "forkserver"
+
+    @staticmethod
+    def _Popen(process: BaseProcess):
+        from multiprocessing import popen_forkserver, spawn
+
+        def without_main(name: str) -> dict:
+            data = spawn.get_preparation_data(name)
+            return {key: value for key, value in data.items() if not key.startswith("init_main")}
+
+        # Multiprocessing has a new process import the script that is running: without `if __name__ == "__main__"`,
+        # each worker would train as well. The name `spawn` is rebound in this one method: to change the module, or to
+        # hide `__main__`, would reach what other threads pickle or start meanwhile.
+        names = {**vars(popen_forkserver), "spawn": types.SimpleNamespace(get_preparation_data=without_main)}
+
+        class Popen(popen_forkserver.Popen):
+            _launch = types.FunctionType(popen_forkserver.Popen._launch.__code__, names)
+
+        return Popen(process)
+
+    def terminate(self) -> None:
+        # Pebble asks politely, for 3 seconds during which no worker gets work. Python does not hear it while in C.
+        self.kill()
+
+
+def _context():
+    context = copy.copy(multiprocessing.get_context("forkserver"))
+    context.Process = _Worker
+    context.set_forkserver_preload(["pebble", "trl.rewards.accuracy_rewards", "trl_capo.rewards"])
+    return context
+
+
+def can_start_workers() -> bool:
+    return "forkserver" in multiprocessing.get_all_start_methods() and not multiprocessing.current_process().daemon
+
+
+def _default_workers() -> int:
+    """The cores of this process, shared with the other ranks of the machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MAX_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _stop(pool: ProcessPool) -> None:
+    pool.stop()
+    pool.join()

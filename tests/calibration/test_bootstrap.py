@@ -10,7 +10,10 @@ from trl_capo.calibration.bootstrap import (
     interval,
     mean_over_seeds_and_prompts,
     paired_difference,
+    prompt_difference,
+    prompt_interval,
 )
+from trl_capo.calibration.metrics import auc_within
 
 
 def table(seed_sd, prompt_sd, noise_sd, shape, rng):
@@ -111,3 +114,43 @@ def test_bad_input_is_refused():
         bootstrap_means(np.zeros((2, 2)), num_resamples=0)
     with pytest.raises(ValueError, match="level"):
         interval(0.0, [0.0], level=95)
+
+
+def test_prompt_intervals_draw_prompts_with_all_their_samples():
+    rng = np.random.default_rng(3)
+    correct, confidence = (rng.random((2, 30, 4)) < 0.5).astype(float), rng.random((2, 30, 4))
+    found = prompt_interval(auc_within, correct[0], confidence[0], num_resamples=200, seed=5)
+    draws = np.random.default_rng(5)
+    replicates = []
+    for _ in range(200):
+        prompts = draws.integers(30, size=30)
+        replicates.append(auc_within([correct[0, p] for p in prompts], [confidence[0, p] for p in prompts]))
+    assert found.value == auc_within(correct[0], confidence[0])
+    assert (found.low, found.high) == tuple(np.quantile(replicates, [0.025, 0.975]))
+
+    ours, theirs = zip(correct, confidence, strict=True)
+    difference = prompt_difference(auc_within, ours, theirs, num_resamples=200, seed=5)
+    assert difference.value == auc_within(*ours) - auc_within(*theirs)
+    assert difference.low < difference.value < difference.high
+    nothing = prompt_difference(auc_within, ours, ours)
+    assert nothing.value == nothing.low == nothing.high == 0
+
+
+def test_prompt_intervals_cover_the_truth():
+    """Accuracy of prompts of different difficulty, 8 samples each: single samples would vary too little."""
+    rng = np.random.default_rng(4)
+    covered = 0
+    for _ in range(300):
+        correct = (rng.random((60, 8)) < rng.beta(0.5, 0.5, (60, 1))).astype(float)
+        found = prompt_interval(lambda c, s: c.mean(), correct, correct, num_resamples=200)
+        covered += found.low <= 0.5 <= found.high
+    assert covered / 300 > 0.9
+
+
+def test_prompts_must_match():
+    samples = np.ones((3, 2)), np.ones((3, 2))
+    with pytest.raises(ValueError, match="answered 3 and 4 prompts"):
+        prompt_difference(auc_within, samples, (np.ones((4, 2)), np.ones((4, 2))))
+    for correct, confidence in ((np.ones(3), np.ones(3)), (np.ones((3, 2)), np.ones((3, 1))), (np.ones((0, 2)),) * 2):
+        with pytest.raises(ValueError, match=r"one shape \(P, G\)"):
+            prompt_interval(auc_within, correct, confidence)

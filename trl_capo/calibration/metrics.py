@@ -54,7 +54,7 @@ def auc_by_prompt(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike
         >>> auc_by_prompt([[1, 1, 0, 0], [1, 1, 1, 1]], [[-0.2, -0.5, -0.4, -0.1], [-0.3, -0.2, -0.1, -0.1]])
         array([0.25,  nan])
     """
-    correct, confidence, valid = _rows(correct, confidence, valid)
+    correct, confidence, valid = paired_rows(correct, confidence, valid)
     _require_groups(correct)
     prompts = np.broadcast_to(np.arange(correct.shape[0])[:, None], correct.shape)
     return _auc_by_group(correct[valid], confidence[valid], prompts[valid], correct.shape[0])
@@ -80,7 +80,7 @@ def auc_pooled(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike | 
         >>> auc_pooled([1, 1, 0, 0], [0.9, 0.4, 0.4, 0.1])  # 3 pairs in order, 1 tied
         0.875
     """
-    correct, confidence, valid = _rows(correct, confidence, valid)
+    correct, confidence, valid = paired_rows(correct, confidence, valid)
     one_group = np.zeros(np.count_nonzero(valid), dtype=np.int64)
     return float(_auc_by_group(correct[valid], confidence[valid], one_group, 1)[0])
 
@@ -104,7 +104,7 @@ def auc_per_slot(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike 
         >>> auc_per_slot([[1, 0], [0, 1]], [[0.9, 0.6], [0.2, 0.6]])  # slot 0 in order, slot 1 tied
         0.75
     """
-    correct, confidence, valid = _rows(correct, confidence, valid)
+    correct, confidence, valid = paired_rows(correct, confidence, valid)
     _require_groups(correct)
     slots = np.broadcast_to(np.arange(correct.shape[1]), correct.shape)
     return nanmean(_auc_by_group(correct[valid], confidence[valid], slots[valid], correct.shape[1]))
@@ -182,7 +182,7 @@ def precision_coverage(
         >>> coverage.tolist(), precision.tolist()
         ([0.25, 0.5, 0.75, 1.0], [1.0, 0.75, 0.6666666666666666, 0.5])
     """
-    correct, confidence, valid = _rows(correct, confidence, valid)
+    correct, confidence, valid = paired_rows(correct, confidence, valid)
     correct, confidence = correct[valid], confidence[valid]
     order = np.argsort(-confidence)
     correct, confidence = correct[order], confidence[order]
@@ -190,13 +190,7 @@ def precision_coverage(
     if correct.size == 0:
         return answered.astype(np.float64), answered.astype(np.float64)
 
-    starts = np.flatnonzero(np.concatenate(([True], confidence[1:] != confidence[:-1])))
-    sizes = np.diff(starts, append=correct.size)
-    right_in_block = np.add.reduceat(correct, starts)
-    right_before = np.cumsum(right_in_block) - right_in_block
-    taken = answered - np.repeat(starts, sizes)
-    n_right = np.repeat(right_before, sizes) + taken * np.repeat(right_in_block, sizes) / np.repeat(sizes, sizes)
-    return answered / correct.size, n_right / answered
+    return answered / correct.size, np.cumsum(_average_ties(correct, confidence)) / answered
 
 
 def precision_at_coverage(
@@ -251,6 +245,237 @@ def aurc(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike | None =
     return nanmean(1 - precision)
 
 
+def excess_aurc(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike | None = None) -> float:
+    """AURC beyond that of an oracle whose confidence puts every right row before every wrong one.
+
+        aurc - mean over n of  max(0, n - #right) / n
+
+    AURC mixes how often the model errs with how well it knows; this is the second part alone.
+
+    Args:
+        correct: Correctness, any shape.
+        confidence: Confidence, same shape, higher is surer.
+        valid: Boolean, same shape. Rows that may take part; defaults to all that hold numbers.
+
+    Returns:
+        A number in [0, 1], *lower* is better, 0 for a perfect ranking; NaN without a valid row.
+
+    Example:
+        >>> round(excess_aurc([1, 0, 1, 0], [0.9, 0.8, 0.7, 0.6]), 6)  # 1/3 less the oracle's (0 + 0 + 1/3 + 1/2) / 4
+        0.125
+    """
+    return aurc(correct, confidence, valid=valid) - _oracle_aurc(correct, confidence, valid)
+
+
+def prediction_rejection_ratio(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike | None = None) -> float:
+    """PRR: how much of what an oracle's order gains over a random one, this confidence gains.
+
+        (error rate - aurc) / (error rate - aurc of the oracle)
+
+    The error rate is the AURC of a random order. This is the form used for language models (arXiv 2406.15627), on the
+    quality of what is kept.
+
+    Args:
+        correct: Correctness, any shape.
+        confidence: Confidence, same shape, higher is surer.
+        valid: Boolean, same shape. Rows that may take part; defaults to all that hold numbers.
+
+    Returns:
+        1 for a perfect ranking, 0 for one that says nothing, negative for a misleading one; NaN if all rows are right
+        or all are wrong.
+
+    Example:
+        >>> round(prediction_rejection_ratio([1, 0, 1, 0], [0.9, 0.8, 0.7, 0.6]), 6)  # (1/2 - 1/3) / (1/2 - 5/24)
+        0.571429
+    """
+    rows, confidences, usable = paired_rows(correct, confidence, valid)
+    error_rate = nanmean(1 - rows[usable])
+    gain = error_rate - _oracle_aurc(rows, confidences, usable)
+    return (error_rate - aurc(rows, confidences, valid=usable)) / gain if gain > 0 else float("nan")
+
+
+def _oracle_aurc(correct: ArrayLike, confidence: ArrayLike, valid: ArrayLike | None) -> float:
+    correct, _, valid = paired_rows(correct, confidence, valid)
+    answered = np.arange(1, np.count_nonzero(valid) + 1)
+    return nanmean(np.maximum(0, answered - correct[valid].sum()) / answered)
+
+
+def coverage_at_precision(
+    correct: ArrayLike, confidence: ArrayLike, precision: float, *, valid: ArrayLike | None = None
+) -> float:
+    """The largest share of rows that one threshold on confidence can answer at a precision.
+
+        max n / N  over thresholds t with  n = #(confidence >= t)  and  #right among them / n >= precision
+
+    A threshold cannot cut through a tie, so all rows of equal confidence are answered or none. Chosen and measured on
+    the same rows: for a threshold to use on others see `trl_capo.calibration.abstention`.
+
+    Args:
+        correct: Correctness, any shape.
+        confidence: Confidence, same shape, higher is surer.
+        precision: What is asked for, in (0, 1].
+        valid: Boolean, same shape. Rows that may take part; defaults to all that hold numbers.
+
+    Returns:
+        A number in [0, 1], higher is better, 0 if no threshold is that precise; NaN without a valid row.
+
+    Example:
+        >>> coverage_at_precision([1, 1, 0, 1], [0.9, 0.8, 0.7, 0.6], 0.75)
+        1.0
+        >>> coverage_at_precision([1, 1, 0, 0], [0.9, 0.5, 0.5, 0.1], 0.8)
+        0.25
+    """
+    if not 0 < precision <= 1:
+        raise ValueError(f"`precision` must lie in (0, 1], got {precision}. Use 0.9 to be right nine times in ten.")
+    correct, confidence, valid = paired_rows(correct, confidence, valid)
+    correct, confidence = correct[valid], confidence[valid]
+    if correct.size == 0:
+        return float("nan")
+    order = np.argsort(-confidence)
+    correct, confidence = correct[order], confidence[order]
+    ends = np.flatnonzero(np.append(confidence[1:] != confidence[:-1], True))
+    precise = np.cumsum(correct)[ends] >= precision * (ends + 1) * (1 - 1e-12)
+    return float((ends[precise].max() + 1) / correct.size) if precise.any() else 0.0
+
+
+def pass_at_k(correct: ArrayLike, k: int, *, valid: ArrayLike | None = None) -> float:
+    """Probability that at least one of k samples of a prompt is right, averaged over prompts (arXiv 2107.03374).
+
+        mean over prompts of  1 - C(n_valid - n_right, k) / C(n_valid, k)
+
+    Unbiased: the mean over all choices of k of a prompt's valid samples.
+
+    Args:
+        correct: Correctness, shape (P, G).
+        k: Number of samples, at least 1.
+        valid: Boolean, shape (P, G). Rows that may take part; defaults to all that hold numbers.
+
+    Returns:
+        A number in [0, 1], higher is better; prompts with fewer than k valid rows are left out; NaN if none is left.
+
+    Example:
+        >>> pass_at_k([[1, 0, 0, 0], [1, 1, 0, 0]], 2)  # 1 - 3/6 and 1 - 1/6
+        0.6666666666666667
+    """
+    if k < 1:
+        raise ValueError(f"`k` must be at least 1, got {k}.")
+    n_right, n_valid = _count_by_prompt(correct, valid)
+    enough = n_valid >= k
+    n_right, n_valid = n_right[enough], n_valid[enough]
+    drawn = np.arange(k)
+    # The chance that all k are wrong, drawn one after the other without replacement.
+    all_wrong = np.prod(np.maximum((n_valid - n_right)[:, None] - drawn, 0) / (n_valid[:, None] - drawn), axis=1)
+    return nanmean(1 - all_wrong)
+
+
+def brier_score(correct: ArrayLike, probability: ArrayLike, *, valid: ArrayLike | None = None) -> float:
+    """Mean squared distance of a stated probability from what happened.
+
+        mean of  (probability - correct)^2
+
+    Args:
+        correct: Correctness, any shape.
+        probability: Probability of being right, same shape, in [0, 1]. `exp(mean_logp)` lies there but is no such
+            probability; map it first (`trl_capo.calibration.posthoc`).
+        valid: Boolean, same shape. Rows that may take part; defaults to all that hold numbers.
+
+    Returns:
+        A number in [0, 1], *lower* is better; 0.25 for saying 0.5 always; NaN without a valid row.
+
+    Example:
+        >>> brier_score([1, 0], [0.5, 1.0])
+        0.625
+    """
+    correct, probability, valid = paired_rows(correct, probability, valid)
+    _require_probabilities(probability[valid])
+    return nanmean((probability[valid] - correct[valid]) ** 2)
+
+
+def calibration_bins(
+    correct: ArrayLike,
+    probability: ArrayLike,
+    *,
+    num_bins: int = 10,
+    equal_mass: bool = False,
+    valid: ArrayLike | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Rows, mean probability and accuracy of each bin: what a reliability diagram draws.
+
+    Bins of equal width are [0, 1/M), ..., [1 - 1/M, 1]. Bins of equal mass cut the rows, sorted by probability, at
+    the multiples of N/M; rows of equal probability that a cut parts count with their average correctness.
+
+    Args:
+        correct: Correctness, any shape.
+        probability: Probability of being right, same shape, in [0, 1].
+        num_bins: M, at least 1.
+        equal_mass: As many rows in every bin, instead of equal width.
+        valid: Boolean, same shape. Rows that may take part; defaults to all that hold numbers.
+
+    Returns:
+        Number of rows, mean probability and accuracy of each bin, shape (M,) each; NaN for an empty bin.
+
+    Example:
+        >>> count, stated, right = calibration_bins([1, 0, 1], [0.25, 0.25, 1.0], num_bins=2)
+        >>> count.tolist(), stated.tolist(), right.tolist()
+        ([2, 1], [0.25, 1.0], [0.5, 1.0])
+    """
+    if num_bins < 1:
+        raise ValueError(f"`num_bins` must be at least 1, got {num_bins}.")
+    correct, probability, valid = paired_rows(correct, probability, valid)
+    correct, probability = correct[valid], probability[valid]
+    _require_probabilities(probability)
+    if equal_mass:
+        order = np.argsort(probability)
+        correct, probability = _average_ties(correct[order], probability[order]), probability[order]
+        bins = np.arange(correct.size) * num_bins // max(correct.size, 1)
+    else:
+        bins = np.minimum((probability * num_bins).astype(np.int64), num_bins - 1)
+    count = np.bincount(bins, minlength=num_bins)
+    with np.errstate(invalid="ignore"):
+        return count, np.bincount(bins, probability, num_bins) / count, np.bincount(bins, correct, num_bins) / count
+
+
+def expected_calibration_error(
+    correct: ArrayLike,
+    probability: ArrayLike,
+    *,
+    num_bins: int = 10,
+    equal_mass: bool = False,
+    overconfident_only: bool = False,
+    valid: ArrayLike | None = None,
+) -> float:
+    """ECE: distance of stated probability from accuracy, bin by bin.
+
+        sum over bins of  n_bin / N * |mean probability - accuracy|        (`calibration_bins` states the bins)
+
+    Args:
+        correct: Correctness, any shape.
+        probability: Probability of being right, same shape, in [0, 1].
+        num_bins: Number of bins; 10 and 20 are in use.
+        equal_mass: As many rows in every bin, instead of equal width.
+        overconfident_only: Only the bins whose probability exceeds their accuracy: how much the model overstates.
+        valid: Boolean, same shape. Rows that may take part; defaults to all that hold numbers.
+
+    Returns:
+        A number in [0, 1], *lower* is better; NaN without a valid row.
+
+    Example:
+        >>> expected_calibration_error([1, 0, 1, 1], [0.75, 0.75, 0.25, 0.25])  # .75 and .25 are right 1/2 and 1
+        0.5
+        >>> expected_calibration_error([1, 0, 1, 1], [0.75, 0.75, 0.25, 0.25], overconfident_only=True)
+        0.125
+    """
+    count, stated, right = calibration_bins(
+        correct, probability, num_bins=num_bins, equal_mass=equal_mass, valid=valid
+    )
+    filled = count > 0
+    if not filled.any():
+        return float("nan")
+    gap = stated[filled] - right[filled]
+    gap = np.maximum(gap, 0) if overconfident_only else np.abs(gap)
+    return float(np.sum(count[filled] * gap) / count.sum())
+
+
 def perplexity(mean_logps: ArrayLike, *, valid: ArrayLike | None = None) -> float:
     """Geometric mean of the completions' perplexities.
 
@@ -271,6 +496,15 @@ def perplexity(mean_logps: ArrayLike, *, valid: ArrayLike | None = None) -> floa
     """
     mean_logps = np.asarray(mean_logps, dtype=np.float64)
     return float(np.exp(-nanmean(mean_logps[_valid_rows(valid, mean_logps)])))
+
+
+def _average_ties(correct: NDArray[np.float64], confidence: NDArray[np.float64]) -> NDArray[np.float64]:
+    """In sorted rows, the mean correctness of the rows of the same confidence in place of each row's own."""
+    starts = np.flatnonzero(np.concatenate((np.ones(min(correct.size, 1), bool), confidence[1:] != confidence[:-1])))
+    if starts.size == correct.size:
+        return correct
+    sizes = np.diff(starts, append=correct.size)
+    return np.repeat(np.add.reduceat(correct, starts) / sizes, sizes)
 
 
 def _auc_by_group(
@@ -307,9 +541,16 @@ def _count_by_prompt(correct: ArrayLike, valid: ArrayLike | None) -> tuple[NDArr
     return np.count_nonzero(valid & (correct == 1), axis=1), np.count_nonzero(valid, axis=1)
 
 
-def _rows(
-    correct: ArrayLike, confidence: ArrayLike, valid: ArrayLike | None
+def paired_rows(
+    correct: ArrayLike, confidence: ArrayLike, valid: ArrayLike | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+    """Correctness and confidence as checked float arrays, and which rows take part: numbers on both sides, and `valid`.
+
+    Example:
+        >>> correct, confidence, valid = paired_rows([1, 0, 1], [0.5, float("nan"), 0.1])
+        >>> valid.tolist()
+        [True, False, True]
+    """
     correct, confidence = _as_correct(correct), np.asarray(confidence, dtype=np.float64)
     if correct.shape != confidence.shape:
         raise ValueError(
@@ -334,6 +575,15 @@ def _as_correct(correct: ArrayLike) -> NDArray[np.float64]:
     if strange.size:
         raise ValueError(f"`correct` must hold 0, 1 or NaN, got {strange[0]}. Threshold graded rewards first.")
     return correct
+
+
+def _require_probabilities(values: NDArray[np.float64]) -> None:
+    if values.size and not (values.min() >= 0 and values.max() <= 1):
+        strange = values[(values < 0) | (values > 1)][0]
+        raise ValueError(
+            f"`probability` must lie in [0, 1], got {strange}. A mean log-prob is no probability: map it with "
+            "`trl_capo.calibration.posthoc` first."
+        )
 
 
 def _require_groups(correct: NDArray[np.float64]) -> None:

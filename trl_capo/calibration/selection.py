@@ -12,12 +12,13 @@ extracted; such a sample has no vote.
 Departures: the released code of Perplexity Consistency lets tied answers share a win; here one answer wins.
 """
 
+import itertools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,195 @@ def perplexity_consistency(
     if completions is not None:
         weights = np.where(_first_occurrence(completions, answers), weights, np.nan)
     return weighted_vote(answers, weights, mean_logps=mean_logps)
+
+
+def best_of_n(answers: Sequence[Hashable | None], confidence: ArrayLike) -> Selection:
+    """The answer of the surest sample; `confidence` is then that sample's.
+
+    Args:
+        answers: Canonical answers, length N; `None` where nothing was extracted.
+        confidence: Confidence of each sample, shape (N,), higher is surer, e.g. mean log-prob. NaN cannot be chosen.
+
+    Returns:
+        Each answer with its surest sample as its score, the chosen answer and its score. Of tied answers the first.
+
+    Example:
+        >>> best_of_n(["7", "8", "7", None], [-0.5, -0.25, -1.0, -0.125])
+        Selection(scores={'7': -0.5, '8': -0.25}, answer='8', confidence=-0.25)
+    """
+    confidence = _per_sample("confidence", confidence, answers)
+    scores: dict[Hashable, float] = {}
+    for answer, value in zip(answers, confidence.tolist(), strict=True):
+        if answer is not None and not math.isnan(value):
+            scores[answer] = max(scores.get(answer, -math.inf), value)
+    winner = max(scores, key=scores.get, default=None)
+    return Selection(scores, winner, scores[winner] if scores else math.nan)
+
+
+def reasoning_pruned_perplexity_consistency(
+    answers: Sequence[Hashable | None], mean_logps: ArrayLike, *, completions: Sequence[str] | None = None
+) -> Selection:
+    """RPC (arXiv 2510.15444): Perplexity Consistency over the samples that are not improbable.
+
+    A mixture of two Weibull distributions is fitted to the probabilities p = exp(mean_logp). A sample is dropped if it
+    more likely belongs to the component with the smaller mean, and p lies below the mean of all.
+
+    Args:
+        answers: Canonical answers, length N; `None` where nothing was extracted.
+        mean_logps: Mean log-prob per token of each sample, shape (N,). A sample whose value is NaN has no vote.
+        completions: The sampled texts, length N; merges identical ones (see `perplexity_consistency`).
+
+    Returns:
+        The scores, the chosen answer and its confidence. With fewer than two different probabilities nothing is
+        dropped.
+
+    Example:
+        >>> answers = ["7"] * 5 + ["8"] * 3
+        >>> logps = np.log([0.1, 0.11, 0.12, 0.1, 0.11, 0.9, 0.92, 0.91])
+        >>> perplexity_consistency(answers, logps).scores["7"] > 0.5
+        True
+        >>> reasoning_pruned_perplexity_consistency(answers, logps).scores  # the improbable five have gone
+        {'8': 2.73}
+    """
+    mean_logps = _per_sample("mean_logps", mean_logps, answers)
+    kept = np.where(_improbable(np.exp(mean_logps)), np.nan, mean_logps)
+    return perplexity_consistency(answers, kept, completions=completions)
+
+
+def _improbable(probabilities: np.ndarray) -> np.ndarray:
+    """Which samples reasoning pruning drops, shape (N,)."""
+    from scipy.optimize import minimize
+    from scipy.stats import weibull_min
+
+    numbers = probabilities[~np.isnan(probabilities)]
+    if len(np.unique(numbers)) < 2:
+        return np.zeros(len(probabilities), bool)
+
+    def components(parameters: np.ndarray, values: np.ndarray) -> np.ndarray:
+        weight, shape_1, scale_1, shape_2, scale_2 = parameters
+        return np.array(
+            [
+                weight * weibull_min.pdf(values, shape_1, scale=scale_1),
+                (1 - weight) * weibull_min.pdf(values, shape_2, scale=scale_2),
+            ]
+        )
+
+    def loss(parameters: np.ndarray) -> float:
+        return -np.log(components(parameters, numbers).sum(axis=0) + 1e-300).sum()
+
+    start = [0.5, 1.0, 1.0, 1.5, 2.0]
+    bounds = [(0.2, 0.8), *[(0.01, None)] * 4]
+    fitted = minimize(loss, start, bounds=bounds, method="L-BFGS-B").x
+    means = [weibull_min.mean(fitted[1], scale=fitted[2]), weibull_min.mean(fitted[3], scale=fitted[4])]
+    density = components(fitted, np.nan_to_num(probabilities))
+    good, bad = density if means[0] >= means[1] else density[::-1]
+    return (good < bad) & (probabilities < numbers.mean())
+
+
+def borda_vote(answers: Sequence[Hashable | None], confidence: ArrayLike, *, power: float = 0.5) -> Selection:
+    """Borda vote (arXiv 2502.18581, there with self-certainty): a sample's vote weighs by the rank of its confidence.
+
+        weight of the r-th surest of the N samples with a vote:  (N - r + 1) ** power
+
+    Args:
+        answers: Canonical answers, length N; `None` where nothing was extracted.
+        confidence: Confidence of each sample, shape (N,), higher is surer. Tied samples share the mean of their ranks.
+        power: 0 is a majority vote, large is best of N.
+
+    Returns:
+        The scores, the chosen answer and its confidence.
+
+    Example:
+        >>> borda_vote(["7", "8", "7"], [-1.0, -0.25, -0.5], power=1).scores
+        {'7': 3.0, '8': 3.0}
+    """
+    from scipy.stats import rankdata
+
+    confidence = _per_sample("confidence", confidence, answers)
+    votes = ~np.isnan(confidence) & np.array([answer is not None for answer in answers], dtype=bool)
+    weights = np.full(len(answers), np.nan)
+    weights[votes] = rankdata(confidence[votes]) ** power
+    return weighted_vote(answers, weights, mean_logps=confidence)
+
+
+def equivalence_classes(answers: Sequence[str | None], equal: Callable[[str, str], bool]) -> list[str | None]:
+    """Canonical answers: those that are equal, directly or through others, get the name of the first of them.
+
+    Args:
+        answers: Extracted answers, length N; `None` where nothing was extracted.
+        equal: Whether two different answers mean the same, e.g. `trl_capo.evaluation.grade.same_answer`. Not
+            asked about answers that are in one class already.
+
+    Returns:
+        One canonical answer for each.
+
+    Example:
+        >>> equivalence_classes(["0.5", "1/2", None, "2"], lambda a, b: {a, b} == {"0.5", "1/2"})
+        ['0.5', '0.5', None, '2']
+    """
+    parent: dict[str, str] = {answer: answer for answer in answers if answer is not None}
+    position = {answer: i for i, answer in enumerate(parent)}
+
+    def root(answer: str) -> str:
+        while parent[answer] != answer:
+            answer = parent[answer]
+        return answer
+
+    for a, b in itertools.combinations(parent, 2):
+        first, second = sorted((root(a), root(b)), key=position.get)
+        if first != second and equal(a, b):
+            parent[second] = first
+    return [None if answer is None else root(answer) for answer in answers]
+
+
+def accuracy_by_count(
+    select: Callable[[list, NDArray], Selection],
+    answers: Sequence[Sequence[Hashable | None]],
+    confidence: ArrayLike,
+    correct: ArrayLike,
+    counts: Sequence[int],
+    *,
+    num_draws: int = 20,
+    seed: int = 0,
+) -> NDArray[np.float64]:
+    """Accuracy of a selector against the number of samples, from subsets of those at hand.
+
+    Args:
+        select: Takes N answers and N confidences, returns a `Selection`.
+        answers: Canonical answers, P lists of N.
+        confidence: Shape (P, N).
+        correct: Correctness, shape (P, N). The chosen answer is as right as the first sample that gave it; no
+            answer is wrong.
+        counts: Numbers of samples, each at most N. Of fewer than N, `num_draws` random subsets are averaged.
+        num_draws: Random subsets of each prompt.
+        seed: Seed of the subsets, which are the same for every selector and model.
+
+    Returns:
+        Shape (P, len(counts)).
+
+    Example:
+        >>> accuracy_by_count(
+        ...     lambda a, s: majority_vote(a, s), [["7", "7", "8"]], [[-0.1, -0.2, -0.3]], [[1, 1, 0]], [3]
+        ... ).tolist()
+        [[1.0]]
+    """
+    confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    num_prompts, num_samples = confidence.shape
+    if max(counts) > num_samples or min(counts) < 1:
+        raise ValueError(f"`counts` must lie between 1 and the {num_samples} samples at hand, got {list(counts)}.")
+    result = np.zeros((num_prompts, len(counts)))
+    for p in range(num_prompts):
+        rng = np.random.default_rng([seed, p])
+        orders = rng.permuted(np.tile(np.arange(num_samples), (num_draws, 1)), axis=1)
+        for k, count in enumerate(counts):
+            subsets = orders[:, :count] if count < num_samples else np.arange(num_samples)[None]
+            hits = []
+            for subset in subsets:
+                chosen = [answers[p][i] for i in subset]
+                choice = select(chosen, confidence[p, subset]).answer
+                hits.append(0.0 if choice is None else correct[p, subset[chosen.index(choice)]])
+            result[p, k] = np.mean(hits)
+    return result
 
 
 def _first_occurrence(completions: Sequence[str], answers: Sequence[Hashable | None]) -> np.ndarray:

@@ -3,7 +3,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, GPT2Config, LlamaConfig
 
-from trl_capo.evaluation.sample import sample_completions
+from trl_capo.evaluation import sample as sample_module
+from trl_capo.evaluation.sample import STATISTICS, sample_completions, sequence_statistics
 
 
 PROMPTS = ["7+2=", "1", "12*34-5=", "9-9", "3=", "44+44+44="]
@@ -199,3 +200,44 @@ def test_a_broken_model_is_named(tiny_model, tokenizer):
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="`model` returns NaN logits"):
         sample(model, tokenizer)
+
+
+def test_prompts_sampled_in_parts_give_what_they_give_together(model, tokenizer):
+    whole = sample(model, tokenizer, statistics=True)
+    parts = [sample(model, tokenizer, PROMPTS[i : i + 2], first_prompt=i, statistics=True) for i in (0, 2, 4)]
+    assert [row for part in parts for row in part.completions] == whole.completions
+    np.testing.assert_allclose(np.concatenate([part.mean_logps for part in parts]), whole.mean_logps, atol=1e-5)
+    for name in STATISTICS:
+        together = np.concatenate([part.statistics[name] for part in parts])
+        np.testing.assert_allclose(together, whole.statistics[name], atol=1e-5)
+    assert sample(model, tokenizer, PROMPTS[:2], first_prompt=2).completions != whole.completions[:2]
+
+
+def test_statistics_equal_those_of_an_unpadded_untempered_forward(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(sample_module, "TOP_K", 3)
+    monkeypatch.setattr(sample_module, "GROUP", 4)
+    samples = sample(model, tokenizer, temperature=0.7, statistics=True)
+    plain = sample(model, tokenizer, temperature=0.7)
+    assert_same(samples, plain, mean_logps=0)
+    assert plain.statistics == {}
+    checked = 0
+    for p, prompt in enumerate(PROMPTS):
+        for n, text in enumerate(samples.completions[p]):
+            ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * (not samples.truncated[p, n])
+            if len(ids) != samples.lengths[p, n]:
+                continue
+            prompt_ids = tokenizer(prompt)["input_ids"]
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt_ids + ids])).logits[0, len(prompt_ids) - 1 : -1].double()
+            probabilities = logits.softmax(-1).numpy()
+            certainty = [-np.mean(np.log(len(row) * row)) for row in probabilities]
+            confidence = [-np.mean(np.log(np.sort(row)[-3:])) for row in probabilities]
+            groups = [np.mean(confidence[i : i + 4]) for i in range(max(1, len(ids) - 3))]
+            expected = [np.mean(certainty), np.mean(confidence[-4:]), min(groups)]
+            assert [samples.statistics[name][p, n] for name in STATISTICS] == pytest.approx(expected, abs=1e-4)
+            checked += len(ids) > 4
+    assert checked >= 5
+
+
+def test_no_statistics_without_tokens():
+    assert sequence_statistics(None, np.array([3])) == {}

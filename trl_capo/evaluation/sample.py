@@ -13,7 +13,7 @@ The engine decodes by itself instead of calling `model.generate`:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +29,11 @@ _SHRINK_AT = 1 / 8
 
 Prompt = str | list[dict[str, str]]
 
+# What selectors besides the mean log-prob go by; all are averages over tokens of one number, higher is surer.
+STATISTICS = ("self_certainty", "tail_confidence", "lowest_group_confidence")
+TOP_K = 20  # tokens whose log-probs DeepConf averages
+GROUP = 2048  # tokens of its tail and of its groups
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -40,12 +45,14 @@ class Samples:
             float64. Higher is surer.
         lengths: Number of generated tokens, EOS included, shape (P, N), int64.
         truncated: Whether `max_new_tokens` was reached before an EOS, shape (P, N), bool.
+        statistics: Further confidences by name (`STATISTICS`), shape (P, N) each, float64; empty unless asked for.
     """
 
     completions: list[list[str]]
     mean_logps: np.ndarray
     lengths: np.ndarray
     truncated: np.ndarray
+    statistics: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def sample_completions(
@@ -58,6 +65,8 @@ def sample_completions(
     temperature: float = 1.0,
     batch_size: int = 256,
     seed: int = 0,
+    first_prompt: int = 0,
+    statistics: bool = False,
     progress: bool = True,
 ) -> Samples:
     """Sample `num_samples` completions of every prompt.
@@ -73,6 +82,9 @@ def sample_completions(
         temperature: Divides the logits that are sampled from; the log-probs returned are those at temperature 1.
         batch_size: Completions decoded together. More is faster on a GPU, until memory runs out.
         seed: Seed of the samples.
+        first_prompt: Number of the first prompt. Prompts sampled in parts, with the number of the first of each part,
+            give what they give together.
+        statistics: Also compute `STATISTICS`, as `token_statistics` and `sequence_statistics` define them.
         progress: Show a progress bar.
 
     Returns:
@@ -96,6 +108,7 @@ def sample_completions(
     mean_logps = np.empty(shape, dtype=np.float64)
     lengths = np.empty(shape, dtype=np.int64)
     truncated = np.empty(shape, dtype=bool)
+    extra = {name: np.empty(shape, dtype=np.float64) for name in (STATISTICS if statistics else ())}
 
     # Prompts of one length need no padding. Longest first: if memory is short, it runs out at once.
     order = sorted(range(len(prompt_ids)), key=lambda p: -len(prompt_ids[p]))
@@ -106,7 +119,10 @@ def sample_completions(
         with torch.no_grad(), tqdm(total=len(rows), desc="Sampling", unit="sample", disable=not progress) as bar:
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]
-                tokens, logps = _decode(model, prompt_ids, batch, max_new_tokens, temperature, seed, eos_token_ids)
+                streams = [[seed, first_prompt + p, n] for p, n in batch.tolist()]
+                tokens, logps, by_token = _decode(
+                    model, prompt_ids, batch[:, 0], max_new_tokens, temperature, streams, eos_token_ids, statistics
+                )
 
                 is_eos = np.isin(tokens, eos_token_ids)
                 ended = is_eos.any(axis=1)
@@ -115,56 +131,119 @@ def sample_completions(
                 at = tuple(batch.T)
                 lengths[at], truncated[at] = length, ~ended
                 mean_logps[at] = np.where(generated, logps, 0).sum(axis=1) / length
+                for name, values in sequence_statistics(by_token, length).items():
+                    extra[name][at] = values
                 ids = [row[:n].tolist() for row, n in zip(tokens, length, strict=True)]
                 completions[at] = tokenizer.batch_decode(ids, skip_special_tokens=True)
                 bar.update(len(batch))
     finally:
         model.train(was_training)
-    return Samples(completions.tolist(), mean_logps, lengths, truncated)
+    return Samples(completions.tolist(), mean_logps, lengths, truncated, extra)
+
+
+def token_statistics(logits: torch.Tensor) -> torch.Tensor:
+    """Two confidences of each next-token distribution.
+
+        self-certainty (arXiv 2502.18581):  -(1/V) sum over the vocabulary of log(V p_v), i.e. KL(uniform || p)
+        DeepConf (arXiv 2508.15260):        minus the mean log-prob of the 20 likeliest tokens
+
+    Args:
+        logits: At temperature 1, shape (B, V).
+
+    Returns:
+        Shape (B, 2), higher is surer.
+
+    Example:
+        >>> import torch
+        >>> certainty, confidence = token_statistics(torch.tensor([[3.0, 1.0]]).log())[0].tolist()  # p = 3/4, 1/4
+        >>> round(certainty, 3), round(confidence, 3)  # -log(3/2 * 1/2) / 2 and -log(3/4 * 1/4) / 2
+        (0.144, 0.837)
+    """
+    import torch
+
+    logps = logits.log_softmax(-1)
+    vocabulary = logps.shape[-1]
+    self_certainty = -logps.mean(-1) - np.log(vocabulary)
+    return torch.stack([self_certainty, -logps.topk(min(TOP_K, vocabulary)).values.mean(-1)], dim=-1)
+
+
+def sequence_statistics(by_token: np.ndarray | None, lengths: np.ndarray) -> dict[str, np.ndarray]:
+    """From tokens to completions: `STATISTICS`.
+
+    Args:
+        by_token: Of each token what `token_statistics` gives, shape (B, T, 2). None gives nothing.
+        lengths: Number of tokens, shape (B,).
+
+    Returns:
+        `self_certainty`, its mean over the completion; `tail_confidence` and `lowest_group_confidence`, DeepConf's
+        mean over the last 2048 tokens and the lowest mean over 2048 tokens in a row, of the whole completion if it is
+        shorter. Shape (B,) each.
+
+    Example:
+        >>> sequence_statistics(np.array([[[1.0, 4.0], [3.0, 2.0]]]), np.array([2]))
+        {'self_certainty': array([2.]), 'tail_confidence': array([3.]), 'lowest_group_confidence': array([3.])}
+    """
+    if by_token is None:
+        return {}
+    result = {name: np.empty(len(lengths)) for name in STATISTICS}
+    for row, (values, length) in enumerate(zip(by_token, lengths, strict=True)):
+        certainty, confidence = values[:length].T
+        sums = np.concatenate(([0.0], np.cumsum(confidence)))
+        window = min(GROUP, length)
+        groups = (sums[window:] - sums[:-window]) / window
+        result["self_certainty"][row] = certainty.mean()
+        result["tail_confidence"][row] = groups[-1]
+        result["lowest_group_confidence"][row] = groups.min()
+    return result
 
 
 def _decode(
     model: PreTrainedModel,
     prompt_ids: list[list[int]],
-    rows: np.ndarray,
+    prompt_of_row: np.ndarray,
     max_new_tokens: int,
     temperature: float,
-    seed: int,
+    streams: list[list[int]],
     eos_token_ids: list[int],
-) -> tuple[np.ndarray, np.ndarray]:
+    statistics: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Decode one batch.
 
     Args:
-        rows: Prompt and sample number of each row, shape (B, 2).
+        prompt_of_row: Prompt of each row, shape (B,).
+        streams: What each row's random numbers are seeded with.
 
     Returns:
-        Token ids, int64, and their log-probs, float64, both of shape (B, max_new_tokens). What follows a row's first
-        EOS is meaningless.
+        Token ids, int64, and their log-probs, float64, both of shape (B, max_new_tokens), and `token_statistics` of
+        shape (B, max_new_tokens, 2) if asked for. What follows a row's first EOS is meaningless.
     """
     import torch
 
     device = model.device
     eos = torch.tensor(eos_token_ids, device=device)
     # One number in [0, 1) per token, for inverse-CDF sampling. The factor keeps float32 from rounding it up to 1.
-    uniforms = np.stack([np.random.default_rng([seed, p, n]).random(max_new_tokens) for p, n in rows])
+    uniforms = np.stack([np.random.default_rng(stream).random(max_new_tokens) for stream in streams])
     uniforms = torch.tensor(uniforms * (1 - 2**-22), dtype=torch.float32, device=device)
     tokens = torch.zeros(uniforms.shape, dtype=torch.long, device=device)
     logps = torch.zeros_like(uniforms)
+    by_token = torch.zeros(*uniforms.shape, 2, device=device) if statistics else None
 
-    prompts, prompt_of_row = np.unique(rows[:, 0], return_inverse=True)
+    prompts, prompt_of_row = np.unique(prompt_of_row, return_inverse=True)
     cache, logits, attended, positions = _read_prompts(model, [prompt_ids[p] for p in prompts], max_new_tokens)
     prompt_of_row = torch.tensor(prompt_of_row, device=device)
     cache.batch_select_indices(prompt_of_row)
     logits, attended, positions = (x[prompt_of_row] for x in (logits, attended, positions))
     width = attended.shape[1] - max_new_tokens
 
-    running = torch.arange(len(rows), device=device)
-    finished = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    running = torch.arange(len(streams), device=device)
+    finished = torch.zeros(len(streams), dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
         cdf = (logits / temperature).softmax(-1).cumsum(-1)
         token = torch.searchsorted(cdf, uniforms[running, t, None] * cdf[:, -1:], right=True)
         tokens[running, t] = token[:, 0]
         logps[running, t] = logits.log_softmax(-1).gather(1, token)[:, 0]
+        if statistics:
+            by_token[running, t] = token_statistics(logits)
 
         finished |= torch.isin(token[:, 0], eos)
         n_finished = int(finished.sum())
@@ -177,7 +256,8 @@ def _decode(
                 x[stay] for x in (running, finished, token, attended, positions)
             )
         logits = _next_logits(model, token, attended[:, : width + t + 1], positions[:, width + t, None], cache)
-    return tokens.cpu().numpy(), logps.cpu().numpy().astype(np.float64)
+    by_token = by_token.cpu().numpy().astype(np.float64) if statistics else None
+    return tokens.cpu().numpy(), logps.cpu().numpy().astype(np.float64), by_token
 
 
 def _read_prompts(

@@ -1,0 +1,114 @@
+r"""Held-out questions to evaluate on, by name: a few declarative lines each.
+
+Every benchmark becomes a dataset with `prompt` (a conversation) and `solution` (a gold answer that math-verify reads).
+Any other file or dataset with these columns, or with others that are named, is a benchmark as well. Golds that cannot
+be parsed stay: their answers count as neither right nor wrong, and a warning names them before anything is sampled.
+"""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+
+from trl_capo.checks import unparsable_golds
+from trl_capo.data.arithmetic import SPLITS, arithmetic_dataset
+from trl_capo.data.math import to_conversations
+
+
+MATH_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."
+FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where questions and gold answers are.
+
+    Attributes:
+        path: Dataset on the Hub.
+        split: Its split.
+        prompt_column: Column of the questions.
+        solution_column: Column of the gold answers.
+        config: Its configuration, if it has several.
+    """
+
+    path: str
+    split: str
+    prompt_column: str
+    solution_column: str
+    config: str | None = None
+
+
+BENCHMARKS = {
+    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", "problem", "answer"),
+    "aime25": Benchmark("math-ai/aime25", "test", "problem", "answer"),
+    "amc23": Benchmark("math-ai/amc23", "test", "question", "answer"),
+    "math500": Benchmark("HuggingFaceH4/MATH-500", "test", "problem", "answer"),
+    "minerva": Benchmark("math-ai/minervamath", "test", "question", "answer"),
+    "olympiadbench": Benchmark("math-ai/olympiadbench", "test", "question", "final_answer"),
+}
+ARITHMETIC = {f"arithmetic_{split}": split for split in SPLITS if split not in ("base", "train")}
+
+
+def load_benchmark(
+    name: str,
+    num_prompts: int | None = None,
+    *,
+    prompt_column: str = "prompt",
+    solution_column: str = "solution",
+    system_prompt: str | None = None,
+) -> Dataset:
+    """The questions of a benchmark.
+
+    Args:
+        name: A key of `BENCHMARKS` or `ARITHMETIC`, or a file (.parquet, .jsonl, .json, .csv).
+        num_prompts: Only the first so many.
+        prompt_column: Of a file: the column of the questions, text or conversations.
+        solution_column: Of a file: the column of the gold answers.
+        system_prompt: System message before questions that are plain text. None: `MATH_PROMPT` for the benchmarks of
+            mathematics, none for a file.
+
+    Returns:
+        Columns `prompt` and `solution`.
+
+    Raises:
+        ValueError: Unknown name, missing column, or no rows.
+    """
+    if name in ARITHMETIC:
+        data = arithmetic_dataset(ARITHMETIC[name], *([] if num_prompts is None else [num_prompts]))
+    elif name in BENCHMARKS:
+        of = BENCHMARKS[name]
+        rows = load_dataset(of.path, of.config, split=of.split)
+        data = to_conversations(
+            _first(rows, num_prompts), of.prompt_column, of.solution_column, system_prompt or MATH_PROMPT
+        )
+    else:
+        kind = FORMATS.get(Path(name).suffix)
+        if kind is None or not Path(name).is_file():
+            raise ValueError(
+                f"there is no benchmark {name!r}. Known are {', '.join([*ARITHMETIC, *BENCHMARKS])}; or give a file "
+                f"({', '.join(FORMATS)}) with the columns {prompt_column!r} and {solution_column!r}."
+            )
+        try:
+            rows = load_dataset(kind, data_files=name, split="train")
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be read as questions and answers: {error}") from error
+        if solution_column not in rows.column_names:
+            raise ValueError(
+                f"{name} has no column {solution_column!r}, only {', '.join(rows.column_names)}. Name the one that "
+                "holds the gold answers with --solution_column."
+            )
+        data = to_conversations(_first(rows, num_prompts), prompt_column, solution_column, system_prompt)
+    data = data.select_columns(["prompt", "solution"])
+    if bad := unparsable_golds(data["solution"]):
+        examples = ", ".join(repr(data[row]["solution"]) for row in bad[:5])
+        warnings.warn(
+            f"{name}: math-verify cannot read the gold answer of {len(bad)} of {len(data)} questions, whose answers "
+            f"will count as neither right nor wrong: {examples}",
+            stacklevel=2,
+        )
+    return data
+
+
+def _first(rows: Dataset, num_prompts: int | None) -> Dataset:
+    return rows if num_prompts is None else rows.select(range(min(num_prompts, len(rows))))

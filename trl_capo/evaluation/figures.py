@@ -1,0 +1,123 @@
+"""Figures of calibration: each function draws one picture of any number of runs on matplotlib axes that it is given.
+
+`runs` maps a run's name to its samples of one benchmark. Colours follow the order of the runs, everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trl_capo.calibration.metrics import calibration_bins, precision_coverage
+from trl_capo.calibration.posthoc import fit_isotonic
+from trl_capo.calibration.selection import accuracy_by_count, best_of_n, majority_vote, perplexity_consistency
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from trl_capo.evaluation.samples import SampleSet
+
+COLORS = ("#7f7f7f", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+SELECTORS = {
+    "majority vote": (":", lambda answers, logps: majority_vote(answers, logps)),
+    "Perplexity Consistency": ("-", lambda answers, logps: perplexity_consistency(answers, logps)),
+    "best of N": ("--", lambda answers, logps: best_of_n(answers, logps)),
+}
+
+
+def draw_precision_coverage(axes: Axes, runs: dict[str, SampleSet]) -> None:
+    """Precision of the surest samples against their share."""
+    for color, (name, of) in zip(_colors(runs), runs.items(), strict=True):
+        coverage, precision = precision_coverage(of.correct, of.mean_logps)
+        if len(coverage):
+            points = np.unique(np.linspace(len(coverage) // 100, len(coverage) - 1, 300).astype(int))
+            axes.plot(coverage[points], precision[points], color=color, label=name, linewidth=2)
+    _finish(axes, "precision of the surest samples", "coverage: share of samples answered", "precision")
+
+
+def draw_reliability(axes: Axes, runs: dict[str, SampleSet], num_bins: int = 10) -> None:
+    """Accuracy against stated probability, with probabilities that isotonic regression learnt on the other half."""
+    axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
+    for color, (name, of) in zip(_colors(runs), runs.items(), strict=True):
+        probability = cross_fitted(of.correct, of.mean_logps)
+        if probability is None:
+            continue
+        count, stated, right = calibration_bins(of.correct, probability, num_bins=num_bins)
+        axes.plot(stated[count > 0], right[count > 0], color=color, marker="o", markersize=4, label=name, linewidth=2)
+    _finish(axes, "reliability, after isotonic regression", "stated probability", "accuracy")
+
+
+def cross_fitted(correct: np.ndarray, confidence: np.ndarray) -> np.ndarray | None:
+    """Probabilities of being right, each learnt on the other half of the prompts; None if a half has one class.
+
+    Args:
+        correct: Shape (P, N).
+        confidence: Shape (P, N).
+    """
+    probability = np.empty(confidence.shape)
+    for part in (0, 1):
+        try:
+            probability[part::2] = fit_isotonic(correct[1 - part :: 2], confidence[1 - part :: 2])(confidence[part::2])
+        except ValueError:
+            return None
+    return probability
+
+
+def draw_perplexities(axes: Axes, runs: dict[str, SampleSet]) -> None:
+    """Histograms of perplexity, right answers filled and wrong ones outlined."""
+    shown = [np.exp(-of.mean_logps[~np.isnan(of.correct)]) for of in runs.values()]
+    edges = np.linspace(1, max([np.quantile(values, 0.99) for values in shown if len(values)], default=2), 50)
+    for color, (name, of) in zip(_colors(runs), runs.items(), strict=True):
+        ppl = np.exp(-of.mean_logps)
+        for label, style in ((1, dict(alpha=0.3)), (0, dict(histtype="step", linewidth=1.5))):
+            if (of.correct == label).any():
+                title = f"{name}, {'right' if label else 'wrong'}"
+                axes.hist(ppl[of.correct == label], bins=edges, density=True, color=color, label=title, **style)
+    _finish(axes, "perplexity of right and wrong answers", "perplexity", "density")
+
+
+def draw_selection(axes: Axes, runs: dict[str, SampleSet], max_prompts: int = 500) -> None:
+    """Accuracy of the chosen answer against the number of samples, on at most so many prompts."""
+    for color, (name, of) in zip(_colors(runs), runs.items(), strict=True):
+        counts = [2**k for k in range(of.num_samples.bit_length()) if 2**k <= of.num_samples]
+        for selector, (line, select) in SELECTORS.items():
+            rows = slice(0, max_prompts)
+            found = accuracy_by_count(
+                select, of.answers[rows], of.mean_logps[rows], of.correct[rows], counts, num_draws=4
+            )
+            with np.errstate(invalid="ignore"):
+                accuracy = np.nanmean(found, axis=0) if not np.isnan(found).all() else np.full(len(counts), np.nan)
+            label = f"{name}, {selector}" if line == "-" or name == next(iter(runs)) else None
+            axes.plot(counts, accuracy, color=color, linestyle=line, label=label, linewidth=1.8)
+    axes.set_xscale("log", base=2)
+    _finish(axes, "accuracy of the chosen answer", "samples a question", "accuracy")
+
+
+def draw_training(axes: Sequence[Axes], histories: dict[str, list[dict]]) -> None:
+    """Accuracy and AUC within prompts along training, from the `log_history` of trainer states, on two axes."""
+    for axis, metric, title in (
+        (axes[0], "reward", "training reward"),
+        (axes[1], "capo/auc_within", "AUC within prompts, training prompts"),
+    ):
+        for color, (name, history) in zip(_colors(histories), histories.items(), strict=True):
+            points = [(entry["step"], entry[metric]) for entry in history if entry.get(metric) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=color, label=name, linewidth=2)
+        _finish(axis, title, "optimizer step", "")
+
+
+def _colors(runs: dict) -> list[str]:
+    return [COLORS[i % len(COLORS)] for i in range(len(runs))]
+
+
+def _finish(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)

@@ -1,0 +1,182 @@
+"""A model that answers only when its confidence keeps a promise: N samples, one chosen answer, one confidence.
+
+The confidence of a question is Perplexity Consistency's: the summed exp(mean log-prob) of the samples that agree with
+the chosen answer, over N. Not its share of all votes: sixteen hesitant votes for one answer say less than sixteen sure
+ones. The threshold comes from `trl_capo.calibration.abstention`. Its promise holds for the model, N, temperature and
+length that the calibration samples were drawn with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trl_capo.calibration.abstention import Abstention, choose_threshold
+from trl_capo.calibration.selection import perplexity_consistency
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from trl_capo.evaluation.samples import SampleSet
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a predictor says to one question.
+
+    Attributes:
+        answer: The chosen answer, also where it abstains; None if no sample had one.
+        confidence: In [0, 1], higher is surer.
+        abstains: Whether the confidence stays below the threshold.
+        completion: The surest sample with this answer; None without one.
+    """
+
+    answer: str | None
+    confidence: float
+    abstains: bool
+    completion: str | None
+
+
+def question_confidence(answers: Sequence[str | None], mean_logps: np.ndarray) -> tuple[str | None, float]:
+    """The answer that Perplexity Consistency chooses, and the mean over samples of the weight that it got.
+
+    Args:
+        answers: Canonical answers, length N; None where nothing was extracted.
+        mean_logps: Shape (N,).
+
+    Returns:
+        The answer, None if there is none, and a number in [0, 1], 0 without an answer.
+
+    Example:
+        >>> question_confidence(["7", "7", "8", None], np.log([0.5, 0.75, 1.0, 0.5]))
+        ('7', 0.3125)
+    """
+    choice = perplexity_consistency(answers, mean_logps)
+    if choice.answer is None:
+        return None, 0.0
+    return choice.answer, choice.scores[choice.answer] / len(answers)
+
+
+def question_table(of: SampleSet) -> tuple[np.ndarray, np.ndarray]:
+    """Whether the chosen answer to each question is right (0, 1, NaN), and its confidence, shape (P,) each."""
+    right, confidence = np.zeros(len(of.correct)), np.zeros(len(of.correct))
+    for p, (answers, logps, correct) in enumerate(zip(of.answers, of.mean_logps, of.correct, strict=True)):
+        answer, confidence[p] = question_confidence(answers, logps)
+        right[p] = 0.0 if answer is None else correct[answers.index(answer)]
+    return right, confidence
+
+
+def choose_abstention(sets: Sequence[SampleSet], precision: float, delta: float = 0.05) -> Abstention:
+    """A threshold for a model from its graded samples of calibration questions.
+
+    Args:
+        sets: Samples of one or more benchmarks, all with the same number a question.
+        precision: Share of right answers among those given that is promised.
+        delta: Probability that the promise fails.
+
+    Raises:
+        ValueError: See `choose_threshold`; or the sets differ in their number of samples.
+    """
+    counts = {of.num_samples for of in sets}
+    if len(counts) > 1:
+        raise ValueError(
+            f"the benchmarks have {', '.join(map(str, sorted(counts)))} samples a question; confidence would differ "
+            "in kind. Evaluate all with one --num_samples."
+        )
+    tables = [question_table(of) for of in sets]
+    right, confidence = (np.concatenate(column) for column in zip(*tables, strict=True))
+    chosen = choose_threshold(right, confidence, precision, delta=delta, name="perplexity_consistency")
+    return replace(chosen, num_samples=counts.pop())
+
+
+class SelectivePredictor:
+    """Samples, selects, and abstains below a threshold.
+
+    Args:
+        model: Decoder-only transformers model, on its device.
+        tokenizer: Its tokenizer.
+        abstention: Threshold; None never abstains.
+        num_samples: Samples a question. None: as many as the threshold was chosen with, else 16.
+        max_new_tokens: Longest completion.
+        temperature: Of the sampler.
+
+    Raises:
+        ValueError: `num_samples` is not that of the threshold.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        abstention: Abstention | None = None,
+        *,
+        num_samples: int | None = None,
+        max_new_tokens: int = 3000,
+        temperature: float = 1.0,
+    ):
+        chosen_with = abstention.num_samples if abstention else None
+        if num_samples is not None and chosen_with is not None and num_samples != chosen_with:
+            raise ValueError(
+                f"the threshold was chosen with {chosen_with} samples a question, not with {num_samples}. Use "
+                f"{chosen_with}, or choose a threshold again."
+            )
+        self.model, self.tokenizer, self.abstention = model, tokenizer, abstention
+        self.num_samples = num_samples or chosen_with or 16
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options) -> SelectivePredictor:
+        """Load a model and, if it lies beside it, `abstention.json`."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from trl_capo.calibration.abstention import FILE_NAME
+
+        abstention = Abstention.load(path) if (Path(path) / FILE_NAME).exists() else None
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        return cls(model, AutoTokenizer.from_pretrained(path), abstention, **options)
+
+    def predict(self, questions: Sequence[str], *, seed: int = 0, progress: bool = False) -> list[Prediction]:
+        """Answer questions.
+
+        Args:
+            questions: Plain questions; put into the model's chat template if it has one.
+            seed: Seed of the samples.
+            progress: Show a progress bar.
+        """
+        from trl_capo.evaluation.grade import canonical_answers, grade
+        from trl_capo.evaluation.sample import sample_completions
+
+        prompts = list(questions)
+        if self.tokenizer.chat_template is not None:
+            prompts = [[{"role": "user", "content": question}] for question in questions]
+        samples = sample_completions(
+            self.model,
+            self.tokenizer,
+            prompts,
+            num_samples=self.num_samples,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            seed=seed,
+            progress=progress,
+        )
+        texts = [text for row in samples.completions for text in row]
+        groups = np.repeat(np.arange(len(prompts)), self.num_samples).tolist()
+        # There is no gold answer: whatever is extracted is compared with the others only.
+        grades = grade(texts, [r"$0$"] * len(texts), progress=progress)
+        names = canonical_answers(grades, groups)
+        predictions = []
+        for p, logps in enumerate(samples.mean_logps):
+            answers = names[p * self.num_samples : (p + 1) * self.num_samples]
+            answer, confidence = question_confidence(answers, logps)
+            agreeing = [n for n, other in enumerate(answers) if answer is not None and other == answer]
+            best = samples.completions[p][max(agreeing, key=lambda n: logps[n])] if agreeing else None
+            abstains = answer is None or (
+                self.abstention is not None and not bool(self.abstention.answers(confidence))
+            )
+            predictions.append(Prediction(answer, confidence, abstains, best))
+        return predictions

@@ -1,0 +1,197 @@
+"""`samples.parquet`: graded samples of one model, from any trainer, one row a completion. What all else reads.
+
+| column | type | meaning |
+|---|---|---|
+| `benchmark` | string | name of the benchmark |
+| `prompt_id` | int32 | number of the question in it, from 0 |
+| `sample` | int32 | number of the completion, from 0 |
+| `prompt` | string | the question: the last user message |
+| `solution` | string | the gold answer |
+| `completion` | string | what the model wrote |
+| `answer` | string or null | its answer, one text for answers that mean the same; null if there is none |
+| `correct` | double or null | 1, 0; null where the gold answer cannot be read |
+| `mean_logp` | double | mean log-prob of the tokens, the last one included, at temperature 1; at most 0 |
+| `length` | int32 | number of tokens |
+| `truncated` | bool | whether it ran into the limit of tokens |
+| `grading_failed` | bool | whether math-verify hung or crashed on it; counted as wrong |
+
+Any further column of numbers is a confidence by its name, e.g. `self_certainty`.
+
+While samples are drawn they lie in `parts/`, one file for some prompts, written whole or not at all. So a run that is
+killed loses the prompts it was at and repeats no other.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+
+if TYPE_CHECKING:
+    import pyarrow
+
+FILE_NAME = "samples.parquet"
+KEY = ("benchmark", "prompt_id", "sample")
+REQUIRED = (*KEY, "correct", "mean_logp")  # what a file from elsewhere must have
+
+
+def schema(statistics: Sequence[str] = ()) -> pyarrow.Schema:
+    """Columns and their types, with further confidences."""
+    import pyarrow as pa
+
+    text, number = pa.string(), pa.float64()
+    columns = dict(benchmark=text, prompt_id=pa.int32(), sample=pa.int32(), prompt=text, solution=text)
+    columns |= dict(completion=text, answer=text, correct=number, mean_logp=number, length=pa.int32())
+    columns |= dict(truncated=pa.bool_(), grading_failed=pa.bool_())
+    return pa.schema(list(columns.items()) + [(name, number) for name in statistics])
+
+
+def write_part(folder: Path, benchmark: str, first_prompt: int, rows: pyarrow.Table) -> None:
+    """Keep the rows of some prompts, all or nothing."""
+    import pyarrow.parquet as pq
+
+    path = part_path(folder, benchmark, first_prompt)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    pq.write_table(rows, partial)
+    partial.replace(path)
+
+
+def part_path(folder: Path, benchmark: str, first_prompt: int) -> Path:
+    """Where the rows of the prompts from a number on are kept."""
+    return folder / "parts" / f"{Path(benchmark).stem}-{first_prompt:06d}.parquet"
+
+
+def merge_parts(folder: Path) -> Path:
+    """All parts as one `samples.parquet`, sorted; the parts are removed. Done already, nothing happens."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = folder / FILE_NAME
+    if not path.exists():
+        parts = [pq.read_table(part) for part in sorted((folder / "parts").glob("*.parquet"))]
+        table = pa.concat_tables(parts).sort_by([(name, "ascending") for name in KEY])
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        pq.write_table(table, partial)
+        partial.replace(path)
+    shutil.rmtree(folder / "parts", ignore_errors=True)
+    return path
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """The samples of one model on one benchmark, P prompts with N samples each.
+
+    Attributes:
+        benchmark: Its name.
+        table: The rows, sorted by prompt and sample.
+        num_samples: N.
+    """
+
+    benchmark: str
+    table: pyarrow.Table
+    num_samples: int
+
+    def grid(self, column: str) -> np.ndarray:
+        """A column as (P, N); numbers as float64 with NaN for null, text as objects with None."""
+        values = self.table[column].to_numpy(zero_copy_only=False)
+        if values.dtype != object:
+            values = values.astype(np.float64)
+        elif column == "correct":  # all null
+            values = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+        return values.reshape(-1, self.num_samples)
+
+    @cached_property
+    def correct(self) -> np.ndarray:
+        """(P, N), 1, 0 or NaN."""
+        return self.grid("correct")
+
+    @cached_property
+    def mean_logps(self) -> np.ndarray:
+        """(P, N)."""
+        return self.grid("mean_logp")
+
+    @cached_property
+    def answers(self) -> list[list[str | None]]:
+        """P lists of N."""
+        return self.grid("answer").tolist()
+
+    @property
+    def confidences(self) -> list[str]:
+        """Columns of numbers beyond those of every file."""
+        import pyarrow.types as types
+
+        known = set(schema().names)
+        return [field.name for field in self.table.schema if field.name not in known and types.is_floating(field.type)]
+
+
+def read_samples(path: str | Path) -> list[SampleSet]:
+    """Read a samples file, or the one in a folder, and check it.
+
+    Args:
+        path: `samples.parquet` or its folder.
+
+    Returns:
+        One set for each benchmark, in order of their names.
+
+    Raises:
+        ValueError: The file or a column is missing, a row is there twice, a prompt has fewer samples than another, or
+            a log-prob is NaN or positive.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist. Make it with `trl-capo evaluate MODEL --benchmark ...`.")
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a parquet file: {error}") from error
+    missing = [name for name in REQUIRED if name not in table.column_names]
+    if missing:
+        raise ValueError(f"{path} has no column {', '.join(missing)}, only {', '.join(table.column_names)}.")
+    if len(table) == 0:
+        raise ValueError(f"{path} has no rows.")
+    bad = pc.sum(pc.or_kleene(pc.is_null(table["mean_logp"], nan_is_null=True), pc.greater(table["mean_logp"], 0)))
+    if bad.as_py():
+        raise ValueError(
+            f"{path}: `mean_logp` must be a number of at most 0, which it is not in {bad.as_py()} rows. It is a mean "
+            "log-prob, not a perplexity or a probability."
+        )
+    strange = pc.sum(pc.invert(pc.is_in(table["correct"].drop_null(), pa.array([0.0, 1.0])))).as_py()
+    if strange:
+        raise ValueError(f"{path}: `correct` must be 0, 1 or null, which it is not in {strange} rows.")
+    if "answer" not in table.column_names:
+        table = table.append_column("answer", pa.nulls(len(table), pa.string()))
+    table = table.sort_by([(name, "ascending") for name in KEY])
+    return [_sample_set(path, table, name) for name in sorted(pc.unique(table["benchmark"]).to_pylist())]
+
+
+def _sample_set(path: Path, table: pyarrow.Table, benchmark: str) -> SampleSet:
+    import pyarrow.compute as pc
+
+    table = table.filter(pc.equal(table["benchmark"], benchmark)).combine_chunks()
+    prompts, samples = (table[name].to_numpy() for name in KEY[1:])
+    twice = np.flatnonzero((prompts[1:] == prompts[:-1]) & (samples[1:] == samples[:-1]))
+    if len(twice):
+        raise ValueError(
+            f"{path}: {benchmark}, prompt {prompts[twice[0]]}, sample {samples[twice[0]]} is there twice "
+            f"({len(twice)} such rows). Remove the copies."
+        )
+    _, counts = np.unique(prompts, return_counts=True)
+    if counts.min() != counts.max():
+        raise ValueError(
+            f"{path}: the prompts of {benchmark} have between {counts.min()} and {counts.max()} samples; all must "
+            "have the same number. Sample the missing ones, or drop these prompts."
+        )
+    return SampleSet(benchmark, table, int(counts[0]))

@@ -1,0 +1,59 @@
+"""`trl-capo answer`: ask a model; it samples, chooses, and says when it is not sure enough.
+
+    trl-capo answer runs/capo "63*15-43="
+    trl-capo answer runs/capo "63*15-43=" --fallback_model runs/larger
+
+The threshold is the one that `trl-capo abstain` saved beside the model. A question below it goes to the fallback
+model, if there is one.
+"""
+
+import argparse
+import sys
+
+from trl_capo.cli import main as cli_main
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="trl-capo answer", description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", help="folder of the model")
+    parser.add_argument("questions", nargs="+", help="what to ask")
+    parser.add_argument("--fallback_model", help="who is asked where the model abstains")
+    parser.add_argument("--num_samples", type=int, help="samples a question (default: those of the threshold, or 16)")
+    parser.add_argument("--max_new_tokens", type=int, default=3000, help="longest completion (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the sampler (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
+    parser.add_argument("--show", action="store_true", help="also the surest completion with the answer")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Ask, and ask the fallback where needed."""
+    args = make_parser().parse_args(argv)
+    from trl_capo.evaluation.predictor import SelectivePredictor
+
+    options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
+    predictor = SelectivePredictor.from_pretrained(args.model, num_samples=args.num_samples, **options)
+    if predictor.abstention is None:
+        print(
+            f"{args.model} has no abstention.json: it answers everything. See trl-capo abstain --help.",
+            file=sys.stderr,
+        )
+    predictions = predictor.predict(args.questions, seed=args.seed)
+    fallbacks = {}
+    if unsure := [q for q, p in zip(args.questions, predictions, strict=True) if p.abstains and args.fallback_model]:
+        fallback = SelectivePredictor.from_pretrained(args.fallback_model, num_samples=args.num_samples, **options)
+        fallbacks = dict(zip(unsure, fallback.predict(unsure, seed=args.seed), strict=True))
+    for question, own in zip(args.questions, predictions, strict=True):
+        said = fallbacks.get(question, own)
+        by = f", asked {args.fallback_model}" if question in fallbacks else ""
+        if said.abstains:
+            guess = "" if said.answer is None else f"; its guess would be {said.answer}"
+            print(f"{question}  not sure enough (confidence {said.confidence:.3f}{by}{guess})")
+        else:
+            print(f"{question}  {said.answer}  (confidence {said.confidence:.3f}{by})")
+        if args.show and said.completion is not None:
+            print(f"    {said.completion}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli_main(["answer", *sys.argv[1:]]))

@@ -1,0 +1,58 @@
+"""`trl-capo report`: one self-contained page that compares the samples of any number of runs.
+
+    trl-capo report runs/evaluation/base runs/evaluation/capo --output report.html
+
+A run is a `samples.parquet` or its folder. Training curves are drawn for runs whose `trainer_state.json` is given.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from trl_capo.cli import main as cli_main
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="trl-capo report", description=__doc__.split("\n\n")[0])
+    parser.add_argument("samples", nargs="+", help="samples.parquet files or their folders; the first is the baseline")
+    parser.add_argument("--names", nargs="+", help="what to call the runs (default: their folders)")
+    parser.add_argument(
+        "--trainer_states",
+        nargs="+",
+        default=[],
+        metavar="NAME=FILE",
+        help="trainer_state.json of a run, for its curves",
+    )
+    parser.add_argument("--output", default="report.html", help="where the page goes (default: %(default)s)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read, check, write."""
+    args = make_parser().parse_args(argv)
+    from trl_capo.evaluation.report import write_report
+    from trl_capo.evaluation.samples import read_samples
+
+    names = args.names or _names(args.samples)
+    if len(names) != len(args.samples) or len(set(names)) != len(names):
+        raise ValueError(f"{len(args.samples)} runs need as many different --names, got {', '.join(names)}.")
+    histories = {}
+    for pair in args.trainer_states:
+        name, _, file = pair.partition("=")
+        if name not in names or not file:
+            raise ValueError(f"--trainer_states takes NAME=FILE with a NAME of {', '.join(names)}, got {pair!r}.")
+        histories[name] = json.loads(Path(file).read_text())["log_history"]
+    runs = {name: read_samples(path) for name, path in zip(names, args.samples, strict=True)}
+    path = write_report(runs, args.output, histories=histories)
+    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB), with figures and {path.with_suffix('.md').name} beside it")
+
+
+def _names(paths: list[str]) -> list[str]:
+    """The folder of each file; the whole path where two are the same."""
+    short = [(Path(path) if Path(path).is_dir() else Path(path).parent).resolve().name for path in paths]
+    return [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
+
+
+if __name__ == "__main__":
+    sys.exit(cli_main(["report", *sys.argv[1:]]))

@@ -7,17 +7,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-ARGS ?= -m "not slow and not gpu"
+ARGS ?= -m "not slow and not gpu and not browser"
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.trl-capo-installed
 TOO_OLD = $(1) -c 'import sys; sys.exit(sys.version_info >= (3, 11))'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test test-browser lint format clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
 
 install: $(STAMP)  ## create .venv and install trl-capo with its development tools
 
@@ -26,6 +26,10 @@ demo: $(STAMP)  ## train GRPO and CAPO side by side on a tiny model and compare 
 
 test: $(STAMP)  ## run the tests and doctests
 	$(PY) -m pytest $(ARGS)
+
+test-browser: $(STAMP)  ## run the tests of the report page, in Chromium
+	$(PY) -m pip install --quiet playwright
+	$(PY) -m pytest -m browser
 
 lint: $(STAMP)  ## check style
 	$(PY) -m ruff check .

@@ -544,7 +544,7 @@ def _count_by_prompt(correct: ArrayLike, valid: ArrayLike | None) -> tuple[NDArr
 def paired_rows(
     correct: ArrayLike, confidence: ArrayLike, valid: ArrayLike | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-    """Correctness and confidence as checked float arrays, and which rows take part: numbers on both sides, and `valid`.
+    """Correctness and confidence as checked float arrays, and which rows take part: `valid` numbers on both sides.
 
     Example:
         >>> correct, confidence, valid = paired_rows([1, 0, 1], [0.5, float("nan"), 0.1])

@@ -38,6 +38,7 @@ from trl_capo.calibration.bootstrap import (
 )
 from trl_capo.calibration.metrics import nanmean, precision_coverage
 from trl_capo.calibration.selection import Selection, majority_vote, perplexity_consistency, weighted_vote
+from trl_capo.evaluation.predictor import question_confidence
 
 
 ROOT = Path(__file__).parent.parent
@@ -302,10 +303,8 @@ def questions(runs: Runs) -> tuple[np.ndarray, np.ndarray]:
     right, confidence = np.zeros(correct.shape[:2]), np.zeros(correct.shape[:2])
     for at in np.ndindex(right.shape):
         votes = [None if answer < 0 else answer for answer in answers[at].tolist()]
-        choice = perplexity_consistency(votes, logps[at])
-        right[at] = is_right(choice, votes, correct[at])
-        # The sum of the weights, not their share: sixteen hesitant votes say less than sixteen sure ones.
-        confidence[at] = choice.scores.get(choice.answer, 0.0) / NUM_SAMPLES
+        answer, confidence[at] = question_confidence(votes, logps[at])
+        right[at] = 0 if answer is None else correct[at][votes.index(answer)]
     return right, confidence
 
 

@@ -150,6 +150,7 @@ def literal_pruning(p):
     def density(x, k, scale):
         return float(np.exp(np.log(k / scale) + (k - 1) * np.log(x / scale) - np.exp(k * np.log(x / scale))))
 
+    @np.errstate(over="ignore")  # the search tries scales at which a density is 0
     def loss(v):
         return -sum(math.log(v[0] * density(x, v[1], v[2]) + (1 - v[0]) * density(x, v[3], v[4]) + 1e-300) for x in p)
 

@@ -121,6 +121,23 @@ def test_pass_at_k_is_the_mean_over_all_choices(correct):
     same(metrics.pass_at_k(correct, 1), metrics.accuracy(correct))
 
 
+@settings(max_examples=300, deadline=None)
+@given(tables(), st.randoms(use_true_random=False))
+def test_deferral_curve(table, random):
+    correct, confidence = table
+    fallback = np.array([random.choice([0.0, 1.0, math.nan]) for _ in range(correct.size)]).reshape(correct.shape)
+    use = ~np.isnan(correct) & ~np.isnan(confidence) & ~np.isnan(fallback)
+    right, sure, other = correct[use], confidence[use], fallback[use]
+    share, accuracy = metrics.deferral_curve(correct, confidence, fallback)
+    assert len(share) == len(accuracy) == (len(right) + 1 if len(right) else 0)
+    order = sorted(range(len(right)), key=lambda i: -sure[i])
+    smooth = [(np.mean(right[sure == sure[i]]), np.mean(other[sure == sure[i]])) for i in order]
+    for m in range(len(accuracy)):
+        kept, deferred = smooth[: len(right) - m], smooth[len(right) - m :]
+        same(accuracy[m], (math.fsum(own for own, _ in kept) + math.fsum(o for _, o in deferred)) / len(right))
+        same(share[m], m / len(right))
+
+
 def test_what_is_no_probability_is_refused():
     for value in (-0.2, 1.5):
         with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got"):

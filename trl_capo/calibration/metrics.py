@@ -193,6 +193,43 @@ def precision_coverage(
     return answered / correct.size, np.cumsum(_average_ties(correct, confidence)) / answered
 
 
+def deferral_curve(
+    correct: ArrayLike, confidence: ArrayLike, fallback_correct: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Accuracy when the least confident questions go to another model, for every number of them.
+
+        share_m = m / N,    accuracy_m = (#right among the N - m surest + #fallback right among the others) / N
+
+    Ties as in `precision_coverage`: rows of equal confidence are deferred in random order, in expectation.
+
+    Args:
+        correct: Whether the model is right, one row a question, any shape.
+        confidence: Its confidence, same shape, higher is surer.
+        fallback_correct: Whether the other model is right on the same question, same shape.
+
+    Returns:
+        Share deferred, from 0 to 1, and accuracy, both of shape (N + 1,), over rows without NaN; empty without one.
+
+    Example:
+        >>> share, accuracy = deferral_curve([1, 0], [0.9, 0.1], [0, 1])
+        >>> share.tolist(), accuracy.tolist()
+        ([0.0, 0.5, 1.0], [0.5, 1.0, 0.5])
+    """
+    correct, confidence, valid = paired_rows(correct, confidence)
+    fallback, _, of_fallback = paired_rows(fallback_correct, confidence)
+    valid &= of_fallback
+    correct, confidence, fallback = correct[valid], confidence[valid], fallback[valid]
+    if correct.size == 0:
+        return np.empty(0), np.empty(0)
+    order = np.argsort(-confidence)
+    own, other = (
+        np.concatenate(([0.0], np.cumsum(_average_ties(values[order], confidence[order]))))
+        for values in (correct, fallback)
+    )
+    deferred = np.arange(correct.size + 1)
+    return deferred / correct.size, ((own + other[-1] - other) / correct.size)[::-1]
+
+
 def precision_at_coverage(
     correct: ArrayLike, confidence: ArrayLike, coverage: float, *, valid: ArrayLike | None = None
 ) -> float:

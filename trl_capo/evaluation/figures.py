@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trl_capo.calibration.metrics import calibration_bins, precision_coverage
+from trl_capo.calibration.metrics import calibration_bins, deferral_curve, nanmean, precision_coverage
 from trl_capo.calibration.posthoc import fit_isotonic
 from trl_capo.calibration.selection import accuracy_by_count, best_of_n, majority_vote, perplexity_consistency
+from trl_capo.evaluation.predictor import question_table
 
 
 if TYPE_CHECKING:
@@ -36,6 +37,30 @@ def draw_precision_coverage(axes: Axes, runs: dict[str, SampleSet]) -> None:
             points = np.unique(np.linspace(len(coverage) // 100, len(coverage) - 1, 300).astype(int))
             axes.plot(coverage[points], precision[points], color=color, label=name, linewidth=2)
     _finish(axes, "precision of the surest samples", "coverage: share of samples answered", "precision")
+
+
+def draw_questions(axes: Axes, runs: dict[str, SampleSet]) -> None:
+    """Precision of the surest questions against their share: one answer a question, by Perplexity Consistency."""
+    for color, (name, of) in zip(_colors(runs), runs.items(), strict=True):
+        coverage, precision = precision_coverage(*question_table(of))
+        first = len(coverage) // 50
+        axes.plot(coverage[first:], precision[first:], color=color, label=name, linewidth=2)
+    _finish(axes, "precision of the surest questions", "coverage: share of questions answered", "precision")
+
+
+def draw_deferral(axes: Axes, runs: dict[str, SampleSet]) -> None:
+    """Accuracy when the least sure questions go to the most accurate of the runs, on questions that both answered."""
+    tables = {name: question_table(of) for name, of in runs.items()}
+    best = max(tables, key=lambda name: np.nan_to_num(nanmean(tables[name][0]), nan=-1))
+    numbers = {name: of.table["prompt_id"].to_numpy()[:: of.num_samples] for name, of in runs.items()}
+    for color, name in zip(_colors(runs), runs, strict=True):
+        if name == best:
+            continue
+        _, rows, of_best = np.intersect1d(numbers[name], numbers[best], return_indices=True)
+        right, confidence = (array[rows] for array in tables[name])
+        share, accuracy = deferral_curve(right, confidence, tables[best][0][of_best])
+        axes.plot(share, accuracy, color=color, label=f"{name}, else {best}", linewidth=2)
+    _finish(axes, "deferring the least sure questions", "share deferred", "accuracy")
 
 
 def draw_reliability(axes: Axes, runs: dict[str, SampleSet], num_bins: int = 10) -> None:

@@ -146,14 +146,19 @@ def _shared_prompts(of: SampleSet, other: SampleSet) -> tuple[np.ndarray, np.nda
 
 
 def draw_benchmark(runs: dict[str, SampleSet]) -> bytes:
-    """The four figures of a benchmark as one PNG."""
+    """The figures of a benchmark as one PNG."""
     from trl_capo.evaluation import figures
 
-    figure, axes = _subplots(2, 2, (11, 8))
+    figure, axes = _subplots(3, 2, (11, 11.5))
     figures.draw_precision_coverage(axes[0, 0], runs)
-    figures.draw_reliability(axes[0, 1], runs)
-    figures.draw_perplexities(axes[1, 0], runs)
-    figures.draw_selection(axes[1, 1], runs)
+    figures.draw_questions(axes[0, 1], runs)
+    figures.draw_reliability(axes[1, 0], runs)
+    figures.draw_perplexities(axes[1, 1], runs)
+    figures.draw_selection(axes[2, 0], runs)
+    if len(runs) > 1:
+        figures.draw_deferral(axes[2, 1], runs)
+    else:
+        axes[2, 1].set_visible(False)
     return _png(figure)
 
 

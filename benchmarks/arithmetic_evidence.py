@@ -487,7 +487,10 @@ def temperature_table(runs: dict[str, Runs]) -> str:
                 value(lambda s, of=of, key=key: of.accuracy(key, s)[:, :CURVE_PROMPTS]),
                 value(lambda s, of=of, key=key: of.auc(key, s)[:, :CURVE_PROMPTS]),
             ]
-            gap = f"{signed(at_matched_temperature(of, runs[other]))} than {NAMES[other]}" if temperature == 1 else ""
+            gap = ""
+            if temperature == 1:
+                lead = at_matched_temperature(of, runs[other])
+                gap = f"{'not reached' if np.isnan(lead.value) else signed(lead)} ({NAMES[other]})"
             name = NAMES[method] if key == of.temperatures[0][1] else ""
             rows.append([name, temperature, *(f"{cell:.3f}" for cell in cells), gap])
     header = ["model", "temperature", "accuracy", "AUC within"]

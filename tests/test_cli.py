@@ -63,7 +63,9 @@ def test_nothing_asked_for_shows_help_and_fails(capsys):
     assert "usage: trl-capo" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("typed", "hint"), [("trian", "did you mean 'train'?"), ("xyz", "choose from train, demo")])
+@pytest.mark.parametrize(
+    ("typed", "hint"), [("trian", "did you mean 'train'?"), ("xyz", "choose from train, evaluate, ")]
+)
 def test_unknown_command_is_one_line(typed, hint, capsys):
     assert cli.main([typed, "--config", "x.yaml"]) == 2
     captured = capsys.readouterr()

@@ -34,7 +34,7 @@ COLUMNS = {
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trl-capo evaluate", description=__doc__.split("\n\n")[0])
-    parser.add_argument("models", nargs="+", help="folders, names on the Hub, or arithmetic-base, arithmetic-habit")
+    parser.add_argument("models", nargs="+", help="folders, names on the Hub, or arithmetic-base, arithmetic-flat")
     parser.add_argument(
         "--benchmark", nargs="+", required=True, help="names, or files with questions and gold answers"
     )
@@ -112,9 +112,9 @@ def evaluate(model: str, folder: Path, data: dict, args: argparse.Namespace, sta
 
 def load_engine(model: str, args: argparse.Namespace, state) -> Callable:
     """A function from prompts, `max_new_tokens` and `first_prompt` to `Samples`."""
-    from trl_capo.data.arithmetic import BASE_MODEL, HABIT_MODEL
+    from trl_capo.data.arithmetic import BASE_MODEL, FLAT_MODEL
 
-    model = {"arithmetic-base": str(BASE_MODEL), "arithmetic-habit": str(HABIT_MODEL)}.get(model, model)
+    model = {"arithmetic-base": str(BASE_MODEL), "arithmetic-flat": str(FLAT_MODEL)}.get(model, model)
     shared = dict(
         num_samples=args.num_samples, temperature=args.temperature, seed=args.seed, statistics=args.statistics
     )

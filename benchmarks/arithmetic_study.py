@@ -110,7 +110,7 @@ def methods(world: str) -> dict[str, tuple[str, dict]]:
 
 MAIN = ("base", "grpo", "capo", "capo_no_mask", "grpo_mask")  # whole learning curves, and single samples at the end
 
-# What was tried before the study: as many settings for GRPO as for CAPO, on the validation split, with other seeds.
+# What was tried before the study, on the validation split, with other seeds.
 TUNING = {
     "slips": {
         "grpo": ("grpo", NO_STD),
@@ -119,7 +119,6 @@ TUNING = {
         "grpo std": ("grpo", STD),
         "grpo std lr 1e-4": ("grpo", STD | dict(learning_rate=1e-4)),
         "grpo std lr 4e-4": ("grpo", STD | dict(learning_rate=4e-4)),
-        "grpo scaled by batch": ("grpo", dict(scale_rewards="batch")),
         "capo": ("capo", CAPO | MASK | dict(tau=0.15)),
         "capo std": ("capo", CAPO | MASK | dict(tau=0.15, pair_normalization="std")),
         "capo lr 1e-4": ("capo", CAPO | MASK | dict(tau=0.15, learning_rate=1e-4)),

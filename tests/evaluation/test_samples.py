@@ -34,6 +34,7 @@ def test_parts_become_one_sorted_file(tmp_path):
     write_part(tmp_path, "b", 0, rows(prompts=[0, 1], certainty=[5.0, 6.0, 7.0, 8.0]))
     write_part(tmp_path, "a/other.jsonl", 0, rows("a/other.jsonl", prompts=[0], certainty=[9.0, 9.0]))
     assert part_path(tmp_path, "b", 2).exists()
+    assert part_path(tmp_path, "a/x.jsonl", 0) != part_path(tmp_path, "b/x.jsonl", 0)  # neither overwrites the other
     merge_parts(tmp_path)
     merge_parts(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["samples.parquet"]

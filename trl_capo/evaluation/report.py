@@ -17,6 +17,7 @@ import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -79,7 +80,7 @@ def write_report(
         of = {name: next(s for s in sets if s.benchmark == benchmark) for name, sets in runs.items()}
         header, rows = metric_rows(of)
         figure = draw_benchmark(of)
-        (path.parent / f"{path.stem}-{Path(benchmark).stem}.png").write_bytes(figure)
+        (path.parent / f"{path.stem}-{quote(benchmark, safe='')}.png").write_bytes(figure)
         tables.append(f"**{benchmark}**\n\n" + markdown(header, rows))
         sections.append(
             f"<h2>{html.escape(benchmark)}</h2>{_html_table(header, rows)}{_image(figure, f'figures of {benchmark}')}"

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import numpy as np
 
@@ -66,7 +67,8 @@ def write_part(folder: Path, benchmark: str, first_prompt: int, rows: pyarrow.Ta
 
 def part_path(folder: Path, benchmark: str, first_prompt: int) -> Path:
     """Where the rows of the prompts from a number on are kept."""
-    return folder / "parts" / f"{Path(benchmark).stem}-{first_prompt:06d}.parquet"
+    # Quoted: a benchmark may be a file, and two files in different folders may have one name.
+    return folder / "parts" / f"{quote(benchmark, safe='')}-{first_prompt:06d}.parquet"
 
 
 def merge_parts(folder: Path) -> Path:

@@ -82,10 +82,12 @@ def main(argv: list[str] | None = None) -> None:
     if state.is_main_process:
         _print_table([json.loads((folder / "summary.json").read_text()) for folder in folders], args.num_samples)
         print(f"\nSamples and summaries: {args.output_dir}/")
+        print(f"What to type next: trl-capo report {' '.join(map(str, folders))} --output report.html")
 
 
 def evaluate(model: str, folder: Path, data: dict, args: argparse.Namespace, state) -> None:
     """Sample what is missing, then merge and summarise."""
+    from trl_capo.data.benchmarks import ARITHMETIC
     from trl_capo.evaluation.samples import FILE_NAME, merge_parts, part_path, write_part
 
     if not (folder / FILE_NAME).exists():
@@ -99,7 +101,7 @@ def evaluate(model: str, folder: Path, data: dict, args: argparse.Namespace, sta
         sample = None
         for name, start, stop in _with_progress(missing, mine, args.num_samples, f"{folder.name}", state):
             sample = sample or load_engine(model, args, state)
-            limit = args.max_new_tokens or (64 if name.startswith("arithmetic") else 3000)
+            limit = args.max_new_tokens or (64 if name in ARITHMETIC else 3000)
             rows = data[name].select(range(start, stop))
             samples = sample(list(rows["prompt"]), max_new_tokens=limit, first_prompt=start)
             write_part(folder, name, start, graded_table(name, start, rows, samples))

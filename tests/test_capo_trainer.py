@@ -20,6 +20,7 @@ from tests.helpers import (
     unpadded_rows,
 )
 from trl_capo import CAPOConfig, CAPOTrainer
+from trl_capo.evaluation.model_card import add_to_model_card
 
 
 class RecordingTrainer(CAPOTrainer):
@@ -424,6 +425,15 @@ def test_card_names_capo_and_its_paper(tiny_model, tmp_path):
     assert "CAPO" in card and "2604.12632" in card and "Calibration-Aware Policy Optimization" in card
     assert "DeepSeekMath" not in card
     assert "trl-capo" in card.split("---")[1]
+
+
+def test_a_calibration_section_outlives_a_new_card(tiny_model, tmp_path):
+    trainer = make_trainer(tiny_model, tmp_path, ref_ppl_mask=False)
+    (tmp_path / "report.md").write_text("### arithmetic\n\nAUC within 0.9\n")
+    add_to_model_card(tmp_path / "report.md", tmp_path)
+    trainer.create_model_card(model_name="mine")
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---") and "2604.12632" in card and card.count("AUC within 0.9") == 1
 
 
 def test_state_is_saved_beside_the_checkpoint(tiny_model, tmp_path):

@@ -43,6 +43,7 @@ from trl_capo.checks import (
     reward_names,
     steps_between_generations,
 )
+from trl_capo.evaluation.model_card import restore_in_model_card
 from trl_capo.group_config import GroupAdvantageConfig
 from trl_capo.reference import make_room_for_reference_adapter, reference_source
 from trl_capo.repack import (
@@ -582,6 +583,12 @@ class GroupAdvantageTrainer(GRPOTrainer):
         super().log(logs, start_time)
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """TRL's card; a calibration section that `trl-capo report` put there stays."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            restore_in_model_card(self.args.output_dir)
 
     def train(self, resume_from_checkpoint: "str | bool | None" = None, **kwargs) -> TrainOutput:
         if resume_from_checkpoint is True:

@@ -47,7 +47,7 @@ def page(tmp_path_factory):
 def test_tables_hold_the_metrics(page):
     base, trained = (read_samples(page.parents[1] / name)[0] for name in ("base", "trained"))
     lines = page.with_suffix(".md").read_text().splitlines()
-    assert lines[2] == "| metric | base | trained | trained - base |"
+    assert "| metric | base | trained | trained - base |" in lines and "![figures of b](page-b.png)" in lines
     row = next(line for line in lines if line.startswith("| AUC within |"))
     alone = [prompt_interval(auc_within, of.correct, of.mean_logps, num_resamples=300) for of in (base, trained)]
     gap = prompt_difference(
@@ -140,6 +140,17 @@ def test_one_prompt_and_one_class(tmp_path, correct):
     merge_parts(tmp_path / "a")
     path = write_report({"a": read_samples(tmp_path / "a")}, tmp_path / "page.html")
     assert "nan" in path.with_suffix(".md").read_text()
+
+
+def test_a_card_gets_tables_and_figures(tmp_path):
+    samples, model = make_run(tmp_path / "samples", 0, benchmarks=("some/file with spaces.jsonl",)), tmp_path / "model"
+    model.mkdir()
+    command = ["report", str(samples), "--output", str(tmp_path / "page.html"), "--model_card", str(model)]
+    assert cli.main(command) == 0
+    card = (model / "README.md").read_text()
+    assert "| AUC within | " in card
+    [picture] = re.findall(r"!\[.*\]\((\S+)\)", card)
+    assert (model / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_bad_input_is_one_message(tmp_path, capsys):

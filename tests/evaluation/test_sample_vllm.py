@@ -114,10 +114,10 @@ def test_the_engine_is_asked_for_log_probs_at_temperature_one(monkeypatch):
     def make(model, **options):
         made.update(options, model=model)
 
-    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=make))
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=make, __spec__="a fake"))
     sample_vllm.load_vllm("some/model", dtype="float32", enforce_eager=True)
     assert made["logprobs_mode"] == "raw_logprobs" and made["max_logprobs"] == TOP_K
     assert (made["model"], made["dtype"], made["enforce_eager"]) == ("some/model", "float32", True)
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ValueError, match="vLLM is not installed"):
+    with pytest.raises(ValueError, match="vllm must be installed"):
         sample_vllm.load_vllm("some/model")

@@ -146,7 +146,7 @@ def test_several_models_and_benchmarks(tiny_model, tmp_path, capsys):
         (["--benchmark", "arithmetic_9"], "there is no benchmark 'arithmetic_9'. Known are"),
         (["--num_samples", "0"], "--num_samples must be at least 1"),
         (["--max_new_tokens", "100000"], "exceeds the model's context"),
-        (["--engine", "vllm"], "vLLM is not installed"),
+        (["--engine", "vllm"], "vllm must be installed"),
         (["--output_dir", "/proc/nothing"], "cannot be written"),
     ],
 )

@@ -266,6 +266,39 @@ def equivalence_classes(answers: Sequence[str | None], equal: Callable[[str, str
     return [None if answer is None else root(answer) for answer in answers]
 
 
+def choose_all(
+    select: Callable[[Sequence, NDArray], Selection],
+    answers: Sequence[Sequence[Hashable | None]],
+    confidence: ArrayLike,
+    correct: ArrayLike,
+) -> tuple[list[Selection], NDArray[np.float64]]:
+    """What a selector decides on every question, and whether that is right.
+
+    Args:
+        select: Takes N answers and N confidences, returns a `Selection`.
+        answers: Canonical answers, P lists of N.
+        confidence: Shape (P, N).
+        correct: 1 = correct, 0 = wrong, NaN = unknown, shape (P, N).
+
+    Returns:
+        P selections, and shape (P,): correctness of the chosen answer, read off the first sample that gave it; no
+        answer at all is wrong.
+
+    Example:
+        >>> answers, logps = [["7", "8"], [None, None]], [[-0.2, -0.1], [-0.1, -0.1]]
+        >>> choices, right = choose_all(best_of_n, answers, logps, [[0, 1], [0, 0]])
+        >>> choices[0].answer, right.tolist()
+        ('8', [1.0, 0.0])
+    """
+    rows = list(zip(answers, np.asarray(confidence, dtype=float), np.asarray(correct, dtype=float), strict=True))
+    choices = [select(row, values) for row, values, _ in rows]
+    right = [
+        0.0 if choice.answer is None else float(labels[list(row).index(choice.answer)])
+        for choice, (row, _, labels) in zip(choices, rows, strict=True)
+    ]
+    return choices, np.array(right, dtype=np.float64)
+
+
 def accuracy_by_count(
     select: Callable[[list, NDArray], Selection],
     answers: Sequence[Sequence[Hashable | None]],
@@ -307,11 +340,8 @@ def accuracy_by_count(
         orders = rng.permuted(np.tile(np.arange(num_samples), (num_draws, 1)), axis=1)
         for k, count in enumerate(counts):
             subsets = orders[:, :count] if count < num_samples else np.arange(num_samples)[None]
-            hits = []
-            for subset in subsets:
-                chosen = [answers[p][i] for i in subset]
-                choice = select(chosen, confidence[p, subset]).answer
-                hits.append(0.0 if choice is None else correct[p, subset[chosen.index(choice)]])
+            chosen = [[answers[p][i] for i in subset] for subset in subsets]
+            hits = choose_all(select, chosen, confidence[p, subsets], correct[p, subsets])[1]
             result[p, k] = np.mean(hits)
     return result
 

@@ -38,6 +38,7 @@ from transformers import AddedToken, Qwen2Tokenizer
 ASSETS = Path(__file__).parent.parent / "assets"
 BASE_MODEL = ASSETS / "arithmetic-base"
 FLAT_MODEL = ASSETS / "arithmetic-flat"
+SHIPPED = {path.name: path for path in (BASE_MODEL, FLAT_MODEL)}
 
 MODULUS = 1000
 MULTIPLICATION_RATE = 0.25
@@ -50,6 +51,16 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
+
+
+def model_path(name: str) -> str:
+    """Where a model is: one of `SHIPPED` by its name, anything else (a folder, a name on the Hub) as it is.
+
+    Example:
+        >>> model_path("arithmetic-base") == str(BASE_MODEL), model_path("Qwen/Qwen2.5-Math-1.5B")
+        (True, 'Qwen/Qwen2.5-Math-1.5B')
+    """
+    return str(SHIPPED[name]) if name in SHIPPED and not Path(name).is_dir() else name
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 COLORS = ("#7f7f7f", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 SELECTORS = {
-    "majority vote": (":", lambda answers, logps: majority_vote(answers, logps)),
-    "Perplexity Consistency": ("-", lambda answers, logps: perplexity_consistency(answers, logps)),
-    "best of N": ("--", lambda answers, logps: best_of_n(answers, logps)),
+    "majority vote": (":", majority_vote),
+    "Perplexity Consistency": ("-", perplexity_consistency),
+    "best of N": ("--", best_of_n),
 }
 
 

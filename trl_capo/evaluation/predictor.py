@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trl_capo.calibration.abstention import Abstention, choose_threshold
-from trl_capo.calibration.selection import perplexity_consistency
+from trl_capo.calibration.selection import Selection, choose_all, perplexity_consistency
 
 
 if TYPE_CHECKING:
@@ -57,18 +57,17 @@ def question_confidence(answers: Sequence[str | None], mean_logps: np.ndarray) -
         ('7', 0.3125)
     """
     choice = perplexity_consistency(answers, mean_logps)
-    if choice.answer is None:
-        return None, 0.0
-    return choice.answer, choice.scores[choice.answer] / len(answers)
+    return choice.answer, _mean_weight(choice, len(answers))
 
 
 def question_table(of: SampleSet) -> tuple[np.ndarray, np.ndarray]:
     """Whether the chosen answer to each question is right (0, 1, NaN), and its confidence, shape (P,) each."""
-    right, confidence = np.zeros(len(of.correct)), np.zeros(len(of.correct))
-    for p, (answers, logps, correct) in enumerate(zip(of.answers, of.mean_logps, of.correct, strict=True)):
-        answer, confidence[p] = question_confidence(answers, logps)
-        right[p] = 0.0 if answer is None else correct[answers.index(answer)]
-    return right, confidence
+    choices, right = choose_all(perplexity_consistency, of.answers, of.mean_logps, of.correct)
+    return right, np.array([_mean_weight(choice, of.num_samples) for choice in choices])
+
+
+def _mean_weight(choice: Selection, num_samples: int) -> float:
+    return 0.0 if choice.answer is None else choice.scores[choice.answer] / num_samples
 
 
 def choose_abstention(sets: Sequence[SampleSet], precision: float, delta: float = 0.05) -> Abstention:
@@ -131,10 +130,18 @@ class SelectivePredictor:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options) -> SelectivePredictor:
-        """Load a model and, if it lies beside it, `abstention.json`."""
+        """Load a model and, if it lies beside it, `abstention.json`.
+
+        Args:
+            path: Folder, name on the Hub, or name of a shipped model.
+            options: See the class.
+        """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from trl_capo.calibration.abstention import FILE_NAME
+        from trl_capo.data.arithmetic import model_path
+
+        path = model_path(str(path))
 
         abstention = Abstention.load(path) if (Path(path) / FILE_NAME).exists() else None
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")

@@ -17,14 +17,13 @@ import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import numpy as np
 
 from trl_capo.calibration import metrics
 from trl_capo.calibration.bootstrap import prompt_difference, prompt_interval
 from trl_capo.calibration.metrics import nanmean
-from trl_capo.calibration.selection import majority_vote, perplexity_consistency
+from trl_capo.calibration.selection import choose_all, majority_vote, perplexity_consistency
 
 
 if TYPE_CHECKING:
@@ -33,6 +32,10 @@ if TYPE_CHECKING:
 NUM_TEXTS = 500  # of each run
 NUM_RESAMPLES = 300
 TEMPLATE = Path(__file__).parent / "report_template.html"
+MARKDOWN_HEAD = """## Can its confidence be trusted?
+
+Confidence is the mean log-prob of a completion; AUC within: how often, of a right and a wrong answer to one question,
+the right one is surer. 95% intervals over questions."""
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 
 # Header, and a function of correctness and confidence, (P, N) each.
@@ -80,8 +83,10 @@ def write_report(
         of = {name: next(s for s in sets if s.benchmark == benchmark) for name, sets in runs.items()}
         header, rows = metric_rows(of)
         figure = draw_benchmark(of)
-        (path.parent / f"{path.stem}-{quote(benchmark, safe='')}.png").write_bytes(figure)
-        tables.append(f"**{benchmark}**\n\n" + markdown(header, rows))
+        # Not quoted with %, which a link in Markdown would read as an escape.
+        picture = path.parent / f"{path.stem}-{re.sub(r'[^0-9A-Za-z._-]', '_', benchmark)}.png"
+        picture.write_bytes(figure)
+        tables.append(f"### {benchmark}\n\n{markdown(header, rows)}\n\n![figures of {benchmark}]({picture.name})")
         sections.append(
             f"<h2>{html.escape(benchmark)}</h2>{_html_table(header, rows)}{_image(figure, f'figures of {benchmark}')}"
         )
@@ -92,7 +97,7 @@ def write_report(
     page = TEMPLATE.read_text().replace("<!-- sections -->", "\n".join(sections))
     page = page.replace("<!-- data -->", _embedded(completions(runs, shared)))
     path.write_text(page)
-    path.with_suffix(".md").write_text("\n\n".join(tables) + "\n")
+    path.with_suffix(".md").write_text("\n\n".join([MARKDOWN_HEAD, *tables]) + "\n")
     return path
 
 
@@ -125,18 +130,9 @@ def _numbers(of: SampleSet, prompts: np.ndarray) -> list[tuple]:
     samples = (of.correct[prompts], of.mean_logps[prompts])
     numbers = [(f, samples) for f in METRICS.values()]
     for select in SELECTORS.values():
-        right = _chosen(of, select)[prompts, None]
+        right = choose_all(select, of.answers, of.mean_logps, of.correct)[1][prompts, None]
         numbers.append((lambda right, _: nanmean(right), (right, right)))
     return numbers
-
-
-def _chosen(of: SampleSet, select) -> np.ndarray:
-    """Whether a selector's answer is right, (P,)."""
-    right = np.zeros(len(of.correct))
-    for p, (answers, logps, correct) in enumerate(zip(of.answers, of.mean_logps, of.correct, strict=True)):
-        answer = select(answers, logps).answer
-        right[p] = 0.0 if answer is None else correct[answers.index(answer)]
-    return right
 
 
 def _shared_prompts(of: SampleSet, other: SampleSet) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trl_capo.evaluation.sample import STATISTICS, TOP_K, Prompt, Samples, sequence_statistics
+from trl_capo.extras import require
 
 
 if TYPE_CHECKING:
@@ -94,10 +95,9 @@ def load_vllm(model: str, *, dtype: str = "auto", max_model_len: int | None = No
     Raises:
         ValueError: If vLLM is not installed.
     """
-    try:
-        from vllm import LLM
-    except ImportError as error:
-        raise ValueError("vLLM is not installed: pip install 'trl-capo[vllm]', or --engine transformers.") from error
+    require("vllm")
+    from vllm import LLM
+
     options = dict(logprobs_mode="raw_logprobs", enable_prefix_caching=True, max_logprobs=TOP_K) | options
     return LLM(model, dtype=dtype, max_model_len=max_model_len, **options)
 

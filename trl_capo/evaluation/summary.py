@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from trl_capo.calibration import metrics
-from trl_capo.calibration.selection import Selection, majority_vote, perplexity_consistency
+from trl_capo.calibration.selection import choose_all, majority_vote, perplexity_consistency
 
 
 def summarize(
@@ -31,22 +31,14 @@ def summarize(
         (1.0, 0.0, 1.0)
     """
     correct, mean_logps = np.asarray(correct, dtype=float), np.asarray(mean_logps, dtype=float)
-    rows = list(zip(correct, mean_logps, answers, strict=True))
     return {
         "accuracy": metrics.accuracy(correct),
         "auc_within": metrics.auc_within(correct, mean_logps),
         "auc_pooled": metrics.auc_pooled(correct, mean_logps),
-        "majority": metrics.nanmean([_is_correct(majority_vote(a, s), a, c) for c, s, a in rows]),
-        "perplexity_consistency": metrics.nanmean(
-            [_is_correct(perplexity_consistency(a, s), a, c) for c, s, a in rows]
-        ),
+        "majority": metrics.nanmean(choose_all(majority_vote, answers, mean_logps, correct)[1]),
+        "perplexity_consistency": metrics.nanmean(choose_all(perplexity_consistency, answers, mean_logps, correct)[1]),
         "precision_at_50": metrics.precision_at_coverage(correct, mean_logps, 0.5),
         "precision_at_80": metrics.precision_at_coverage(correct, mean_logps, 0.8),
         "ppl_correct": metrics.perplexity(mean_logps, valid=correct == 1),
         "ppl_wrong": metrics.perplexity(mean_logps, valid=correct == 0),
     }
-
-
-def _is_correct(selection: Selection, answers: Sequence[Hashable | None], correct: np.ndarray) -> float:
-    """Correctness of the chosen answer, read off a sample that gave it; no answer at all is wrong."""
-    return 0.0 if selection.answer is None else float(correct[list(answers).index(selection.answer)])

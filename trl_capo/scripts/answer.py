@@ -15,7 +15,7 @@ from trl_capo.cli import main as cli_main
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trl-capo answer", description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", help="folder of the model")
+    parser.add_argument("model", help="folder, name on the Hub, arithmetic-base or arithmetic-flat")
     parser.add_argument("questions", nargs="+", help="what to ask")
     parser.add_argument("--fallback_model", help="who is asked where the model abstains")
     parser.add_argument("--num_samples", type=int, help="samples a question (default: those of the threshold, or 16)")

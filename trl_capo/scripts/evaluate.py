@@ -114,9 +114,9 @@ def evaluate(model: str, folder: Path, data: dict, args: argparse.Namespace, sta
 
 def load_engine(model: str, args: argparse.Namespace, state) -> Callable:
     """A function from prompts, `max_new_tokens` and `first_prompt` to `Samples`."""
-    from trl_capo.data.arithmetic import BASE_MODEL, FLAT_MODEL
+    from trl_capo.data.arithmetic import model_path
 
-    model = {"arithmetic-base": str(BASE_MODEL), "arithmetic-flat": str(FLAT_MODEL)}.get(model, model)
+    model = model_path(model)
     shared = dict(
         num_samples=args.num_samples, temperature=args.temperature, seed=args.seed, statistics=args.statistics
     )

@@ -2,6 +2,8 @@
 
     trl-capo report runs/evaluation/base runs/evaluation/capo --output report.html
 
+    trl-capo report runs/evaluation/capo --model_card runs/capo
+
 A run is a `samples.parquet` or its folder. Training curves are drawn for runs whose `trainer_state.json` is given.
 """
 
@@ -11,6 +13,7 @@ import sys
 from pathlib import Path
 
 from trl_capo.cli import main as cli_main
+from trl_capo.extras import require
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -25,15 +28,20 @@ def make_parser() -> argparse.ArgumentParser:
         help="trainer_state.json of a run, for its curves",
     )
     parser.add_argument("--output", default="report.html", help="where the page goes (default: %(default)s)")
+    parser.add_argument("--model_card", metavar="FOLDER", help="folder of a model whose card gets tables and figures")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read, check, write."""
     args = make_parser().parse_args(argv)
+    from trl_capo.evaluation.model_card import add_to_model_card
     from trl_capo.evaluation.report import write_report
     from trl_capo.evaluation.samples import read_samples
 
+    require("report")
+    if args.model_card is not None and not Path(args.model_card).is_dir():
+        raise ValueError(f"--model_card takes the folder of a model; {args.model_card} is none.")
     names = args.names or _names(args.samples)
     if len(names) != len(args.samples) or len(set(names)) != len(names):
         raise ValueError(f"{len(args.samples)} runs need as many different --names, got {', '.join(names)}.")
@@ -46,6 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     runs = {name: read_samples(path) for name, path in zip(names, args.samples, strict=True)}
     path = write_report(runs, args.output, histories=histories)
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB), with figures and {path.with_suffix('.md').name} beside it")
+    if args.model_card is not None:
+        print(f"Also in {add_to_model_card(path.with_suffix('.md'), args.model_card)}")
 
 
 def _names(paths: list[str]) -> list[str]:

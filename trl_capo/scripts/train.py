@@ -180,11 +180,9 @@ def _model_path(name: str | None) -> str:
         raise ValueError(
             "model_name_or_path is missing: set it to a model id, a folder, arithmetic-base or arithmetic-flat."
         )
-    if name in ("arithmetic-base", "arithmetic-flat") and not os.path.isdir(name):
-        from trl_capo.data.arithmetic import ASSETS
+    from trl_capo.data.arithmetic import model_path
 
-        return str(ASSETS / name)
-    return name
+    return model_path(name)
 
 
 def _load_data(script_args, dataset_args):

@@ -1,0 +1,23 @@
+"""Libraries that only some users need: asked for by name before any work is spent."""
+
+import importlib.util
+
+
+MODULES = {
+    "report": ("matplotlib", "sklearn", "scipy", "latex2mathml"),
+    "vllm": ("vllm",),
+}
+
+
+def require(extra: str) -> None:
+    """Refuse to go on without the libraries of an extra.
+
+    Args:
+        extra: A key of `MODULES`.
+
+    Raises:
+        ValueError: If one is not installed; says how to install them.
+    """
+    missing = [name for name in MODULES[extra] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} must be installed for this: pip install 'trl-capo[{extra}]'.")

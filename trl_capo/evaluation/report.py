@@ -91,7 +91,7 @@ def write_report(
             f"<h2>{html.escape(benchmark)}</h2>{_html_table(header, rows)}{_image(figure, f'figures of {benchmark}')}"
         )
     if histories:
-        figure = draw_histories(histories)
+        figure = draw_histories(histories, list(runs))
         (path.parent / f"{path.stem}-training.png").write_bytes(figure)
         sections.append(f"<h2>Training</h2>{_image(figure, 'training curves')}")
     page = TEMPLATE.read_text().replace("<!-- sections -->", "\n".join(sections))
@@ -159,12 +159,12 @@ def draw_benchmark(runs: dict[str, SampleSet]) -> bytes:
     return _png(figure)
 
 
-def draw_histories(histories: dict[str, list[dict]]) -> bytes:
+def draw_histories(histories: dict[str, list[dict]], runs: list[str]) -> bytes:
     """Training curves as one PNG."""
     from trl_capo.evaluation import figures
 
     figure, axes = _subplots(1, 2, (11, 3.8))
-    figures.draw_training(axes[0], histories)
+    figures.draw_training(axes[0], histories, runs)
     return _png(figure)
 
 

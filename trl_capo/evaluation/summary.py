@@ -1,5 +1,6 @@
 """The numbers of one model on one set of prompts, from its graded samples: how good, and how trustworthy."""
 
+import sys
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -7,6 +8,19 @@ from numpy.typing import ArrayLike
 
 from trl_capo.calibration import metrics
 from trl_capo.calibration.selection import choose_all, majority_vote, perplexity_consistency
+
+
+COLUMNS = {
+    "accuracy": "accuracy\nmean@N",
+    "auc_within": "AUC\nwithin",
+    "auc_pooled": "AUC\npooled",
+    "majority": "majority\nvote@N",
+    "perplexity_consistency": "PC@N",
+    "precision_at_50": "precision\n@50%",
+    "precision_at_80": "precision\n@80%",
+    "ppl_correct": "perplexity\nright",
+    "ppl_wrong": "perplexity\nwrong",
+}
 
 
 def summarize(
@@ -42,3 +56,33 @@ def summarize(
         "ppl_correct": metrics.perplexity(mean_logps, valid=correct == 1),
         "ppl_wrong": metrics.perplexity(mean_logps, valid=correct == 0),
     }
+
+
+def print_summaries(models: dict[str, dict[str, dict]]) -> None:
+    """A table in the terminal, one block a benchmark, one line a model.
+
+    Args:
+        models: What `summarize` gives and `num_samples`, by model and benchmark; all models on the same benchmarks.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    benchmarks = next(iter(models.values()))
+    counts = sorted({of["num_samples"] for by_benchmark in models.values() for of in by_benchmark.values()})
+    table = Table(header_style="bold")
+    table.add_column("benchmark")
+    table.add_column("model")
+    for header in COLUMNS.values():
+        table.add_column(header.replace("@N", f"@{counts[0]}") if len(counts) == 1 else header, justify="right")
+    for benchmark in benchmarks:
+        for i, (model, by_benchmark) in enumerate(models.items()):
+            values = [f"{by_benchmark[benchmark][name]:.3f}" for name in COLUMNS]
+            table.add_row(benchmark if i == 0 else "", model, *values, end_section=i == len(models) - 1)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    console.print(
+        "AUC within: how often, of a right and a wrong answer to one prompt, the right one has the higher mean "
+        "log-prob.\nAUC pooled: the same over all prompts. PC: Perplexity Consistency. "
+        "precision@50%: accuracy of the surest half.",
+        highlight=False,
+    )

@@ -1,14 +1,14 @@
 """`trl-capo demo`: GRPO and CAPO side by side from the same tiny base, in minutes on a CPU.
 
 Both are trained on the embedded arithmetic world with the same steps, prompts and seed, as two processes of one thread
-each. Then base, GRPO and CAPO answer the same held-out prompts, and a table, `results.json` and `results.png` compare
-how often they are right with how well their confidence tells right from wrong.
+each. Then base, GRPO and CAPO answer the same held-out prompts as `trl-capo evaluate` would have them, and a table,
+`results.json`, `results.png` and `report.html` compare how often they are right with how well their confidence tells
+right from wrong.
 
 Stopped at any point, the same command goes on where it was.
 """
 
 import argparse
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -19,21 +19,11 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from trl_capo.cli import main as cli_main
+from trl_capo.extras import require
 
 
-TEST_SPLITS = ("test_2", "test_3", "test_4", "test_5")
+BENCHMARKS = ("arithmetic_test_2", "arithmetic_test_3", "arithmetic_test_4", "arithmetic_test_5")
 MODELS = ("base", "grpo", "capo")
-COLUMNS = {
-    "accuracy": "accuracy\nmean@N",
-    "auc_within": "AUC\nwithin",
-    "auc_pooled": "AUC\npooled",
-    "majority": "majority\nvote@N",
-    "perplexity_consistency": "PC@N",
-    "precision_at_50": "precision\n@50%",
-    "precision_at_80": "precision\n@80%",
-    "ppl_correct": "perplexity\nright",
-    "ppl_wrong": "perplexity\nwrong",
-}
 
 
 def training_options(method: str, steps: int, seed: int) -> dict:
@@ -80,25 +70,23 @@ def main(argv: list[str] | None = None) -> None:
     """Train, evaluate, compare."""
     args = make_parser().parse_args(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from the Hub
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("the demo draws a figure and needs matplotlib: pip install 'trl-capo[report]'.")
+    require("report")
     folder = Path(args.output_dir)
     _remember_settings(folder, vars(args))
     print(f"Training GRPO and CAPO from the shipped base, {args.steps} steps each, into {folder}/ ...")
     _in_processes(_train, [(method, folder, args.steps, args.seed) for method in ("grpo", "capo")])
-    print(f"Sampling {args.prompts} held-out prompts x {args.samples} of {len(TEST_SPLITS)} splits ...")
+    print(f"Sampling {args.prompts} held-out prompts x {args.samples} of {len(BENCHMARKS)} splits ...")
     _in_processes(_evaluate, [(model, folder, args.prompts, args.samples, args.seed) for model in MODELS])
+
+    from trl_capo.evaluation.summary import print_summaries
 
     results = {
         "settings": vars(args),
-        "splits": {
-            split: {model: _read(folder, f"evaluation/{model}.json")["splits"][split]["summary"] for model in MODELS}
-            for split in TEST_SPLITS
-        },
+        "models": {model: _read(folder, f"evaluation/{model}/summary.json")["benchmarks"] for model in MODELS},
         "training": {method: _read(folder, f"{method}/history.json") for method in ("grpo", "capo")},
     }
     _write(folder / "results.json", results)
-    _print_table(results["splits"], args.samples)
+    print_summaries(results["models"])
     _draw(folder, results["training"])
     _say_what_to_look_at(results, folder)
 
@@ -172,45 +160,25 @@ def _train(position: int, method: str, folder: Path, steps: int, seed: int) -> N
 
 
 def _evaluate(position: int, model: str, folder: Path, num_prompts: int, num_samples: int, seed: int) -> None:
-    path = folder / "evaluation" / f"{model}.json"
-    if path.exists():
-        return
-    import numpy as np
     import torch
-    from tqdm import tqdm
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from accelerate import PartialState
 
-    from trl_capo.calibration.metrics import precision_coverage
-    from trl_capo.data.arithmetic import BASE_MODEL, arithmetic_dataset
-    from trl_capo.evaluation.grade import grade_samples
-    from trl_capo.evaluation.sample import sample_completions
-    from trl_capo.evaluation.summary import summarize
+    from trl_capo.data.benchmarks import load_benchmark
+    from trl_capo.scripts.evaluate import evaluate, make_parser
 
     be_quiet()
     torch.set_num_threads(1)
-    source = str(BASE_MODEL if model == "base" else folder / model)
-    policy, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
-    splits, all_correct, all_logps = {}, [], []
-    for split in tqdm(TEST_SPLITS, desc=f"{model.upper():5}", unit="split", position=position):
-        data = arithmetic_dataset(split, num_prompts)
-        samples = sample_completions(
-            policy,
-            tokenizer,
-            data["prompt"],
-            num_samples=num_samples,
-            max_new_tokens=training_options("grpo", 1, seed)["max_completion_length"],
-            seed=seed,
-            progress=False,
-        )
-        answers, correct = grade_samples(samples, data["solution"], progress=False)
-        splits[split] = {"summary": summarize(correct, samples.mean_logps, answers)}
-        all_correct.append(correct)
-        all_logps.append(samples.mean_logps)
-    coverage, precision = precision_coverage(np.concatenate(all_correct), np.concatenate(all_logps))
-    points = np.unique(np.linspace(0, len(coverage) - 1, 400).astype(int))
-    curve = {"coverage": coverage[points].tolist(), "precision": precision[points].tolist()}
-    path.parent.mkdir(exist_ok=True)
-    _write(path, {"splits": splits, "precision_coverage": curve})
+    source = "arithmetic-base" if model == "base" else str(folder / model)
+    options = {
+        "num_samples": num_samples,
+        "max_new_tokens": training_options("grpo", 1, seed)["max_completion_length"],
+        "seed": seed,
+        "engine": "transformers",
+    }
+    command = [source, "--benchmark", *BENCHMARKS, *(f"--{name}={value}" for name, value in options.items())]
+    data = {name: load_benchmark(name, num_prompts) for name in BENCHMARKS}
+    args = make_parser().parse_args(command)
+    evaluate(source, folder / "evaluation" / model, data, args, PartialState(cpu=True), position=position)
 
 
 def be_quiet() -> None:
@@ -237,73 +205,42 @@ def _read(folder: Path, name: str):
     return json.loads((folder / name).read_text())
 
 
-def _print_table(splits: dict, num_samples: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Held-out prompts", header_style="bold")
-    table.add_column("split")
-    table.add_column("model")
-    for header in COLUMNS.values():
-        table.add_column(header.replace("N", str(num_samples)), justify="right")
-    for split, models in splits.items():
-        for model, summary in models.items():
-            first = split if model == MODELS[0] else ""
-            values = [f"{summary[name]:.3f}" for name in COLUMNS]
-            table.add_row(first, model.upper() if model != "base" else model, *values, end_section=model == MODELS[-1])
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
-    console.print(
-        "AUC within: how often, of a right and a wrong answer to one prompt, the right one has the higher mean "
-        "log-prob.\nAUC pooled: the same over all prompts. PC: Perplexity Consistency. "
-        "precision@50%: accuracy of the surest half.",
-        highlight=False,
-    )
-
-
 def _draw(folder: Path, training: dict) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colors = {"base": "#7f7f7f", "grpo": "#d55e00", "capo": "#0072b2"}
+    from trl_capo.evaluation.figures import draw_precision_coverage, draw_training
+    from trl_capo.evaluation.report import write_report
+    from trl_capo.evaluation.samples import read_samples
+
+    runs = {model: read_samples(folder / "evaluation" / model) for model in MODELS}
+    print("Writing the report ...")
+    write_report(runs, folder / "report.html", histories=training)
+
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for axis, metric, title in (
-        (axes[0], "capo/auc_within", "AUC within prompts, fresh training prompts"),
-        (axes[1], "reward", "accuracy, fresh training prompts"),
-    ):
-        for method, history in training.items():
-            points = [(entry["step"], entry[metric]) for entry in history if entry[metric] is not None]
-            axis.plot(*zip(*points, strict=True), color=colors[method], label=method.upper(), linewidth=2)
-        axis.set_title(title)
-        axis.set_xlabel("optimizer step")
-    for model in MODELS:
-        curve = _read(folder, f"evaluation/{model}.json")["precision_coverage"]
-        label = model.upper() if model != "base" else model
-        axes[2].plot(curve["coverage"], curve["precision"], color=colors[model], label=label, linewidth=2)
-    axes[2].set_title("precision of the surest samples, held out")
-    axes[2].set_xlabel("coverage: share of all samples that is answered")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False)
+    draw_training(axes[:2], training, MODELS)
+    draw_precision_coverage(axes[2], {model: sets[1] for model, sets in runs.items()})
+    axes[2].set_title(f"{axes[2].get_title()}, {BENCHMARKS[1]}", fontsize=11)
     figure.savefig(folder / "results.png", dpi=110)
     plt.close(figure)
 
 
 def _say_what_to_look_at(results: dict, folder: Path) -> None:
     print("\nCAPO minus GRPO, one seed:")
-    for split, models in results["splits"].items():
-        gap = {name: models["capo"][name] - models["grpo"][name] for name in ("auc_within", "accuracy")}
-        print(f"  {split}: AUC within {gap['auc_within']:+.3f}, accuracy {gap['accuracy']:+.3f}")
+    for benchmark in BENCHMARKS:
+        grpo, capo = (results["models"][model][benchmark] for model in ("grpo", "capo"))
+        gap = {name: capo[name] - grpo[name] for name in ("auc_within", "accuracy")}
+        print(f"  {benchmark}: AUC within {gap['auc_within']:+.3f}, accuracy {gap['accuracy']:+.3f}")
     command = "trl-capo" if shutil.which("trl-capo") else os.path.relpath(Path(sys.executable).parent / "trl-capo")
     seed = results["settings"]["seed"] + 1
     print(
         f"""
 What to look at: {folder}/results.png, and the columns AUC within and precision: at about the same accuracy, a higher
 value means that you can rely more on the answers the model is sure of. One seed proves nothing: repeat with another.
-All numbers: {folder}/results.json
+{folder}/report.html has intervals, more figures, and the answers themselves: open it in a browser.
+All numbers: {folder}/results.json. All samples: {folder}/evaluation/
 
 What to type next:
   {command} demo --output_dir runs/demo-{seed} --seed {seed}

@@ -19,17 +19,6 @@ from trl_capo.cli import main as cli_main
 
 
 PROMPTS_PER_PART = 32  # kept, and lost if the run is killed, together
-COLUMNS = {
-    "accuracy": "accuracy",
-    "auc_within": "AUC\nwithin",
-    "auc_pooled": "AUC\npooled",
-    "majority": "majority\nvote",
-    "perplexity_consistency": "PC",
-    "precision_at_50": "precision\n@50%",
-    "precision_at_80": "precision\n@80%",
-    "ppl_correct": "perplexity\nright",
-    "ppl_wrong": "perplexity\nwrong",
-}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -80,13 +69,25 @@ def main(argv: list[str] | None = None) -> None:
         state.wait_for_everyone()
         evaluate(model, folder, data, args, state)
     if state.is_main_process:
-        _print_table([json.loads((folder / "summary.json").read_text()) for folder in folders], args.num_samples)
+        read = {folder.name: json.loads((folder / "summary.json").read_text()) for folder in folders}
+        _print_summaries({name: summary["benchmarks"] for name, summary in read.items()})
         print(f"\nSamples and summaries: {args.output_dir}/")
         print(f"What to type next: trl-capo report {' '.join(map(str, folders))} --output report.html")
 
 
-def evaluate(model: str, folder: Path, data: dict, args: argparse.Namespace, state) -> None:
-    """Sample what is missing, then merge and summarise."""
+def evaluate(
+    model: str, folder: Path, data: dict, args: argparse.Namespace, state, *, position: int | None = None
+) -> None:
+    """Sample what is missing, then merge and summarise.
+
+    Args:
+        model: Folder, name on the Hub, or name of a shipped model.
+        folder: Gets `samples.parquet` and `summary.json`.
+        data: Questions by benchmark, from `load_benchmark`.
+        args: From `make_parser`.
+        state: accelerate's `PartialState`.
+        position: Line of the progress bar, where several are shown at once.
+    """
     from trl_capo.data.benchmarks import ARITHMETIC
     from trl_capo.evaluation.samples import FILE_NAME, merge_parts, part_path, write_part
 
@@ -99,7 +100,7 @@ def evaluate(model: str, folder: Path, data: dict, args: argparse.Namespace, sta
         mine = parts[state.process_index :: state.num_processes]
         missing = [part for part in mine if not part_path(folder, *part[:2]).exists()]
         sample = None
-        for name, start, stop in _with_progress(missing, mine, args.num_samples, f"{folder.name}", state):
+        for name, start, stop in _with_progress(missing, mine, args.num_samples, folder.name, state, position):
             sample = sample or load_engine(model, args, state)
             limit = args.max_new_tokens or (64 if name in ARITHMETIC else 3000)
             rows = data[name].select(range(start, stop))
@@ -199,13 +200,16 @@ def _remember_settings(folder: Path, model: str, args: argparse.Namespace) -> No
     path.write_text(json.dumps(settings, indent=1))
 
 
-def _with_progress(missing: list[tuple], mine: list[tuple], num_samples: int, name: str, state) -> Iterator[tuple]:
+def _with_progress(
+    missing: list[tuple], mine: list[tuple], num_samples: int, name: str, state, position: int | None
+) -> Iterator[tuple]:
     """Parts to do, with a bar that counts samples."""
     from tqdm import tqdm
 
     total = sum(stop - start for _, start, stop in mine) * num_samples
     done = total - sum(stop - start for _, start, stop in missing) * num_samples
-    with tqdm(total=total, initial=done, desc=name, unit="sample", disable=not state.is_local_main_process) as bar:
+    shown = dict(desc=name, unit="sample", position=position, disable=not state.is_local_main_process)
+    with tqdm(total=total, initial=done, **shown) as bar:
         for part in missing:
             yield part
             bar.update((part[2] - part[1]) * num_samples)
@@ -217,7 +221,11 @@ def _summarize(model: str, folder: Path) -> None:
 
     summary = {
         of.benchmark: summarize(of.correct, of.mean_logps, of.answers)
-        | {"num_prompts": len(of.correct), "grading_failed": int(of.grid("grading_failed").sum())}
+        | {
+            "num_prompts": len(of.correct),
+            "num_samples": of.num_samples,
+            "grading_failed": int(of.grid("grading_failed").sum()),
+        }
         for of in read_samples(folder)
     }
     partial = folder / "summary.partial"
@@ -225,22 +233,11 @@ def _summarize(model: str, folder: Path) -> None:
     partial.replace(folder / "summary.json")
 
 
-def _print_table(summaries: list[dict], num_samples: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _print_summaries(summaries: dict[str, dict]) -> None:
+    from trl_capo.evaluation.summary import print_summaries
 
-    table = Table(title=f"{num_samples} samples a question", header_style="bold")
-    table.add_column("benchmark")
-    table.add_column("model")
-    for header in COLUMNS.values():
-        table.add_column(header, justify="right")
-    for benchmark in summaries[0]["benchmarks"]:
-        for i, summary in enumerate(summaries):
-            values = [f"{summary['benchmarks'][benchmark][name]:.3f}" for name in COLUMNS]
-            last = i == len(summaries) - 1
-            table.add_row(benchmark if i == 0 else "", summary["model"], *values, end_section=last)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
-    failed = sum(of["grading_failed"] for summary in summaries for of in summary["benchmarks"].values())
+    print_summaries(summaries)
+    failed = sum(of["grading_failed"] for benchmarks in summaries.values() for of in benchmarks.values())
     if failed:
         print(f"{failed} completions count as wrong because math-verify hung or crashed on them.")
 

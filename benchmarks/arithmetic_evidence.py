@@ -1,6 +1,7 @@
 """Tables and figures of `docs/evidence.md` from the runs of `arithmetic_study.py`; nothing is trained here.
 
     python benchmarks/arithmetic_evidence.py
+    python benchmarks/arithmetic_evidence.py --report slips    # runs/slips.html, a page on one seed
 
 Writes `docs/figures/evidence_*.png`, `benchmarks/results/arithmetic_study/tables.json`, and the tables between the
 `<!-- table: name -->` marks of `docs/evidence.md`. Every interval is the 95% crossed bootstrap over seeds and prompts
@@ -9,6 +10,7 @@ prompts and the same random numbers. Without a split, a number is the plain mean
 seed (entropy, pooled AUC) varies over seeds only.
 """
 
+import argparse
 import json
 import re
 from collections.abc import Callable
@@ -39,6 +41,7 @@ from trl_capo.calibration.bootstrap import (
 from trl_capo.calibration.metrics import nanmean, precision_coverage
 from trl_capo.calibration.selection import Selection, majority_vote, perplexity_consistency, weighted_vote
 from trl_capo.evaluation.predictor import question_confidence
+from trl_capo.evaluation.samples import SampleSet
 
 
 ROOT = Path(__file__).parent.parent
@@ -713,9 +716,43 @@ def world_tables(world: str, runs: dict[str, Runs], figures: Path) -> dict[str, 
     return tables
 
 
+def sample_sets(of: Runs, seed: int) -> list[SampleSet]:
+    """The samples at the end of a run, without their texts, which the study does not keep."""
+    import pyarrow as pa
+
+    sets = []
+    for split in TEST_SPLITS:
+        arrays = {name: of.arrays[seed][f"{of.steps[-1]}/{split}/{name}"] for name in ("mean_logps", "answers")}
+        prompt_ids, samples = np.indices(arrays["answers"].shape).reshape(2, -1)
+        columns = dict(
+            prompt_id=prompt_ids,
+            sample=samples,
+            correct=np.unpackbits(of.arrays[seed][f"{of.steps[-1]}/{split}/correct"]).astype(float),
+            mean_logp=arrays["mean_logps"].ravel().astype(float),
+            answer=[None if answer < 0 else str(answer) for answer in arrays["answers"].ravel()],
+        )
+        sets.append(SampleSet(split, pa.table(columns), NUM_SAMPLES))
+    return sets
+
+
+def write_page(world: str, seed: int = 0) -> None:
+    """Base, GRPO and CAPO of one seed on the page that `trl-capo report` makes."""
+    from trl_capo.evaluation.report import write_report
+
+    runs = {NAMES[name]: of for name, of in load(world).items() if name in ("base", "grpo", "capo")}
+    histories = {name: of.numbers[seed]["training"] for name, of in runs.items() if of.numbers[seed]["training"]}
+    sets = {name: sample_sets(of, seed) for name, of in runs.items()}
+    print(write_report(sets, ROOT / "runs" / f"{world}.html", histories=histories))
+
+
 def main() -> None:
     import matplotlib
 
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--report", metavar="WORLD", choices=list(WORLDS), help="write a report page instead")
+    if (world := parser.parse_args().report) is not None:
+        write_page(world)
+        return
     matplotlib.use("Agg")
     figures = ROOT / "docs" / "figures"
     worlds = {world: runs for world in WORLDS if {"base", "grpo", "capo"} <= set(runs := load(world))}

@@ -13,6 +13,12 @@ are medians.
 
 The table and `benchmarks/results/grading.json` also say how many pairs were distinct, and whether the rewards and the
 three logged columns were those of TRL. Takes ten minutes on two cores.
+
+    python benchmarks/grading.py --evaluation
+
+What grading an evaluation costs: 10,000 distinct completions of the second kind by `trl_capo.evaluation.grade` and by
+the same function in a loop; then with every hundredth holding math-verify for 10 seconds and a deadline of 2. Into
+`benchmarks/results/grading_evaluation.json`, in five minutes.
 """
 
 import argparse
@@ -23,19 +29,22 @@ import random
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import wait
 from datetime import date
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import trl.rewards
 
 from trl_capo.data.arithmetic import sample_chains, solve, write_answer
+from trl_capo.evaluation import grade
 from trl_capo.rewards import get_accuracy_reward
 
 
-RESULTS = Path(__file__).parent / "results" / "grading.json"
+RESULTS = Path(__file__).parent / "results"
 NUM_GENERATIONS = 8
 STUCK = r"\boxed{\frac{3^{2500000}+1}{7^{1250000}+2}}"
 SENTENCE = r"Since $a_{n+1} = \frac{a_n + 3}{2}$ for all $n \geq 1$, the term $a_n$ is bounded by $3$. "
@@ -51,6 +60,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024], help="completions a call")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="worker processes")
     parser.add_argument("--repeats", type=int, default=3, help="times each, with other completions")
+    parser.add_argument("--evaluation", action="store_true", help="grade an evaluation instead")
+    parser.add_argument("--items", type=int, default=10_000, help="completions of that")
     return parser
 
 
@@ -133,6 +144,44 @@ def measure(kind: str, size: int, rewards: dict[int, object], repeats: int) -> d
     }
 
 
+def measure_evaluation(num_items: int) -> dict:
+    """Seconds for distinct completions by the pool and in a loop, and by the pool when one in a hundred hangs."""
+    pairs, drawn = {}, latex_pairs(random.Random("evaluation"))
+    while len(pairs) < num_items:
+        pairs[next(drawn)] = None
+    pairs = list(pairs)
+    grade.grade(["\\boxed{1}"], ["$1$"], progress=False)  # starts the workers
+    begin = time.perf_counter()
+    pooled = grade.grade(*zip(*pairs, strict=True), progress=False)
+    pool = time.perf_counter() - begin
+
+    hanging = list(pairs)
+    hanging[::100] = [
+        (rf"\boxed{{\frac{{3^{{{2500000 + i}}}+1}}{{7^{{1250000}}+2}}}}", "$7$") for i in range(0, num_items, 100)
+    ]
+    grade.grade(["\\boxed{1}"], ["$1$"], deadline=2.0, progress=False)
+    begin = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        survived = grade.grade(*zip(*hanging, strict=True), deadline=2.0, progress=False)
+    with_hanging = time.perf_counter() - begin
+
+    begin = time.perf_counter()  # last: the loop's process would hand sympy's memory on to workers forked from it
+    looped = [grade._grade_and_extract(*pair) for pair in pairs]
+    loop = time.perf_counter() - begin
+    others = np.arange(num_items) % 100 != 0
+    return {
+        "items": num_items,
+        "seconds": {"loop": round(loop, 1), "pool": round(pool, 1), "pool, 1% hanging": round(with_hanging, 1)},
+        "times_faster": round(loop / pool, 2),
+        "equal": pooled.correct.tolist() == [reward for reward, _, _ in looped]
+        and pooled.answers == [answer for _, answer, _ in looped],
+        "hanging_given_up": int(survived.failed[~others].sum()),
+        "others_given_up": int(survived.failed[others].sum()),
+        "others_equal": bool((survived.correct[others] == pooled.correct[others]).all()),
+    }
+
+
 def hardware() -> str:
     models = (
         [line for line in open("/proc/cpuinfo") if line.startswith("model name")] if sys.platform == "linux" else []
@@ -150,6 +199,11 @@ def main() -> None:
         "load": os.getloadavg()[0],
         "repeats": args.repeats,
     }
+    if args.evaluation:
+        about |= measure_evaluation(args.items)
+        print(json.dumps(about, indent=1))
+        (RESULTS / "grading_evaluation.json").write_text(json.dumps(about, indent=1) + "\n")
+        return
     timed(trl.rewards.accuracy_reward, list(islice(arithmetic_pairs(random.Random(0)), 64)))  # its imports
     rewards, start_up = {}, {}
     for workers in args.workers:
@@ -165,7 +219,7 @@ def main() -> None:
             rows.append(measure(kind, size, rewards, args.repeats))
             seconds = " | ".join(f"{rows[-1]['seconds'][name]:.3f}" for name in columns)
             print(f"| {kind} | {size} | {rows[-1]['distinct']} | {seconds} | {rows[-1]['equal']} |", flush=True)
-    RESULTS.write_text(json.dumps(about | {"first_call": start_up, "rows": rows}, indent=1) + "\n")
+    (RESULTS / "grading.json").write_text(json.dumps(about | {"first_call": start_up, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

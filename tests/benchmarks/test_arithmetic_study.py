@@ -122,6 +122,18 @@ def test_what_is_stored_gives_back_what_was_measured(results):
     assert options["tau"] == study.WORLDS["slips"].tau and options["learning_rate"] == 2e-4
 
 
+def test_the_page_is_about_the_stored_samples(results, tmp_path, monkeypatch):
+    runs = evidence.load("slips")
+    for of in evidence.sample_sets(runs["capo"], 0):
+        stored = runs["capo"].numbers[0]["checkpoints"]["2"][of.benchmark]
+        again = summarize(of.correct, of.mean_logps, of.answers)
+        for name in ("accuracy", "auc_within", "perplexity_consistency"):
+            assert again[name] == pytest.approx(stored[name], abs=1e-6, nan_ok=True)
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    evidence.write_page("slips")
+    assert "CAPO - base" in (tmp_path / "runs" / "slips.html").read_text()
+
+
 def test_votes_and_questions_agree_with_the_summary(results):
     runs = evidence.load("slips")["grpo"]
     votes, (right, confidence) = evidence.selected(runs), evidence.questions(runs)

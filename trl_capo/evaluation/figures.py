@@ -64,13 +64,16 @@ def draw_deferral(axes: Axes, runs: dict[str, SampleSet]) -> None:
 
 
 def draw_reliability(axes: Axes, runs: dict[str, SampleSet], num_bins: int = 10) -> None:
-    """Accuracy against stated probability, with probabilities that isotonic regression learnt on the other half."""
+    """Accuracy against stated probability, with probabilities that isotonic regression learnt on the other half.
+
+    Bins of equal mass: the few samples of high probability would make points of chance.
+    """
     axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
     for color, (name, of) in zip(_colors(runs), runs.items(), strict=True):
         probability = cross_fitted(of.correct, of.mean_logps)
         if probability is None:
             continue
-        count, stated, right = calibration_bins(of.correct, probability, num_bins=num_bins)
+        count, stated, right = calibration_bins(of.correct, probability, num_bins=num_bins, equal_mass=True)
         axes.plot(stated[count > 0], right[count > 0], color=color, marker="o", markersize=4, label=name, linewidth=2)
     _finish(axes, "reliability, after isotonic regression", "stated probability", "accuracy")
 

@@ -3,6 +3,8 @@
 import json
 import re
 
+from trl_capo.scripts.train import METHODS
+
 
 def test_demo_table_is_the_committed_result(repository):
     results = json.loads((repository / "benchmarks" / "results" / "demo" / "results.json").read_text())["models"]
@@ -24,6 +26,11 @@ def test_demo_table_is_the_committed_result(repository):
     )
     for points in (min(gaps), max(gaps), max(accuracies), -min(accuracies)):
         assert f"{100 * points:.1f}" in readme
+
+
+def test_every_method_is_in_the_table(repository):
+    rows = re.findall(r"^\| `(\w+)` \|", (repository / "docs" / "rivals.md").read_text(), re.MULTILINE)
+    assert rows == list(dict.fromkeys(rows)) and set(rows) == set(METHODS)
 
 
 def test_links_in_the_documentation_lead_somewhere(repository):

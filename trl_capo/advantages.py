@@ -159,14 +159,17 @@ def soft_misranking(correct: Tensor, mean_logps: Tensor, tau: float, *, valid: T
     return advantages.masked_fill(~right, 0.0).sum(dim=1) / (right.sum(dim=1) * wrong.sum(dim=1))
 
 
-def reward_only_advantages(rewards: Tensor, *, valid: Tensor | None = None, scale_rewards: str = "group") -> Tensor:
+def reward_only_advantages(
+    rewards: Tensor, *, valid: Tensor | None = None, scale_rewards: str = "group", eps: float = 1e-4
+) -> Tensor:
     """GRPO's advantages: reward minus group mean, optionally over a standard deviation.
 
     Args:
         rewards: Rewards, shape (P, G). NaN = unscorable.
         valid: Boolean, shape (P, G). Completions that may take part; None for all.
-        scale_rewards: As in TRL: "group" divides by the group's standard deviation + 1e-4, "batch" by that of all
-            rewards + 1e-4, "none" by nothing.
+        scale_rewards: As in TRL: "group" divides by the group's standard deviation + eps, "batch" by that of all
+            rewards + eps, "none" by nothing.
+        eps: Keeps the division finite; TRL's.
 
     Returns:
         Advantages, shape (P, G), float32 (float64 for float64 rewards); 0 where not valid.
@@ -188,9 +191,9 @@ def reward_only_advantages(rewards: Tensor, *, valid: Tensor | None = None, scal
     mean = rewards.masked_fill(~valid, 0.0).sum(dim=1, keepdim=True) / counts
     advantages = (rewards - mean).masked_fill(~valid, 0.0)
     if scale_rewards == "group":
-        advantages = advantages / (_group_std(rewards, valid) + 1e-4)
+        advantages = advantages / (_group_std(rewards, valid) + eps)
     elif scale_rewards == "batch":
-        advantages = advantages / (_group_std(rewards.reshape(1, -1), valid.reshape(1, -1)) + 1e-4)
+        advantages = advantages / (_group_std(rewards.reshape(1, -1), valid.reshape(1, -1)) + eps)
     return advantages
 
 

@@ -127,8 +127,8 @@ class GroupAdvantageTrainer(GRPOTrainer):
     """`GRPOTrainer` whose advantages may depend on whole groups. Takes the same arguments, the rest by keyword.
 
     Hooks for a method, all optional: `_compute_advantages`, `_setup_method`, `needs_ref`, `_rows_needing_logps`,
-    `_rows_needing_ref`, `_sequence_statistics`, `_token_advantages`, `_calibration_arrays`, `_calibration_metrics`,
-    `_method_state`, `_load_method_state`.
+    `_rows_needing_ref`, `_sequence_statistics`, `_token_advantages`, `_choose_prompts`, `_logps_from_logits`,
+    `_calibration_arrays`, `_calibration_metrics`, `_method_state`, `_load_method_state`.
 
     What may be dropped and moved is decided by TRL's `loss_type`. So a method with a `_compute_loss` of its own sets
     `args.repack = False` in `_setup_method` if rows without advantage matter in it, or which rows share a micro-batch.
@@ -140,6 +140,8 @@ class GroupAdvantageTrainer(GRPOTrainer):
 
     config_class = GroupAdvantageConfig
     _tag_names = ["trl", "trl-capo", "grpo"]
+    _generations_per_batch = 1  # how often in a row the sampler draws the same prompts
+    _reads_logits = False  # whether the loss takes its log-probs from `_logps_from_logits`
 
     def __init__(
         self,
@@ -184,6 +186,7 @@ class GroupAdvantageTrainer(GRPOTrainer):
         self._correctness_index = find_correctness_reward(self.reward_func_names, args.correctness_reward)
         self._rewards_per_func = self._generation_inputs = None
         self._defers_old_logps = self._old_logps_deferred = False
+        self._loss_inputs = None
         self._window = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._num_eval_prompts = None
         self._eval_prefix = "eval"
@@ -229,6 +232,17 @@ class GroupAdvantageTrainer(GRPOTrainer):
     def _token_advantages(self, advantages: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """This rank's advantages (B,) as they enter the loss; a method may make them (B, T)."""
         return advantages
+
+    def _choose_prompts(self, inputs: list[dict]) -> list[dict]:
+        """This rank's rows of a training generation, each prompt `num_generations` times; as many must come back."""
+        return inputs
+
+    def _logps_from_logits(self, logps: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """What the loss takes for the tokens' log-probs (B, T), from those of the vocabulary (B, T, V) and the batch.
+
+        Only called where `_reads_logits`. Values should stay the tokens' log-probs, or ratios lose their meaning.
+        """
+        return logps.gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
 
     def _method_state(self) -> dict:
         """What must survive a restart besides the model, as JSON. Equal on every rank."""
@@ -292,6 +306,8 @@ class GroupAdvantageTrainer(GRPOTrainer):
         return self._rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
+        if self.model.training:
+            inputs = self._choose_prompts(inputs)
         self._generation_inputs = inputs
         self._old_logps_deferred = False
         try:
@@ -423,6 +439,8 @@ class GroupAdvantageTrainer(GRPOTrainer):
         if self._defers_old_logps:
             self._old_logps_deferred = True
             return None, None, None
+        if self._reads_logits and self._loss_inputs is not None:
+            return self._unfused_logps(model, input_ids, attention_mask, logits_to_keep)
         # TRL names a batch size where it passes over a whole generation, for the log-probs alone.
         for_logps_alone = not (
             torch.is_grad_enabled() or any(kwargs.get(f"compute_{x}") for x in ("entropy", "aux_loss"))
@@ -439,6 +457,14 @@ class GroupAdvantageTrainer(GRPOTrainer):
             "completion_mask": attention_mask[:, prompt_width:],
         }
         return self._logps_of_rows(model, batch, None, batch_size), None, None
+
+    def _unfused_logps(self, model, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int):
+        """Log-probs for the loss from all logits, which TRL's fused head never holds at once; and their entropies."""
+        with self.accelerator.autocast():
+            logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+        logps = (logits[:, -logits_to_keep - 1 : -1].float() / self.temperature).log_softmax(-1)
+        entropies = -(logps.exp() * logps).sum(-1)
+        return self._logps_from_logits(logps, self._loss_inputs), entropies, None
 
     @torch.no_grad()
     def _policy_logps(self, output: Batch, rows: Tensor) -> Tensor:
@@ -556,7 +582,11 @@ class GroupAdvantageTrainer(GRPOTrainer):
         return repacked
 
     def _compute_loss(self, model, inputs):
-        loss = super()._compute_loss(model, inputs)
+        self._loss_inputs = inputs
+        try:
+            loss = super()._compute_loss(model, inputs)
+        finally:
+            self._loss_inputs = None
         return loss * inputs["loss_scale"] if "loss_scale" in inputs else loss
 
     # Metrics ---------------------------------------------------------------------------------------------------------
@@ -619,7 +649,10 @@ class GroupAdvantageTrainer(GRPOTrainer):
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
-        if not (isinstance(sampler, RepeatSampler) and sampler.shuffle):
+        if not isinstance(sampler, RepeatSampler):
+            return sampler
+        sampler.repeat_count *= self._generations_per_batch
+        if not sampler.shuffle:
             return sampler
         return _EpochRepeatSampler(
             sampler.data_source,

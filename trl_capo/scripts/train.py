@@ -25,6 +25,11 @@ from trl_capo.cli import main as cli_main
 METHODS = {
     "capo": ("trl_capo.capo_config:CAPOConfig", "trl_capo.capo_trainer:CAPOTrainer"),
     "grpo": ("trl_capo.group_config:GroupAdvantageConfig", "trl_capo.group_trainer:GroupAdvantageTrainer"),
+    "gspo": ("trl_capo.baselines.gspo:GSPOConfig", "trl_capo.baselines.gspo:GSPOTrainer"),
+    "codapo": ("trl_capo.baselines.codapo:CoDaPOConfig", "trl_capo.baselines.codapo:CoDaPOTrainer"),
+    "cde": ("trl_capo.baselines.cde:CDEConfig", "trl_capo.baselines.cde:CDETrainer"),
+    "simko": ("trl_capo.baselines.simko:SimKOConfig", "trl_capo.baselines.simko:SimKOTrainer"),
+    "capo_simko": ("trl_capo.baselines.simko:CAPOSimKOConfig", "trl_capo.baselines.simko:CAPOSimKOTrainer"),
 }
 
 

@@ -1,0 +1,140 @@
+"""CoDaPO: weights and advantages by hand and by loops, and a schedule that answers a batch's best prompts again."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from tests.helpers import config_kwargs, parity_reward, prompt_dataset
+from trl_capo.baselines.codapo import CoDaPOConfig, CoDaPOTrainer, kept_prompts, prompt_weights
+
+
+LOGPS = torch.tensor([[-0.2, -0.5, -0.4, -0.1]])
+
+
+@pytest.mark.parametrize(
+    ("rewards", "weight", "advantages"),
+    [
+        ([1, 1, 0, 0], 0.840818, [0.728169, 0.728169, -0.728169, -0.728169]),
+        ([1, 0, 0, 0], 0.655614, [0.983419, -0.327806, -0.327806, -0.327806]),
+    ],
+)
+def test_published_vectors(tiny_model, tmp_path, rewards, weight, advantages):
+    rewards = torch.tensor([rewards], dtype=torch.float)
+    everything = torch.ones(1, 4, dtype=torch.bool)
+    assert prompt_weights(rewards, LOGPS, everything).item() == pytest.approx(weight, abs=1e-6)
+    trainer = make_trainer(tiny_model, tmp_path, replay=False)
+    groups = make_groups(rewards, LOGPS, everything)
+    assert trainer._compute_advantages(groups)[0].tolist() == pytest.approx(advantages, abs=1e-5)
+
+
+def make_groups(rewards, mean_logps, valid):
+    from trl_capo.group_trainer import RolloutGroups
+
+    lengths = torch.ones_like(rewards)
+    return RolloutGroups(
+        rewards, rewards.unsqueeze(-1), rewards.clone(), mean_logps, lengths, valid & rewards.isfinite()
+    )
+
+
+def make_trainer(tiny_model, tmp_path, rows=None, **options):
+    data = prompt_dataset(16) if rows is None else rows
+    return CoDaPOTrainer(tiny_model, parity_reward, CoDaPOConfig(**config_kwargs(tmp_path, **options)), data)
+
+
+def literal(rewards, logps, valid, base_weight=0.1):
+    """One group at a time, as the formula is written."""
+    result = []
+    for row, scores, ok in zip(rewards.tolist(), logps.tolist(), valid.tolist(), strict=True):
+        members = [i for i in range(len(row)) if ok[i] and not math.isnan(row[i])]
+        values = [row[i] for i in members]
+        advantages = [0.0] * len(row)
+        if len(members) > 1:
+            mean = sum(values) / len(values)
+            std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+            value = 1 - 4 * (0.5 - sum(v == 1 for v in values) / len(values)) ** 2
+            confidence = math.exp(sum(scores[i] for i in members) / len(members)) if value > 0 else 0.0
+            for i in members:
+                advantages[i] = (confidence * value + base_weight) * (row[i] - mean) / (std + 1e-6)
+        result.append(advantages)
+    return torch.tensor(result)
+
+
+def test_advantages_of_random_groups(tiny_model, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    rewards = (torch.rand(200, 6, generator=generator) < torch.rand(200, 1, generator=generator)).float()
+    rewards[::7, 2] = torch.nan
+    rewards[3], rewards[4] = 1.0, 0.0
+    valid = torch.rand(200, 6, generator=generator) < 0.9
+    logps = -torch.rand(200, 6, generator=generator) * 2
+    groups = make_groups(rewards, logps.masked_fill(~valid, torch.nan), valid)
+    found = make_trainer(tiny_model, tmp_path, replay=False)._compute_advantages(groups)
+    torch.testing.assert_close(found, literal(rewards, logps, groups.valid), atol=1e-5, rtol=1e-5)
+    assert (found[3:5] == 0).all()
+
+
+def test_kept_prompts_are_those_from_the_quantile_on():
+    weights = torch.tensor([0.1, 0.4, 0.3, 0.2, 0.1, 0.1, 0.1, 0.9])
+    assert kept_prompts(weights, 0.75) == [1, 7]  # numpy.quantile: 0.325
+    assert kept_prompts(weights, 0.5) == [1, 2, 3, 7]  # 0.15
+    assert kept_prompts(torch.full((4,), 0.1), 0.75) == [0, 1, 2, 3]
+    assert kept_prompts(weights, 1.0) == [7]
+
+
+class Recording(CoDaPOTrainer):
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            self.seen = [*getattr(self, "seen", []), (inputs, self._kept)]
+            self.generated = [*getattr(self, "generated", []), output["prompt_ids"].tolist()]
+        return output
+
+
+def numbered(inputs):
+    return [row["number"] for row in inputs[::4]]
+
+
+def record(tiny_model, tmp_path, **options):
+    config = CoDaPOConfig(**config_kwargs(tmp_path, per_device_train_batch_size=16, replay_quantile=0.75, **options))
+    return Recording(tiny_model, parity_reward, config, prompt_dataset(16, number=list(range(16))))
+
+
+def test_every_batch_is_used_twice_and_the_second_time_its_best(tiny_model, tmp_path):
+    trainer = record(tiny_model, tmp_path, max_steps=6)
+    trainer.train()
+    assert len(trainer.seen) == 6
+    for i in range(0, 6, 2):
+        (first, kept), (second, after) = trainer.seen[i : i + 2]
+        prompts = trainer.generated[i : i + 2]
+        assert numbered(first) == numbered(second), "the sampler draws the batch again"
+        assert 1 <= len(kept) <= 4 and after is None
+        expected = [prompts[0][4 * kept[n % len(kept)]] for n in range(4) for _ in range(4)]
+        strip = [[[t for t in row if t] for row in rows] for rows in (prompts[1], expected)]
+        assert strip[0] == strip[1]
+    assert any(len(kept) < 4 for _, kept in trainer.seen[::2])
+    batches = [tuple(numbered(inputs)) for inputs, _ in trainer.seen[::2]]
+    assert len(set(batches)) == 3
+
+
+def test_without_replay_every_batch_is_new(tiny_model, tmp_path):
+    trainer = record(tiny_model, tmp_path, max_steps=2, replay=False)
+    trainer.train()
+    assert numbered(trainer.seen[0][0]) != numbered(trainer.seen[1][0])
+    assert trainer._method_state() == {"kept": None}
+
+
+def test_a_resumed_run_answers_what_was_kept(tiny_model, tmp_path):
+    options = dict(save_strategy="steps", save_steps=1, max_steps=4)
+    whole = record(tiny_model, tmp_path, **options)
+    whole.train()
+    state = json.loads((tmp_path / "checkpoint-1" / "trl_capo_state.json").read_text())
+    assert state["kept"] == whole.seen[0][1]
+    resumed = record(tiny_model, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert resumed.generated == whole.generated[1:]
+
+
+def test_bad_quantile(tmp_path):
+    with pytest.raises(ValueError, match="replay_quantile must lie in"):
+        CoDaPOConfig(str(tmp_path), replay_quantile=1.5)

@@ -1,0 +1,105 @@
+"""SimKO: the gradient of the formula as it is released, old log-probs included; without its two changes it is GRPO."""
+
+import pytest
+import torch
+
+from tests.helpers import config_kwargs, parity_reward, prompt_dataset
+from trl_capo import CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer
+from trl_capo.baselines.simko import (
+    CAPOSimKOConfig,
+    CAPOSimKOTrainer,
+    SimKOConfig,
+    SimKOTrainer,
+    surrogate_logps,
+)
+
+
+def released_loss(logits, old_logps, tokens, mask, advantages, top_k, mix, quantile, penalty):
+    """Token by token: mixed ratios to the old policy, stop-gradients and all; the sum over tokens of ratio times A."""
+    loss = 0.0
+    logps = logits.log_softmax(-1)
+    for b in range(len(tokens)):
+        steps = [t for t in range(tokens.shape[1]) if mask[b, t]]
+        entropies = {t: -(logps[b, t].exp() * logps[b, t]).sum().item() for t in steps}
+        threshold = torch.tensor(list(entropies.values())).quantile(quantile).item()
+        for t in steps:
+            y, fork = tokens[b, t].item(), entropies[t] >= threshold
+            gamma = (logps[b, t] - old_logps[b, t]).exp()
+            ratio, advantage = gamma[y], advantages[b].item()
+            if fork and advantage > 0:
+                top = logps[b, t].topk(top_k).indices.tolist()
+                shared = sum((gamma[y] / gamma[k]).detach() * gamma[k] for k in top) * mix / top_k
+                ratio = (1 - mix) * gamma[y] + shared
+            if fork and advantage < 0 and logps[b, t].argmax().item() == y:
+                advantage *= penalty
+            loss = loss - ratio * advantage
+    return loss
+
+
+def test_gradient_is_that_of_the_released_formula():
+    generator = torch.Generator().manual_seed(0)
+    shape = (12, 7, 9)
+    logits = (2 * torch.randn(*shape, generator=generator, dtype=torch.float64)).requires_grad_()
+    old_logps = (logits.detach() + 0.3 * torch.randn(*shape, generator=generator)).log_softmax(-1)
+    tokens = torch.multinomial(logits.detach().softmax(-1).view(-1, 9), 1, generator=generator).view(12, 7)
+    tokens[::3] = logits.detach().argmax(-1)[::3]
+    mask = (torch.arange(7) < torch.randint(1, 8, (12, 1), generator=generator)).long()
+    advantages = torch.randn(12, generator=generator, dtype=torch.float64)
+    advantages[5] = 0.0
+    options = dict(top_k=3, mix=0.2, quantile=0.6, penalty=1.5)
+
+    expected = torch.autograd.grad(released_loss(logits, old_logps, tokens, mask, advantages, **options), logits)[0]
+    logps = logits.log_softmax(-1)
+    surrogate = surrogate_logps(logps, tokens, mask, advantages, **options)
+    plain = logps.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(surrogate, plain)
+    ratio = (surrogate - old_logps.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)).exp()
+    found = torch.autograd.grad(-(ratio * advantages.unsqueeze(1) * mask).sum(), logits, retain_graph=True)[0]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    grpo = (plain - old_logps.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)).exp()
+    unchanged = torch.autograd.grad(-(grpo * advantages.unsqueeze(1) * mask).sum(), logits)[0]
+    assert (found - unchanged).abs().max() > 0.05
+
+
+SGD = dict(optim="sgd", learning_rate=0.05)  # Adam would blow rounding up
+
+
+def train(trainer_class, config_class, tiny_model, folder, **options):
+    config = config_class(
+        **config_kwargs(folder, max_steps=3, temperature=0.9, steps_per_generation=2, **SGD, **options)
+    )
+    trainer = trainer_class(tiny_model, parity_reward, config, prompt_dataset(16))
+    trainer.train()
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), trainer
+
+
+def test_without_its_changes_it_is_grpo(tiny_model, tmp_path):
+    expected, plain = train(GroupAdvantageTrainer, GroupAdvantageConfig, tiny_model, tmp_path / "grpo")
+    nothing = dict(simko_mix=0.0, simko_penalty=1.0)
+    found, ours = train(SimKOTrainer, SimKOConfig, tiny_model, tmp_path / "nothing", **nothing)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    entropies = [[e["entropy"] for e in t.state.log_history if "entropy" in e] for t in (plain, ours)]
+    assert entropies[0] == pytest.approx(entropies[1], abs=1e-5)
+    changed, _ = train(SimKOTrainer, SimKOConfig, tiny_model, tmp_path / "simko", simko_mix=0.3)
+    assert (changed - expected).abs().max() > 1e-4
+
+
+def test_capo_in_its_loss(tiny_model, tmp_path):
+    options = dict(ref_ppl_mask=False, tau=0.5)
+    expected, _ = train(CAPOTrainer, CAPOTrainer.config_class, tiny_model, tmp_path / "capo", **options)
+    nothing = dict(simko_mix=0.0, simko_penalty=1.0)
+    found, _ = train(CAPOSimKOTrainer, CAPOSimKOConfig, tiny_model, tmp_path / "nothing", **options, **nothing)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    changed, _ = train(CAPOSimKOTrainer, CAPOSimKOConfig, tiny_model, tmp_path / "both", **options, simko_mix=0.3)
+    assert (changed - expected).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("options", [dict(simko_top_k=0), dict(simko_mix=1.5), dict(simko_quantile=-0.1)])
+def test_bad_options(tmp_path, options):
+    with pytest.raises(ValueError, match="simko_top_k must be at least 1"):
+        SimKOConfig(str(tmp_path), **options)
+
+
+def test_no_kl_term(tmp_path):
+    with pytest.raises(ValueError, match="set beta=0"):
+        CAPOSimKOConfig(**config_kwargs(tmp_path, beta=0.1))

@@ -1,0 +1,127 @@
+"""CoDaPO, confidence and difficulty adaptive (arXiv 2606.07950): prompts weigh more where they teach more.
+
+    d = 1 - share of right answers,    V = 1 - 4 (d - 1/2)^2,    c = exp(mean over the group of s_i)
+    w = c V + w0,                      A_i = w (R_i - mean R) / (std R + 1e-6)
+
+with s_i the mean token log-prob under the policy that sampled. One weight a prompt: prompts that are half solved and
+confidently answered lead. It cannot change the order of answers to one prompt, which is what AUC within measures.
+
+Every batch of prompts is used twice: after the first generation the prompts with w at or above a quantile are kept,
+and the second generation answers these anew, repeated until the batch is full.
+
+Source: the released code, which CAPO's comparison may predate: its CoDaPO may be the workshop version, unverified.
+Departures: a completion without a token or a reward takes no part.
+
+Degenerate cases: all right or all wrong have V = 0, w = w0 and advantages 0. Where no prompt stands out, all are kept.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from trl_capo.advantages import reward_only_advantages
+from trl_capo.group_config import GroupAdvantageConfig
+from trl_capo.group_trainer import GroupAdvantageTrainer, RolloutGroups
+
+
+def prompt_weights(correct: Tensor, mean_logps: Tensor, valid: Tensor, base_weight: float = 0.1) -> Tensor:
+    """CoDaPO's weight of each prompt.
+
+    Args:
+        correct: 1, 0 or NaN, shape (P, G).
+        mean_logps: Mean token log-prob of each completion, shape (P, G); only read in groups with both.
+        valid: Boolean, shape (P, G).
+        base_weight: w0, the weight of a prompt that is always or never solved.
+
+    Returns:
+        Shape (P,).
+
+    Source: arXiv 2606.07950.
+
+    Example:
+        >>> correct, logps = torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log()
+        >>> prompt_weights(correct, logps, torch.ones(2, 2, dtype=torch.bool))
+        tensor([0.6000, 0.1000])
+    """
+    valid = valid & correct.isfinite()
+    count = valid.sum(dim=1).clamp(min=1)
+    accuracy = (correct == 1).logical_and(valid).sum(dim=1) / count
+    value = 1 - 4 * (0.5 - accuracy) ** 2
+    confidence = (mean_logps.masked_fill(~valid, 0.0).sum(dim=1) / count).exp()
+    return torch.where(value > 0, confidence * value, 0.0) + base_weight
+
+
+def kept_prompts(weights: Tensor, quantile: float) -> list[int]:
+    """Prompts for the second generation: those whose weight is at or above a quantile of the batch.
+
+    Example:
+        >>> kept_prompts(torch.tensor([0.1, 0.6, 0.1, 0.5]), 0.75)
+        [1]
+    """
+    return (weights >= weights.quantile(quantile)).nonzero().squeeze(1).tolist()
+
+
+@dataclass
+class CoDaPOConfig(GroupAdvantageConfig):
+    """Configuration of `CoDaPOTrainer`.
+
+    Parameters:
+        base_weight (`float`, *optional*, defaults to `0.1`):
+            w0, added to every prompt's weight.
+        replay (`bool`, *optional*, defaults to `True`):
+            Use every batch of prompts twice. Half as many different prompts are then seen in the same steps. `False`
+            is the weighting alone.
+        replay_quantile (`float`, *optional*, defaults to `0.75`):
+            Prompts from this quantile of the weights on are answered again.
+    """
+
+    base_weight: float = field(default=0.1, metadata={"help": "Added to every prompt's weight (w0)."})
+    replay: bool = field(default=True, metadata={"help": "Use every batch twice, the second time its best prompts."})
+    replay_quantile: float = field(
+        default=0.75, metadata={"help": "Prompts from this quantile of the weights on are answered again."}
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.replay_quantile <= 1:
+            raise ValueError(f"replay_quantile must lie in [0, 1], got {self.replay_quantile}.")
+        super().__post_init__()
+
+
+class CoDaPOTrainer(GroupAdvantageTrainer):
+    """`GRPOTrainer` with CoDaPO's weights and its second pass over the best prompts; takes a `CoDaPOConfig`."""
+
+    config_class = CoDaPOConfig
+    _tag_names = ["trl", "trl-capo", "codapo"]
+    _name = "CoDaPO"
+    _paper = {"title": "CoDaPO: Confidence and Difficulty-Adaptive Policy Optimization", "id": "2606.07950"}
+
+    def _setup_method(self) -> None:
+        self._kept: list[int] | None = None  # prompts of the batch for its second generation, while that is to come
+        self._generations_per_batch = 2 if self.args.replay else 1
+
+    def _rows_needing_logps(self, groups: RolloutGroups) -> Tensor:
+        return groups.mixed & groups.valid
+
+    def _choose_prompts(self, inputs: list[dict]) -> list[dict]:
+        if self._kept is None:
+            return inputs
+        prompts = gather_object(inputs)[:: self.num_generations]
+        chosen = [prompts[self._kept[i % len(self._kept)]] for i in range(len(prompts))]
+        return [row for row in chosen for _ in range(self.num_generations)][self._local_slice(len(inputs))]
+
+    def _compute_advantages(self, groups: RolloutGroups) -> Tensor:
+        weights = prompt_weights(groups.correct, groups.mean_logps, groups.valid, self.args.base_weight)
+        if self.model.training and self.args.replay:
+            self._kept = kept_prompts(weights, self.args.replay_quantile) if self._kept is None else None
+        advantages = reward_only_advantages(
+            groups.rewards, valid=groups.valid, scale_rewards=self.args.scale_rewards, eps=1e-6
+        )
+        return weights.unsqueeze(1) * advantages
+
+    def _method_state(self) -> dict:
+        return {"kept": self._kept}
+
+    def _load_method_state(self, state: dict) -> None:
+        self._kept = state["kept"]

@@ -51,20 +51,23 @@ def check_save_steps(args: GRPOConfig) -> None:
         )
 
 
-def check_launch(args: GRPOConfig) -> None:
+def check_launch(world_size: int) -> None:
     """Refuses processes that were launched together but do not know of each other.
 
     So it is with `accelerate launch` on a machine without a GPU unless the run is told to use the CPU: every process
-    would train the whole job alone and write into one directory.
+    would do the whole job alone and write into one directory.
+
+    Args:
+        world_size: How many processes this one knows of.
 
     Raises:
-        ValueError: The launcher started several processes, the trainer sees one.
+        ValueError: The launcher started several processes, this one sees one.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched > 1 and args.world_size == 1:
+    if launched > 1 and world_size == 1:
         raise ValueError(
-            f"{launched} processes were launched, but each would train alone. Without a GPU set use_cpu=True (or the "
-            "environment variable ACCELERATE_USE_CPU=true)."
+            f"{launched} processes were launched, but each would do the whole job alone. Without a GPU set "
+            "use_cpu=True (or the environment variable ACCELERATE_USE_CPU=true)."
         )
 
 

@@ -157,7 +157,7 @@ class GroupAdvantageTrainer(GRPOTrainer):
             model_id = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self.config_class(f"{model_id.split('/')[-1]}-{self._name}")
         self._check_config(args)
-        check_launch(args)
+        check_launch(args.world_size)
         check_sampler_logps(args, has_rollout_func=kwargs.get("rollout_func") is not None)
         check_save_steps(args)
         check_output_dir(args.output_dir)

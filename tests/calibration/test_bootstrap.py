@@ -136,6 +136,12 @@ def test_prompt_intervals_draw_prompts_with_all_their_samples():
     assert nothing.value == nothing.low == nothing.high == 0
 
 
+def test_one_prompt_has_no_interval():
+    found = prompt_interval(auc_within, [[1, 0]], [[0.9, 0.1]])
+    gap = prompt_difference(auc_within, ([[1, 0]], [[0.9, 0.1]]), ([[1, 0]], [[0.1, 0.9]]))
+    assert (found.value, gap.value) == (1, 1) and np.isnan([found.low, found.high, gap.low, gap.high]).all()
+
+
 def test_prompt_intervals_cover_the_truth():
     """Accuracy of prompts of different difficulty, 8 samples each: single samples would vary too little."""
     rng = np.random.default_rng(4)

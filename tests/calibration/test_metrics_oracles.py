@@ -93,7 +93,8 @@ def test_probability_metrics(table, num_bins):
     order = sorted(range(len(correct)), key=lambda i: probability[i])
     for rank, i in enumerate(order):
         smooth = np.mean(correct[probability == probability[i]])
-        widths.setdefault(min(int(probability[i] * num_bins), num_bins - 1), []).append((probability[i], correct[i]))
+        inside = [m for m in range(num_bins) if m / num_bins <= probability[i]]  # [m/M, (m+1)/M), the last one closed
+        widths.setdefault(inside[-1], []).append((probability[i], correct[i]))
         mass.setdefault(rank * num_bins // len(correct), []).append((probability[i], smooth))
     for equal_mass, bins in ((False, widths), (True, mass)):
         gaps = [(len(rows), np.mean([p - c for p, c in rows])) for rows in bins.values()]

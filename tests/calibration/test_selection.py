@@ -8,6 +8,7 @@ from trl_capo.calibration.selection import (
     accuracy_by_count,
     best_of_n,
     borda_vote,
+    choose_all,
     equivalence_classes,
     majority_vote,
     perplexity_consistency,
@@ -196,6 +197,14 @@ def test_equivalence_is_carried_over():
     assert equivalence_classes(answers, equal) == ["1/2", "1/2", None, "3", "1/2", "3"]
     assert len(asked) == len(set(asked)) <= 6
     assert equivalence_classes([None, None], equal) == [None, None]
+
+
+def test_unknown_correctness_stays_unknown():
+    answers, logps = [["7", None], [None, None], [None, None], ["7", "8"]], [[-0.1, -0.2]] * 4
+    labels = [[1, 0], [np.nan, np.nan], [np.nan, 0], [np.nan, np.nan]]
+    choices, right = choose_all(majority_vote, answers, logps, labels)
+    assert [choice.answer for choice in choices] == ["7", None, None, "7"]
+    np.testing.assert_array_equal(right, [1, np.nan, 0, np.nan])
 
 
 def test_accuracy_by_count_is_the_mean_over_subsets():

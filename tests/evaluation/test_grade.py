@@ -116,6 +116,15 @@ def test_answers_that_mean_the_same_become_one():
         assert len({half, two, x}) == 3
 
 
+@pytest.mark.parametrize("gold", ["$x=5$", "$y=5$", "$5$", "$7$"])
+def test_the_gold_answer_plays_no_part_in_what_is_the_same(gold):
+    """Else a confidence on graded questions would be another than where there is no gold."""
+    texts = [r"\boxed{5}", r"\boxed{x=5}", r"\boxed{y=5}", r"\boxed{5.0}", r"\boxed{x>2}", r"\boxed{(2,\infty)}"]
+    names = canonical_answers(grade(texts, [gold] * 6, progress=False), [0] * 6)
+    assert names == canonical_answers(grade(texts, ["$0$"] * 6, progress=False), [0] * 6)
+    assert names[0] == names[3] and names[0] != names[4]
+
+
 def test_a_comparison_that_is_given_up_counts_as_different(monkeypatch):
     grades = Grades(["a", "b"], ["a", "b"], np.zeros(2), np.zeros(2, bool))
     monkeypatch.setattr(grade_module, "_work", lambda *args: [Failure.TIMEOUT])

@@ -79,8 +79,34 @@ def test_without_an_answer_it_abstains(policy):
 
 
 def test_another_number_of_samples_is_refused(policy):
-    with pytest.raises(ValueError, match="chosen with 6 samples a question, not with 4. Use 6"):
+    with pytest.raises(ValueError, match="chosen with num_samples=6, not with 4. Use 6"):
         SelectivePredictor(*policy, Abstention(0.3, 0.8, 0.05, 100, 0.5, 0.9, num_samples=6), num_samples=4)
+
+
+def test_how_samples_were_drawn_goes_with_the_threshold(policy, tmp_path, capsys):
+    """The promise is about the sampler, too: `answer` samples as `evaluate` did, or refuses."""
+    out = str(tmp_path / "out")
+    command = ["evaluate", "arithmetic-base", "--benchmark", "arithmetic_test_2", "--num_prompts", "60"]
+    command += ["--num_samples", "2", "--temperature", "0.6", "--output_dir", out]
+    assert cli.main(command) == 0
+    model = shutil.copytree(BASE_MODEL, tmp_path / "model")
+    assert cli.main(["abstain", f"{out}/arithmetic-base", "--precision", "0.2", "--model", str(model)]) == 0
+    sampling = json.loads((model / "abstention.json").read_text())["sampling"]
+    assert sampling == {"temperature": 0.6, "max_new_tokens": 64, "system_prompt": None}
+    predictor = SelectivePredictor.from_pretrained(model)
+    assert (predictor.temperature, predictor.max_new_tokens, predictor.num_samples) == (0.6, 64, 2)
+    capsys.readouterr()
+    assert cli.main(["answer", str(model), "12+30=", "--temperature", "1"]) == 2
+    assert "chosen with temperature=0.6, not with 1.0" in capsys.readouterr().err
+
+
+def test_the_system_prompt_is_asked_with(policy):
+    plain, asked = (SelectivePredictor(*policy, system_prompt=text) for text in (None, "63*15-"))
+    assert asked.predict(["43="])[0].completion.startswith("63*15=") and plain.predict(["43="]) is not None
+
+
+def test_what_is_left_of_the_context_is_the_default(policy):
+    assert SelectivePredictor(*policy)._room(["12+30="]) == 256 - 6
 
 
 def test_commands_from_samples_to_answers(tmp_path, capsys):

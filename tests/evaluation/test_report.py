@@ -47,7 +47,7 @@ def page(tmp_path_factory):
 def test_tables_hold_the_metrics(page):
     base, trained = (read_samples(page.parents[1] / name)[0] for name in ("base", "trained"))
     lines = page.with_suffix(".md").read_text().splitlines()
-    assert "| metric | base | trained | trained - base |" in lines and "![figures of b](page-b.png)" in lines
+    assert "| metric | base | trained | trained - base |" in lines and "![figures of b](page-1-b.png)" in lines
     row = next(line for line in lines if line.startswith("| AUC within |"))
     alone = [prompt_interval(auc_within, of.correct, of.mean_logps, num_resamples=300) for of in (base, trained)]
     gap = prompt_difference(
@@ -57,7 +57,7 @@ def test_tables_hold_the_metrics(page):
     assert row == expected
     text = page.read_text()
     assert str(alone[0]) in text and f"{gap.value:+.3f}" in text
-    for name in ("page-b.png", "page-training.png"):
+    for name in ("page-1-b.png", "page-training.png"):
         assert (page.parent / name).read_bytes().startswith(b"\x89PNG")
     assert text.count("data:image/png;base64,") == 2
 
@@ -139,7 +139,9 @@ def test_one_prompt_and_one_class(tmp_path, correct):
     write_part(tmp_path / "a", "b", 0, rows(prompts=[0], correct=[correct] * 2))
     merge_parts(tmp_path / "a")
     path = write_report({"a": read_samples(tmp_path / "a")}, tmp_path / "page.html")
-    assert "nan" in path.with_suffix(".md").read_text()
+    text = path.with_suffix(".md").read_text()
+    value = "nan" if correct is None else f"{correct:.3f}"
+    assert f"| accuracy | {value} [nan, nan] |" in text, "one prompt has no interval"
 
 
 def test_a_card_gets_tables_and_figures(tmp_path):
@@ -151,6 +153,27 @@ def test_a_card_gets_tables_and_figures(tmp_path):
     assert "| AUC within | " in card
     [picture] = re.findall(r"!\[.*\]\((\S+)\)", card)
     assert (model / picture).read_bytes().startswith(b"\x89PNG")
+    command[command.index("--output") + 1] = str(model / "page.html")
+    assert cli.main(command) == 0, "the page may lie beside the card"
+    assert (model / "README.md").read_text().count("## Can its confidence be trusted?") == 1
+
+
+def test_different_questions_are_not_compared(tmp_path):
+    for name, question in (("a", "1+1="), ("b", "1+2=")):
+        write_part(tmp_path / name, "b", 0, rows(prompts=[0, 1], prompt=[question] * 2 + ["3="] * 2))
+        merge_parts(tmp_path / name)
+    with pytest.raises(ValueError, match="answered different questions of b, 1 of 2"):
+        write_report({name: read_samples(tmp_path / name) for name in ("a", "b")}, tmp_path / "page.html")
+
+
+def test_a_log_by_itself_is_a_history(tmp_path, capsys):
+    run, history = make_run(tmp_path / "run", 0), tmp_path / "history.json"
+    history.write_text(json.dumps([{"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.6}]))
+    command = ["report", str(run), "--output", str(tmp_path / "p.html"), "--trainer_states", f"run={history}"]
+    assert cli.main(command) == 0 and (tmp_path / "p-training.png").exists()
+    history.write_text("{")
+    assert cli.main(command) == 2
+    assert "is not the trainer_state.json of a run" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_message(tmp_path, capsys):

@@ -59,10 +59,14 @@ def test_the_order_of_rows_does_not_matter(tmp_path):
     assert of.table.equals(table.combine_chunks())
 
 
-def test_files_from_elsewhere_need_five_columns(tmp_path):
-    few = rows().select(["benchmark", "prompt_id", "sample", "correct", "mean_logp"])
+def test_files_from_elsewhere_need_six_columns_of_any_fitting_type(tmp_path):
+    few = rows().select(["benchmark", "prompt_id", "sample", "mean_logp"])
+    few = few.append_column("correct", pa.array([True, False, None] * 2)).append_column(
+        "answer", pa.array([7, None, 8, 7, 9, 9])
+    )
     [of] = read_samples(write(tmp_path, few))
-    assert of.answers == [[None, None]] * 3
+    assert of.answers == [["7", None], ["8", "7"], ["9", "9"]]
+    np.testing.assert_array_equal(of.correct, [[1, 0], [np.nan, 1], [0, np.nan]])
     assert of.mean_logps.shape == (3, 2)
 
 
@@ -70,6 +74,13 @@ def test_files_from_elsewhere_need_five_columns(tmp_path):
     "table, message",
     [
         (rows().drop_columns(["correct", "sample"]), "has no column sample, correct, only benchmark"),
+        (rows().drop_columns(["answer"]), "has no column answer"),
+        (rows(mean_logp=[-0.1, -math.inf, -0.1, -0.1, -0.1, 0.0]), "finite number of at most 0.* in 1 rows"),
+        (rows(prompt_id=[0, 0, None, 1, 2, 2]), "`prompt_id` is null in 1 rows"),
+        (
+            rows().drop_columns(["correct"]).append_column("correct", pa.array(["yes"] * 6)),
+            "column 'correct' cannot be read as it must be",
+        ),
         (pa.concat_tables([rows(), rows(prompts=[1])]), r"prompt 1, sample 0 is there twice \(2 such rows\)"),
         (rows(mean_logp=[-0.1, math.nan, -0.1, 0.5, None, 0.0]), "at most 0, which it is not in 3 rows"),
         (rows(correct=[0.5, 1, 0, 1, 2, None]), "`correct` must be 0, 1 or null, which it is not in 2 rows"),

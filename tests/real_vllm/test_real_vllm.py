@@ -32,11 +32,6 @@ def llm():
     return load_vllm(str(BASE_MODEL), dtype="float32", enforce_eager=True)
 
 
-@pytest.fixture(scope="module")
-def llm_in_bfloat16():
-    return load_vllm(str(BASE_MODEL), dtype="bfloat16", enforce_eager=True)
-
-
 @torch.no_grad()
 def reference_logits(samples, prompts, dtype):
     """(p, n), token ids and transformers' logits of each completion whose text gives back its tokens."""
@@ -104,6 +99,23 @@ def test_evaluate_with_both_engines(tmp_path, capsys):
     assert abs(ours.correct.mean() - theirs.correct.mean()) < 4 * spread
     means = [of.mean_logps.mean(axis=1) for of in (ours, theirs)]
     assert abs(means[0].mean() - means[1].mean()) < 4 * np.hypot(*(m.std() / np.sqrt(len(m)) for m in means))
+
+
+def test_one_engine_after_the_other(tmp_path):
+    """Two models in one call: the first engine is gone before the second comes."""
+    command = [
+        "evaluate",
+        "arithmetic-base",
+        "arithmetic-flat",
+        "--benchmark",
+        "arithmetic_test_2",
+        "--engine",
+        "vllm",
+    ]
+    assert cli.main([*command, "--num_prompts", "4", "--num_samples", "2", "--output_dir", str(tmp_path)]) == 0
+    base, flat = (read_samples(tmp_path / f"arithmetic-{name}")[0] for name in ("base", "flat"))
+    assert base.correct.shape == flat.correct.shape == (4, 2)
+    assert flat.mean_logps.mean() < base.mean_logps.mean() - 0.1
 
 
 def untied(folder) -> str:

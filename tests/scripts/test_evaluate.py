@@ -3,19 +3,22 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from tests.evaluation.test_samples import rows
 from trl_capo import cli
 from trl_capo.evaluation.grade import grade
-from trl_capo.evaluation.samples import read_samples
+from trl_capo.evaluation.samples import read_samples, write_part
 from trl_capo.evaluation.summary import summarize
 from trl_capo.scripts import evaluate as script
 
@@ -62,7 +65,8 @@ def test_every_sample_once_and_graded(done):
 
     summary = json.loads((done / "summary.json").read_text())["benchmarks"]["arithmetic_test_2"]
     expected = summarize(of.correct, of.mean_logps, of.answers)
-    assert {name: summary[name] for name in expected} == pytest.approx(expected, nan_ok=True)
+    found = {name: np.nan if summary[name] is None else summary[name] for name in expected}
+    assert found == pytest.approx(expected, nan_ok=True)
     assert (summary["num_prompts"], summary["grading_failed"]) == (70, 0)
 
 
@@ -71,7 +75,76 @@ def test_a_finished_evaluation_is_not_repeated(done, tiny_model, capsys, monkeyp
     before = (done / "samples.parquet").stat().st_mtime_ns
     assert cli.main(arguments(tiny_model, done.parent, "--statistics")) == 0
     assert (done / "samples.parquet").stat().st_mtime_ns == before
-    assert "arithmetic_test_2" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "arithmetic_test_2" in out and "is there already: nothing was sampled" in out
+
+
+def test_other_weights_or_questions_are_another_evaluation(tiny_model, tmp_path, capsys):
+    model, questions = tmp_path / "model", tmp_path / "q.jsonl"
+    shutil.copytree(tiny_model, model)
+    questions.write_text('{"prompt": "1+1=", "solution": "2"}\n{"prompt": "1+2=", "solution": "3"}\n')
+    command = ["evaluate", str(model), "--benchmark", str(questions), "--num_samples", "2", "--max_new_tokens", "4"]
+    command += ["--output_dir", str(tmp_path / "out")]
+    assert cli.main(command) == 0
+    questions.write_text('{"prompt": "1+1=", "solution": "2"}\n{"prompt": "1+3=", "solution": "4"}\n')
+    assert cli.main(command) == 2
+    assert "holds an evaluation with another questions" in capsys.readouterr().err
+    questions.write_text('{"prompt": "1+1=", "solution": "2"}\n{"prompt": "1+2=", "solution": "3"}\n')
+    assert cli.main(command) == 0
+    os.utime(model / "model.safetensors", (1, 1))
+    assert cli.main(command) == 2
+    assert "holds an evaluation with another weights" in capsys.readouterr().err
+
+
+def test_every_process_gets_parts_and_gaps_are_filled(tmp_path):
+    parts = script._missing_parts(tmp_path, {"b": range(30)}, 2, SimpleNamespace(num_processes=8))
+    assert parts == [("b", start, min(start + 4, 30)) for start in range(0, 30, 4)]
+    write_part(tmp_path, "b", 4, rows("b", range(4, 8), 2))
+    write_part(tmp_path, "b", 20, rows("b", range(20, 21), 2))
+    parts = script._missing_parts(tmp_path, {"b": range(30)}, 2, SimpleNamespace(num_processes=2))
+    assert parts == [("b", 0, 4), ("b", 8, 20), ("b", 21, 30)]
+    assert script._missing_parts(tmp_path, {"b": range(4, 8)}, 2, SimpleNamespace(num_processes=1))[0] == ("b", 0, 4)
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(arguments(tiny_model, tmp_path)) == 2
+    assert "2 processes were launched, but each would do the whole job alone" in capsys.readouterr().err
+
+
+def test_bad_input_is_found_before_anything_is_sampled(tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script, "load_engine", pytest.fail)
+    questions = tmp_path / "q.jsonl"
+    lines = [json.dumps({"prompt": "1+1=", "solution": "2"})] * 50
+    for row, message in (
+        ({"prompt": "1" * 40000, "solution": "2"}, "has 40000 tokens"),
+        ({"prompt": None, "solution": "2"}, "row 50 has no question"),
+    ):
+        questions.write_text("\n".join([*lines, json.dumps(row)]))
+        command = ["evaluate", tiny_model, "--benchmark", str(questions), "--output_dir", str(tmp_path / "out")]
+        assert cli.main(command) == 2
+        assert message in capsys.readouterr().err
+    questions.write_text('{"prompt": "1+1=", ')
+    assert cli.main(command) == 2
+    assert "cannot be read as questions and answers" in capsys.readouterr().err
+    first, _, *options = arguments(tiny_model, tmp_path)
+    assert cli.main([first, tiny_model, "/nowhere/model", *options]) == 2
+    assert "/nowhere/model" in capsys.readouterr().err
+
+
+def test_a_base_model_without_a_chat_template(tiny_model, tmp_path):
+    model = tmp_path / "base"
+    shutil.copytree(tiny_model, model)
+    for path in (model / "chat_template.jinja", model / "tokenizer_config.json"):
+        if path.suffix == ".jinja":
+            path.unlink(missing_ok=True)
+        else:
+            config = json.loads(path.read_text())
+            config.pop("chat_template", None)
+            path.write_text(json.dumps(config))
+    assert cli.main(arguments(str(model), tmp_path)) == 0
+    [of] = read_samples(tmp_path / "base")
+    assert of.correct.shape == (70, 3)
 
 
 def test_a_folder_holds_one_evaluation(done, tiny_model, capsys):
@@ -134,8 +207,8 @@ def test_several_models_and_benchmarks(tiny_model, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "arithmetic_test_2" in out and "arithmetic_test_3" in out
     name = Path(tiny_model).name
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{name}-1", f"{name}-2"]
-    first, second = (read_samples(tmp_path / "out" / f"{name}-{i}") for i in (1, 2))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [name, f"{name}-2"]
+    first, second = (read_samples(tmp_path / "out" / folder) for folder in (name, f"{name}-2"))
     assert [of.benchmark for of in first] == ["arithmetic_test_2", "arithmetic_test_3"]
     assert first[0].table.equals(second[0].table)
 
@@ -145,6 +218,9 @@ def test_several_models_and_benchmarks(tiny_model, tmp_path, capsys):
     [
         (["--benchmark", "arithmetic_9"], "there is no benchmark 'arithmetic_9'. Known are"),
         (["--num_samples", "0"], "--num_samples must be at least 1"),
+        (["--num_prompts", "0"], "--num_prompts must be at least 1"),
+        (["--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),
+        (["--temperature", "0"], "--temperature must be positive"),
         (["--max_new_tokens", "100000"], "exceeds the model's context"),
         (["--engine", "vllm"], "vllm must be installed"),
         (["--output_dir", "/proc/nothing"], "cannot be written"),

@@ -17,13 +17,14 @@ is returned, and the answer is to abstain always. Nothing is promised below the 
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from trl_capo.calibration.metrics import paired_rows
+from trl_capo.folders import write_json
 
 
 FIRST = 50  # questions that the highest threshold keeps: fewer prove nothing
@@ -44,6 +45,8 @@ class Abstention:
         calibration_precision: Share of these answers that are right; NaN if none is given.
         confidence: What the confidence is, e.g. "perplexity_consistency".
         num_samples: Samples of a question that it is made of; None for a confidence of another kind.
+        sampling: How these were drawn, which the promise holds for: `temperature`, `max_new_tokens`, `system_prompt`;
+            empty where it is not known.
     """
 
     threshold: float | None
@@ -54,6 +57,7 @@ class Abstention:
     calibration_precision: float
     confidence: str = ""
     num_samples: int | None = None
+    sampling: dict = field(default_factory=dict)
 
     def answers(self, confidence: ArrayLike) -> np.ndarray:
         """Whether to answer at these confidences, same shape; never at NaN."""
@@ -63,10 +67,7 @@ class Abstention:
     def save(self, folder: str | Path) -> Path:
         """Write `abstention.json` into a folder, e.g. beside the model, and return its path."""
         path = Path(folder) / FILE_NAME
-        content = asdict(self)
-        if np.isnan(self.calibration_precision):
-            content["calibration_precision"] = None  # JSON knows no NaN
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(path, asdict(self))
         return path
 
     @classmethod

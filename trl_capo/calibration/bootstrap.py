@@ -234,7 +234,7 @@ def prompt_interval(
         seed: Seed of the draws.
 
     Returns:
-        The metric and its interval.
+        The metric and its interval; of a single prompt the ends are NaN.
 
     Example:
         >>> from trl_capo.calibration.metrics import auc_pooled
@@ -244,7 +244,7 @@ def prompt_interval(
     correct, confidence = _paired_samples(correct, confidence)
     draws = _draw_prompts(len(correct), num_resamples, seed)
     replicates = [metric(correct[prompts], confidence[prompts]) for prompts in draws]
-    return interval(metric(correct, confidence), replicates, level=level)
+    return _over_prompts(metric(correct, confidence), replicates, len(correct), level)
 
 
 def prompt_difference(
@@ -267,7 +267,7 @@ def prompt_difference(
         seed: Seed of the draws.
 
     Returns:
-        The one's metric minus the other's, and the interval.
+        The one's metric minus the other's, and the interval; of a single prompt the ends are NaN.
 
     Example:
         >>> from trl_capo.calibration.metrics import auc_within
@@ -286,7 +286,14 @@ def prompt_difference(
         return metric(*(array[prompts] for array in ours)) - metric(*(array[prompts] for array in theirs))
 
     draws = _draw_prompts(len(ours[0]), num_resamples, seed)
-    return interval(difference(slice(None)), [difference(prompts) for prompts in draws], level=level)
+    replicates = [difference(prompts) for prompts in draws]
+    return _over_prompts(difference(slice(None)), replicates, len(ours[0]), level)
+
+
+def _over_prompts(value: float, replicates: list[float], num_prompts: int, level: float) -> Estimate:
+    if num_prompts == 1:  # it can only be drawn as it is, which says nothing about other prompts
+        return Estimate(value, float("nan"), float("nan"))
+    return interval(value, replicates, level=level)
 
 
 def _paired_samples(correct: ArrayLike, confidence: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

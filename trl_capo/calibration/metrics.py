@@ -466,7 +466,8 @@ def calibration_bins(
         correct, probability = _average_ties(correct[order], probability[order]), probability[order]
         bins = np.arange(correct.size) * num_bins // max(correct.size, 1)
     else:
-        bins = np.minimum((probability * num_bins).astype(np.int64), num_bins - 1)
+        edges = np.arange(num_bins) / num_bins
+        bins = np.searchsorted(edges, probability, side="right") - 1
     count = np.bincount(bins, minlength=num_bins)
     with np.errstate(invalid="ignore"):
         return count, np.bincount(bins, probability, num_bins) / count, np.bincount(bins, correct, num_bins) / count

@@ -236,12 +236,20 @@ def borda_vote(answers: Sequence[Hashable | None], confidence: ArrayLike, *, pow
     return weighted_vote(answers, weights, mean_logps=confidence)
 
 
+# What reports compare.
+SELECTORS = {
+    "majority vote": majority_vote,
+    "Perplexity Consistency": perplexity_consistency,
+    "best of N": best_of_n,
+}
+
+
 def equivalence_classes(answers: Sequence[str | None], equal: Callable[[str, str], bool]) -> list[str | None]:
     """Canonical answers: those that are equal, directly or through others, get the name of the first of them.
 
     Args:
         answers: Extracted answers, length N; `None` where nothing was extracted.
-        equal: Whether two different answers mean the same, e.g. `trl_capo.evaluation.grade.same_answer`. Not
+        equal: Whether two different answers mean the same, e.g. in `trl_capo.evaluation.grade.canonical_answers`. Not
             asked about answers that are in one class already.
 
     Returns:
@@ -281,8 +289,8 @@ def choose_all(
         correct: 1 = correct, 0 = wrong, NaN = unknown, shape (P, N).
 
     Returns:
-        P selections, and shape (P,): correctness of the chosen answer, read off the first sample that gave it; no
-        answer at all is wrong.
+        P selections, and shape (P,): correctness of the chosen answer, read off the first sample that gave it. No
+        answer at all is wrong, NaN where the correctness of every sample is unknown.
 
     Example:
         >>> answers, logps = [["7", "8"], [None, None]], [[-0.2, -0.1], [-0.1, -0.1]]
@@ -292,11 +300,13 @@ def choose_all(
     """
     rows = list(zip(answers, np.asarray(confidence, dtype=float), np.asarray(correct, dtype=float), strict=True))
     choices = [select(row, values) for row, values, _ in rows]
-    right = [
-        0.0 if choice.answer is None else float(labels[list(row).index(choice.answer)])
-        for choice, (row, _, labels) in zip(choices, rows, strict=True)
-    ]
-    return choices, np.array(right, dtype=np.float64)
+    right = np.zeros(len(rows))
+    for p, (choice, (row, _, labels)) in enumerate(zip(choices, rows, strict=True)):
+        if choice.answer is not None:
+            right[p] = labels[list(row).index(choice.answer)]
+        elif np.isnan(labels).all():
+            right[p] = np.nan
+    return choices, right
 
 
 def accuracy_by_count(

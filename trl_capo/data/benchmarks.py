@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from trl_capo.checks import unparsable_golds
 from trl_capo.data.arithmetic import SPLITS, arithmetic_dataset
@@ -91,8 +92,8 @@ def load_benchmark(
             )
         try:
             rows = load_dataset(kind, data_files=name, split="train")
-        except ValueError as error:
-            raise ValueError(f"{name} cannot be read as questions and answers: {error}") from error
+        except (ValueError, DatasetGenerationError) as error:
+            raise ValueError(f"{name} cannot be read as questions and answers: {error.__cause__ or error}") from error
         if solution_column not in rows.column_names:
             raise ValueError(
                 f"{name} has no column {solution_column!r}, only {', '.join(rows.column_names)}. Name the one that "
@@ -100,6 +101,10 @@ def load_benchmark(
             )
         data = to_conversations(_first(rows, num_prompts), prompt_column, solution_column, system_prompt)
     data = data.select_columns(["prompt", "solution"])
+    if len(data) == 0:
+        raise ValueError(f"{name} has no questions.")
+    if empty := [row for row, prompt in enumerate(data["prompt"]) if not prompt]:
+        raise ValueError(f"{name}: row {empty[0]} has no question (nor have {len(empty) - 1} others). Remove them.")
     if bad := unparsable_golds(data["solution"]):
         examples = ", ".join(repr(data[row]["solution"]) for row in bad[:5])
         warnings.warn(

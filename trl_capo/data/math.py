@@ -91,8 +91,8 @@ def to_conversations(
     for option, column in (("prompt", prompt_column), ("solution", solution_column)):
         if column not in dataset.column_names and (option == "prompt" or column != "solution"):
             raise ValueError(
-                f"The dataset has no column {column!r}, only {', '.join(dataset.column_names)}. Set "
-                f"dataset_{option}_column to the one that holds the {option}s."
+                f"The dataset has no column {column!r}, only {', '.join(dataset.column_names)}. Name the one that "
+                f"holds the {option}s: dataset_{option}_column in a recipe, --{option}_column of trl-capo evaluate."
             )
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     dataset = _rename(_rename(dataset, prompt_column, "prompt"), solution_column, "solution")

@@ -12,7 +12,7 @@ import numpy as np
 
 from trl_capo.calibration.metrics import calibration_bins, deferral_curve, nanmean, precision_coverage
 from trl_capo.calibration.posthoc import fit_isotonic
-from trl_capo.calibration.selection import accuracy_by_count, best_of_n, majority_vote, perplexity_consistency
+from trl_capo.calibration.selection import SELECTORS, accuracy_by_count
 from trl_capo.evaluation.predictor import question_table
 
 
@@ -22,11 +22,7 @@ if TYPE_CHECKING:
     from trl_capo.evaluation.samples import SampleSet
 
 COLORS = ("#7f7f7f", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-SELECTORS = {
-    "majority vote": (":", majority_vote),
-    "Perplexity Consistency": ("-", perplexity_consistency),
-    "best of N": ("--", best_of_n),
-}
+LINES = {"majority vote": ":", "Perplexity Consistency": "-", "best of N": "--"}
 
 
 def draw_precision_coverage(axes: Axes, runs: dict[str, SampleSet]) -> None:
@@ -111,7 +107,8 @@ def draw_selection(axes: Axes, runs: dict[str, SampleSet], max_prompts: int = 50
     """Accuracy of the chosen answer against the number of samples, on at most so many prompts."""
     for color, (name, of) in zip(_colors(runs), runs.items(), strict=True):
         counts = [2**k for k in range(of.num_samples.bit_length()) if 2**k <= of.num_samples]
-        for selector, (line, select) in SELECTORS.items():
+        for selector, select in SELECTORS.items():
+            line = LINES[selector]
             rows = slice(0, max_prompts)
             found = accuracy_by_count(
                 select, of.answers[rows], of.mean_logps[rows], of.correct[rows], counts, num_draws=4

@@ -33,7 +33,7 @@ class Grades:
     Attributes:
         answers: What each one answers, as sympy prints it (`902` and `0902` give the same text), `None` where nothing
             was extracted.
-        sources: The same as it was written, in LaTeX: what `same_answers` compares.
+        sources: The same as it was written, in LaTeX: what `canonical_answers` compares.
         correct: 1, 0, or NaN where the solution cannot be parsed, float64.
         failed: Whether grading was given up, at the deadline or because the worker died, bool.
     """
@@ -109,8 +109,8 @@ def grade_samples(
 def canonical_answers(grades: Grades, groups: Sequence[int], *, deadline: float = 30.0) -> list[str | None]:
     r"""Answers to one question that mean the same get one name: `0.5` and `\frac{1}{2}` become one candidate.
 
-    Right answers all mean the gold one. Wrong ones are compared pairwise by math-verify, in the workers; a comparison
-    that is given up counts as different.
+    They are compared pairwise by math-verify, in the workers; a comparison that is given up counts as different. The
+    gold answer plays no part: it is not known where a model is asked, and a confidence must be the same there.
 
     Args:
         grades: Graded completions.
@@ -123,32 +123,20 @@ def canonical_answers(grades: Grades, groups: Sequence[int], *, deadline: float 
     from trl_capo.calibration.selection import equivalence_classes
 
     source_of: dict[tuple[int, str], str] = {}
-    right: dict[int, set[str]] = {}
-    for group, answer, source, correct in zip(groups, grades.answers, grades.sources, grades.correct, strict=True):
+    for group, answer, source in zip(groups, grades.answers, grades.sources, strict=True):
         if answer is not None:
             source_of.setdefault((group, answer), source)
-            if correct == 1:
-                right.setdefault(group, set()).add(answer)
     by_group: dict[int, list[str]] = {}
     for group, answer in source_of:
         by_group.setdefault(group, []).append(answer)
-    wrong_pairs = [
-        (group, a, b)
-        for group, answers in by_group.items()
-        for a, b in itertools.combinations([answer for answer in answers if answer not in right.get(group, ())], 2)
-    ]
-    compared = _work(_same, [(source_of[g, a], source_of[g, b]) for g, a, b in wrong_pairs], None, deadline)
-    same = {pair for pair, equal in zip(wrong_pairs, compared, strict=True) if equal is True}
+    pairs = [(group, a, b) for group, answers in by_group.items() for a, b in itertools.combinations(answers, 2)]
+    compared = _work(_same, [(source_of[g, a], source_of[g, b]) for g, a, b in pairs], None, deadline)
+    same = {pair for pair, equal in zip(pairs, compared, strict=True) if equal is True}
 
     name: dict[tuple[int, str], str] = {}
     for group, answers in by_group.items():
-        known = right.get(group, set())
-
-        def equal(a: str, b: str, group=group, known=known) -> bool:
-            return (a in known and b in known) or (group, a, b) in same
-
-        for answer, canonical in zip(answers, equivalence_classes(answers, equal), strict=True):
-            name[group, answer] = canonical
+        classes = equivalence_classes(answers, lambda a, b, group=group: (group, a, b) in same)
+        name.update({(group, answer): canonical for answer, canonical in zip(answers, classes, strict=True)})
     return [name.get((group, answer)) for group, answer in zip(groups, grades.answers, strict=True)]
 
 
@@ -175,8 +163,9 @@ def _grade_and_extract(text: str, solution: str) -> tuple[float | None, str | No
 def _same(source: str, other: str) -> bool:
     from math_verify import verify
 
-    parsed = [_parse_answer(rf"\boxed{{{text}}}") for text in (source, other)]
-    return bool(verify(*parsed, timeout_seconds=_seconds(5)))
+    ours, theirs = (_parse_answer(rf"\boxed{{{text}}}") for text in (source, other))
+    # Verifying asks whether an answer gives the gold one, which `5` does for `x=5` and not the other way round.
+    return all(verify(a, b, timeout_seconds=_seconds(5)) for a, b in ((ours, theirs), (theirs, ours)))
 
 
 def _parse_answer(text: str) -> list[Any]:

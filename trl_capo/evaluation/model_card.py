@@ -31,8 +31,9 @@ def add_to_model_card(block: str | Path, folder: str | Path) -> Path:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder of a model, so it has no card to write into.")
     text = block.read_text()
-    for image in IMAGE.findall(text):
-        shutil.copy(block.parent / image, folder / image)
+    if folder.resolve() != block.parent.resolve():
+        for image in IMAGE.findall(text):
+            shutil.copy(block.parent / image, folder / image)
     (folder / FILE_NAME).write_text(text)
     return restore_in_model_card(folder)
 

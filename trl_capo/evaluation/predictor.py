@@ -70,13 +70,16 @@ def _mean_weight(choice: Selection, num_samples: int) -> float:
     return 0.0 if choice.answer is None else choice.scores[choice.answer] / num_samples
 
 
-def choose_abstention(sets: Sequence[SampleSet], precision: float, delta: float = 0.05) -> Abstention:
+def choose_abstention(
+    sets: Sequence[SampleSet], precision: float, delta: float = 0.05, *, sampling: dict | None = None
+) -> Abstention:
     """A threshold for a model from its graded samples of calibration questions.
 
     Args:
         sets: Samples of one or more benchmarks, all with the same number a question.
         precision: Share of right answers among those given that is promised.
         delta: Probability that the promise fails.
+        sampling: How they were drawn, see `Abstention`.
 
     Raises:
         ValueError: See `choose_threshold`; or the sets differ in their number of samples.
@@ -90,7 +93,7 @@ def choose_abstention(sets: Sequence[SampleSet], precision: float, delta: float 
     tables = [question_table(of) for of in sets]
     right, confidence = (np.concatenate(column) for column in zip(*tables, strict=True))
     chosen = choose_threshold(right, confidence, precision, delta=delta, name="perplexity_consistency")
-    return replace(chosen, num_samples=counts.pop())
+    return replace(chosen, num_samples=counts.pop(), sampling=sampling or {})
 
 
 class SelectivePredictor:
@@ -101,11 +104,13 @@ class SelectivePredictor:
         tokenizer: Its tokenizer.
         abstention: Threshold; None never abstains.
         num_samples: Samples a question. None: as many as the threshold was chosen with, else 16.
-        max_new_tokens: Longest completion.
-        temperature: Of the sampler.
+        max_new_tokens: Longest completion. None: that of the threshold, else as long as the context allows, at most
+            3000.
+        temperature: Of the sampler. None: that of the threshold, else 1.
+        system_prompt: System message before each question. None: that of the threshold, if any.
 
     Raises:
-        ValueError: `num_samples` is not that of the threshold.
+        ValueError: One of these is not that of the threshold.
     """
 
     def __init__(
@@ -115,18 +120,29 @@ class SelectivePredictor:
         abstention: Abstention | None = None,
         *,
         num_samples: int | None = None,
-        max_new_tokens: int = 3000,
-        temperature: float = 1.0,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        system_prompt: str | None = None,
     ):
-        chosen_with = abstention.num_samples if abstention else None
-        if num_samples is not None and chosen_with is not None and num_samples != chosen_with:
-            raise ValueError(
-                f"the threshold was chosen with {chosen_with} samples a question, not with {num_samples}. Use "
-                f"{chosen_with}, or choose a threshold again."
-            )
+        chosen_with = {"num_samples": abstention.num_samples, **abstention.sampling} if abstention else {}
+        wanted = dict(
+            num_samples=num_samples,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            system_prompt=system_prompt,
+        )
+        for name, value in wanted.items():
+            known = chosen_with.get(name)
+            if value is None:
+                wanted[name] = known
+            elif known is not None and value != known:
+                raise ValueError(
+                    f"the threshold was chosen with {name}={known!r}, not with {value!r}. Use {known!r}, or choose a "
+                    "threshold again."
+                )
         self.model, self.tokenizer, self.abstention = model, tokenizer, abstention
-        self.num_samples = num_samples or chosen_with or 16
-        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.num_samples, self.temperature = wanted["num_samples"] or 16, wanted["temperature"] or 1.0
+        self.max_new_tokens, self.system_prompt = wanted["max_new_tokens"], wanted["system_prompt"]
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options) -> SelectivePredictor:
@@ -136,6 +152,7 @@ class SelectivePredictor:
             path: Folder, name on the Hub, or name of a shipped model.
             options: See the class.
         """
+        import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from trl_capo.calibration.abstention import FILE_NAME
@@ -144,7 +161,8 @@ class SelectivePredictor:
         path = model_path(str(path))
 
         abstention = Abstention.load(path) if (Path(path) / FILE_NAME).exists() else None
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device)
         return cls(model, AutoTokenizer.from_pretrained(path), abstention, **options)
 
     def predict(self, questions: Sequence[str], *, seed: int = 0, progress: bool = False) -> list[Prediction]:
@@ -159,14 +177,15 @@ class SelectivePredictor:
         from trl_capo.evaluation.sample import sample_completions
 
         prompts = list(questions)
-        if self.tokenizer.chat_template is not None:
-            prompts = [[{"role": "user", "content": question}] for question in questions]
+        if self.tokenizer.chat_template is not None or self.system_prompt is not None:
+            system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
+            prompts = [[*system, {"role": "user", "content": question}] for question in questions]
         samples = sample_completions(
             self.model,
             self.tokenizer,
             prompts,
             num_samples=self.num_samples,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self.max_new_tokens or self._room(prompts),
             temperature=self.temperature,
             seed=seed,
             progress=progress,
@@ -187,3 +206,10 @@ class SelectivePredictor:
             )
             predictions.append(Prediction(answer, confidence, abstains, best))
         return predictions
+
+    def _room(self, prompts: list) -> int:
+        """What the longest prompt leaves of the context, at most 3000 tokens."""
+        from trl_capo.evaluation.sample import tokenize
+
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+        return max(1, min(3000, context - max(map(len, tokenize(self.tokenizer, prompts)))))

@@ -23,7 +23,7 @@ import numpy as np
 from trl_capo.calibration import metrics
 from trl_capo.calibration.bootstrap import prompt_difference, prompt_interval
 from trl_capo.calibration.metrics import nanmean
-from trl_capo.calibration.selection import choose_all, majority_vote, perplexity_consistency
+from trl_capo.calibration.selection import SELECTORS, choose_all
 
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ METRICS = {
     "precision@80%": partial(metrics.precision_at_coverage, coverage=0.8),
     "coverage@90%": partial(metrics.coverage_at_precision, precision=0.9),
 }
-SELECTORS = {"majority vote": majority_vote, "Perplexity Consistency": perplexity_consistency}
 
 
 def write_report(
@@ -67,8 +66,10 @@ def write_report(
         Path of the page.
 
     Raises:
-        ValueError: If the runs share no benchmark.
+        ValueError: If the runs share no benchmark, or answered different questions, or the page cannot be written.
     """
+    from trl_capo.checks import check_output_dir
+
     path = Path(path)
     shared = [of.benchmark for of in next(iter(runs.values()))]
     shared = [name for name in shared if all(any(of.benchmark == name for of in sets) for sets in runs.values())]
@@ -77,14 +78,16 @@ def write_report(
             "the runs have no benchmark in common: "
             + "; ".join(f"{name} has {', '.join(of.benchmark for of in sets)}" for name, sets in runs.items())
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_output_dir(str(path.parent))
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder. Name the page, e.g. {path / 'report.html'}.")
     sections, tables = [], []
-    for benchmark in shared:
+    for number, benchmark in enumerate(shared, 1):
         of = {name: next(s for s in sets if s.benchmark == benchmark) for name, sets in runs.items()}
         header, rows = metric_rows(of)
         figure = draw_benchmark(of)
-        # Not quoted with %, which a link in Markdown would read as an escape.
-        picture = path.parent / f"{path.stem}-{re.sub(r'[^0-9A-Za-z._-]', '_', benchmark)}.png"
+        # Not quoted with %, which a link in Markdown would read as an escape; numbered, as two may then be equal.
+        picture = path.parent / f"{path.stem}-{number}-{re.sub(r'[^0-9A-Za-z._-]', '_', benchmark)}.png"
         picture.write_bytes(figure)
         tables.append(f"### {benchmark}\n\n{markdown(header, rows)}\n\n![figures of {benchmark}]({picture.name})")
         sections.append(
@@ -139,6 +142,13 @@ def _shared_prompts(of: SampleSet, other: SampleSet) -> tuple[np.ndarray, np.nda
     """Rows of the prompts that both runs answered, in each."""
     numbers = [s.table["prompt_id"].to_numpy()[:: s.num_samples] for s in (of, other)]
     _, rows, of_other = np.intersect1d(*numbers, return_indices=True)
+    if "prompt" in of.table.column_names and "prompt" in other.table.column_names:
+        ours, theirs = (s.grid("prompt")[at, 0] for s, at in ((of, rows), (other, of_other)))
+        if (ours != theirs).any():
+            raise ValueError(
+                f"the runs answered different questions of {of.benchmark}, {(ours != theirs).sum()} of {len(rows)}. "
+                "Evaluate them on one version of it."
+            )
     return rows, of_other
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
-    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Finished rows leave the batch once they are this share of it. Leaving copies the cache of those who stay, staying
 # costs forwards for nothing. On CPU 1/8 and 1/4 are equally fast, and twice as fast as never.
@@ -76,7 +76,7 @@ def sample_completions(
     Args:
         model: Decoder-only transformers model, on its device.
         tokenizer: Its tokenizer; a pad token is not needed.
-        prompts: P prompts as in TRL datasets, plain strings or lists of messages (these need a chat template).
+        prompts: P prompts as in TRL datasets, plain strings or lists of messages (see `tokenize`).
         num_samples: Completions per prompt, N.
         max_new_tokens: Longest completion, in tokens.
         temperature: Divides the logits that are sampled from; the log-probs returned are those at temperature 1.
@@ -99,8 +99,8 @@ def sample_completions(
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
     if not temperature > 0:
         raise ValueError(f"`temperature` must be positive, got {temperature}. Use 0.01 for nearly greedy samples.")
-    prompt_ids = _tokenize(tokenizer, list(prompts))
-    _check_lengths(prompt_ids, max_new_tokens, model)
+    prompt_ids = tokenize(tokenizer, list(prompts))
+    check_lengths(prompt_ids, max_new_tokens, model.config)
     eos_token_ids = _eos_token_ids(model, tokenizer)
 
     shape = (len(prompt_ids), num_samples)
@@ -306,17 +306,25 @@ def _next_logits(
     return output.logits[:, -1].float()
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[list[int]]:
+def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[list[int]]:
+    """Token ids of prompts; conversations through the chat template, or their contents in a row without one."""
     if not prompts:
         return []
+    if not isinstance(prompts[0], str) and tokenizer.chat_template is None:
+        prompts = ["\n\n".join(message["content"] for message in prompt) for prompt in prompts]
     if isinstance(prompts[0], str):
         return tokenizer(prompts)["input_ids"]
     encoded = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=True, return_dict=True)
     return encoded["input_ids"]
 
 
-def _check_lengths(prompt_ids: list[list[int]], max_new_tokens: int, model: PreTrainedModel) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def check_lengths(prompt_ids: list[list[int]], max_new_tokens: int, config: PreTrainedConfig) -> None:
+    """Refuse prompts without a token, and those that leave too little of the model's context.
+
+    Raises:
+        ValueError: Names the first such prompt.
+    """
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     for p, ids in enumerate(prompt_ids):
         if not ids:
             raise ValueError(f"`prompts[{p}]` has no tokens. Remove it, or use a tokenizer that adds a BOS token.")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trl_capo.evaluation.sample import STATISTICS, TOP_K, Prompt, Samples, sequence_statistics
+from trl_capo.evaluation.sample import STATISTICS, TOP_K, Prompt, Samples, sequence_statistics, tokenize
 from trl_capo.extras import require
 
 
@@ -51,13 +51,7 @@ def sample_completions_vllm(
     from vllm import SamplingParams
 
     tokenizer = llm.get_tokenizer()
-    if prompts and isinstance(prompts[0], str):
-        prompt_ids = tokenizer(list(prompts))["input_ids"]
-    else:
-        encoded = tokenizer.apply_chat_template(
-            list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        prompt_ids = encoded["input_ids"]
+    prompt_ids = tokenize(tokenizer, list(prompts))
     requests = [{"prompt_token_ids": ids} for ids in prompt_ids for _ in range(num_samples)]
     parameters = [
         SamplingParams(
@@ -100,6 +94,11 @@ def load_vllm(model: str, *, dtype: str = "auto", max_model_len: int | None = No
 
     options = dict(logprobs_mode="raw_logprobs", enable_prefix_caching=True, max_logprobs=TOP_K) | options
     return LLM(model, dtype=dtype, max_model_len=max_model_len, **options)
+
+
+def shut_down(llm: LLM) -> None:
+    """End the engine's process and free its memory, which the next model needs."""
+    llm.llm_engine.engine_core.shutdown()
 
 
 def _request_seed(seed: int, prompt: int, sample: int) -> int:

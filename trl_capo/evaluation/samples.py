@@ -23,6 +23,7 @@ killed loses the prompts it was at and repeats no other.
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 FILE_NAME = "samples.parquet"
 KEY = ("benchmark", "prompt_id", "sample")
-REQUIRED = (*KEY, "correct", "mean_logp")  # what a file from elsewhere must have
+REQUIRED = (*KEY, "answer", "correct", "mean_logp")  # what a file from elsewhere must have
 
 
 def schema(statistics: Sequence[str] = ()) -> pyarrow.Schema:
@@ -66,9 +67,20 @@ def write_part(folder: Path, benchmark: str, first_prompt: int, rows: pyarrow.Ta
 
 
 def part_path(folder: Path, benchmark: str, first_prompt: int) -> Path:
-    """Where the rows of the prompts from a number on are kept."""
+    """Where the rows of the prompts from a number on are kept (six digits: `sampled_prompts` reads them back)."""
     # Quoted: a benchmark may be a file, and two files in different folders may have one name.
     return folder / "parts" / f"{quote(benchmark, safe='')}-{first_prompt:06d}.parquet"
+
+
+def sampled_prompts(folder: Path, benchmark: str, num_samples: int) -> set[int]:
+    """Numbers of the prompts whose samples lie in parts."""
+    import pyarrow.parquet as pq
+
+    done: set[int] = set()
+    for path in (folder / "parts").glob(f"{glob.escape(quote(benchmark, safe=''))}-??????.parquet"):
+        start = int(path.stem[-6:])
+        done.update(range(start, start + pq.read_metadata(path).num_rows // num_samples))
+    return done
 
 
 def merge_parts(folder: Path) -> Path:
@@ -84,6 +96,8 @@ def merge_parts(folder: Path) -> Path:
         pq.write_table(table, partial)
         partial.replace(path)
     shutil.rmtree(folder / "parts", ignore_errors=True)
+    for left in folder.glob(f"{path.stem}.*.partial"):  # of a merge that was killed
+        left.unlink()
     return path
 
 
@@ -106,8 +120,6 @@ class SampleSet:
         values = self.table[column].to_numpy(zero_copy_only=False)
         if values.dtype != object:
             values = values.astype(np.float64)
-        elif column == "correct":  # all null
-            values = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
         return values.reshape(-1, self.num_samples)
 
     @cached_property
@@ -144,8 +156,8 @@ def read_samples(path: str | Path) -> list[SampleSet]:
         One set for each benchmark, in order of their names.
 
     Raises:
-        ValueError: The file or a column is missing, a row is there twice, a prompt has fewer samples than another, or
-            a log-prob is NaN or positive.
+        ValueError: The file or a column is missing or of another type, a row is there twice, a prompt has fewer
+            samples than another, or a log-prob is not finite or positive.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -164,17 +176,25 @@ def read_samples(path: str | Path) -> list[SampleSet]:
         raise ValueError(f"{path} has no column {', '.join(missing)}, only {', '.join(table.column_names)}.")
     if len(table) == 0:
         raise ValueError(f"{path} has no rows.")
-    bad = pc.sum(pc.or_kleene(pc.is_null(table["mean_logp"], nan_is_null=True), pc.greater(table["mean_logp"], 0)))
-    if bad.as_py():
+    try:
+        for i, field in enumerate(table.schema):
+            if field.name in schema().names:
+                table = table.set_column(i, field.name, table[field.name].cast(schema().field(field.name).type))
+    except pa.ArrowException as error:
+        raise ValueError(f"{path}: column {field.name!r} cannot be read as it must be: {error}") from error
+    for name in KEY:
+        if table[name].null_count:
+            raise ValueError(f"{path}: `{name}` is null in {table[name].null_count} rows. Every row needs one.")
+    logps = table["mean_logp"]
+    bad = pc.sum(pc.invert(pc.fill_null(pc.and_(pc.is_finite(logps), pc.less_equal(logps, 0)), False))).as_py()
+    if bad:
         raise ValueError(
-            f"{path}: `mean_logp` must be a number of at most 0, which it is not in {bad.as_py()} rows. It is a mean "
+            f"{path}: `mean_logp` must be a finite number of at most 0, which it is not in {bad} rows. It is a mean "
             "log-prob, not a perplexity or a probability."
         )
     strange = pc.sum(pc.invert(pc.is_in(table["correct"].drop_null(), pa.array([0.0, 1.0])))).as_py()
     if strange:
         raise ValueError(f"{path}: `correct` must be 0, 1 or null, which it is not in {strange} rows.")
-    if "answer" not in table.column_names:
-        table = table.append_column("answer", pa.nulls(len(table), pa.string()))
     table = table.sort_by([(name, "ascending") for name in KEY])
     return [_sample_set(path, table, name) for name in sorted(pc.unique(table["benchmark"]).to_pylist())]
 

@@ -62,7 +62,8 @@ def print_summaries(models: dict[str, dict[str, dict]]) -> None:
     """A table in the terminal, one block a benchmark, one line a model.
 
     Args:
-        models: What `summarize` gives and `num_samples`, by model and benchmark; all models on the same benchmarks.
+        models: What `summarize` gives and `num_samples`, by model and benchmark; all models on the same benchmarks. An
+            undefined number may be NaN or None, as it is in JSON.
     """
     from rich.console import Console
     from rich.table import Table
@@ -76,7 +77,8 @@ def print_summaries(models: dict[str, dict[str, dict]]) -> None:
         table.add_column(header.replace("@N", f"@{counts[0]}") if len(counts) == 1 else header, justify="right")
     for benchmark in benchmarks:
         for i, (model, by_benchmark) in enumerate(models.items()):
-            values = [f"{by_benchmark[benchmark][name]:.3f}" for name in COLUMNS]
+            numbers = [by_benchmark[benchmark][name] for name in COLUMNS]
+            values = ["-" if number is None or np.isnan(number) else f"{number:.3f}" for number in numbers]
             table.add_row(benchmark if i == 0 else "", model, *values, end_section=i == len(models) - 1)
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)

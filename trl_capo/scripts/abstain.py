@@ -8,7 +8,9 @@ Prints what the threshold promises and answers, and saves it as `abstention.json
 """
 
 import argparse
+import json
 import sys
+from pathlib import Path
 
 from trl_capo.cli import main as cli_main
 
@@ -36,7 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     if missing := sorted(set(args.benchmark or []) - set(known)):
         raise ValueError(f"{args.samples} has no benchmark {', '.join(missing)}, only {', '.join(known)}.")
     sets = [of for of in sets if args.benchmark is None or of.benchmark in args.benchmark]
-    chosen = choose_abstention(sets, args.precision, args.delta)
+    sampling = _sampling(Path(args.samples), [of.benchmark for of in sets])
+    chosen = choose_abstention(sets, args.precision, args.delta, sampling=sampling)
     if chosen.threshold is None:
         print(
             f"No threshold is right {chosen.precision:.0%} of the time on {chosen.num_questions} questions: the model "
@@ -50,6 +53,21 @@ def main(argv: list[str] | None = None) -> None:
         )
     if args.model is not None:
         print(f"Saved: {chosen.save(args.model)}")
+
+
+def _sampling(samples: Path, benchmarks: list[str]) -> dict:
+    """How `trl-capo evaluate` drew the samples; empty for samples from elsewhere."""
+    settings = (samples if samples.is_dir() else samples.parent) / "settings.json"
+    if not settings.exists():
+        return {}
+    known = json.loads(settings.read_text())
+    sampling = {"temperature": known["temperature"]}
+    for name in ("max_new_tokens", "system_prompt"):
+        values = {known[name][benchmark] for benchmark in benchmarks}
+        if len(values) > 1:
+            raise ValueError(f"the benchmarks were sampled with another {name} each: choose one with --benchmark.")
+        sampling[name] = values.pop()
+    return sampling
 
 
 if __name__ == "__main__":

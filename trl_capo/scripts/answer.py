@@ -19,8 +19,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("questions", nargs="+", help="what to ask")
     parser.add_argument("--fallback_model", help="who is asked where the model abstains")
     parser.add_argument("--num_samples", type=int, help="samples a question (default: those of the threshold, or 16)")
-    parser.add_argument("--max_new_tokens", type=int, default=3000, help="longest completion (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the sampler (default: %(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, help="longest completion (default: the threshold's, or 3000)")
+    parser.add_argument("--temperature", type=float, help="of the sampler (default: the threshold's, or 1)")
+    parser.add_argument("--system_prompt", help="system message (default: the threshold's, or none)")
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     parser.add_argument("--show", action="store_true", help="also the surest completion with the answer")
     return parser
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     from trl_capo.evaluation.predictor import SelectivePredictor
 
-    options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
+    options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "system_prompt")}
     predictor = SelectivePredictor.from_pretrained(args.model, num_samples=args.num_samples, **options)
     if predictor.abstention is None:
         print(
@@ -40,12 +41,14 @@ def main(argv: list[str] | None = None) -> None:
         )
     predictions = predictor.predict(args.questions, seed=args.seed)
     fallbacks = {}
-    if unsure := [q for q, p in zip(args.questions, predictions, strict=True) if p.abstains and args.fallback_model]:
+    unsure = [i for i, prediction in enumerate(predictions) if prediction.abstains and args.fallback_model]
+    if unsure:
         fallback = SelectivePredictor.from_pretrained(args.fallback_model, num_samples=args.num_samples, **options)
-        fallbacks = dict(zip(unsure, fallback.predict(unsure, seed=args.seed), strict=True))
-    for question, own in zip(args.questions, predictions, strict=True):
-        said = fallbacks.get(question, own)
-        by = f", asked {args.fallback_model}" if question in fallbacks else ""
+        answers = fallback.predict([args.questions[i] for i in unsure], seed=args.seed)
+        fallbacks = dict(zip(unsure, answers, strict=True))
+    for i, (question, own) in enumerate(zip(args.questions, predictions, strict=True)):
+        said = fallbacks.get(i, own)
+        by = f", asked {args.fallback_model}" if i in fallbacks else ""
         if said.abstains:
             guess = "" if said.answer is None else f"; its guess would be {said.answer}"
             print(f"{question}  not sure enough (confidence {said.confidence:.3f}{by}{guess})")

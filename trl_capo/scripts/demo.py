@@ -20,6 +20,7 @@ from pathlib import Path
 
 from trl_capo.cli import main as cli_main
 from trl_capo.extras import require
+from trl_capo.folders import remember_settings, write_json
 
 
 BENCHMARKS = ("arithmetic_test_2", "arithmetic_test_3", "arithmetic_test_4", "arithmetic_test_5")
@@ -71,8 +72,11 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from the Hub
     require("report")
+    from trl_capo.checks import check_output_dir
+
     folder = Path(args.output_dir)
-    _remember_settings(folder, vars(args))
+    check_output_dir(str(folder))
+    remember_settings(folder, {name: value for name, value in vars(args).items() if name != "output_dir"}, "a demo")
     print(f"Training GRPO and CAPO from the shipped base, {args.steps} steps each, into {folder}/ ...")
     _in_processes(_train, [(method, folder, args.steps, args.seed) for method in ("grpo", "capo")])
     print(f"Sampling {args.prompts} held-out prompts x {args.samples} of {len(BENCHMARKS)} splits ...")
@@ -85,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         "models": {model: _read(folder, f"evaluation/{model}/summary.json")["benchmarks"] for model in MODELS},
         "training": {method: _read(folder, f"{method}/history.json") for method in ("grpo", "capo")},
     }
-    _write(folder / "results.json", results)
+    write_json(folder / "results.json", results)
     print_summaries(results["models"])
     _draw(folder, results["training"])
     _say_what_to_look_at(results, folder)
@@ -96,21 +100,6 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
-
-
-def _remember_settings(folder: Path, settings: dict) -> None:
-    """A folder holds one demo: finished parts are not done again, so they must be of the same settings."""
-    from trl_capo.checks import check_output_dir
-
-    check_output_dir(str(folder))
-    path = folder / "settings.json"
-    settings = {name: value for name, value in settings.items() if name != "output_dir"}
-    if path.exists() and json.loads(path.read_text()) != settings:
-        raise ValueError(
-            f"{folder} holds a demo with other settings, {json.loads(path.read_text())}. Repeat those, choose another "
-            "--output_dir, or remove the folder."
-        )
-    _write(path, settings)
 
 
 def _in_processes(function: Callable, jobs: list[tuple]) -> None:
@@ -156,7 +145,7 @@ def _train(position: int, method: str, folder: Path, steps: int, seed: int) -> N
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
     trainer.save_model(output_dir)
     history = [entry for entry in trainer.state.log_history if "capo/auc_within" in entry]
-    _write(folder / method / "history.json", history)  # last: it says that the run is complete
+    write_json(folder / method / "history.json", history)  # last: it says that the run is complete
 
 
 def _evaluate(position: int, model: str, folder: Path, num_prompts: int, num_samples: int, seed: int) -> None:
@@ -164,21 +153,22 @@ def _evaluate(position: int, model: str, folder: Path, num_prompts: int, num_sam
     from accelerate import PartialState
 
     from trl_capo.data.benchmarks import load_benchmark
-    from trl_capo.scripts.evaluate import evaluate, make_parser
+    from trl_capo.scripts.evaluate import evaluate
 
     be_quiet()
     torch.set_num_threads(1)
-    source = "arithmetic-base" if model == "base" else str(folder / model)
-    options = {
-        "num_samples": num_samples,
-        "max_new_tokens": training_options("grpo", 1, seed)["max_completion_length"],
-        "seed": seed,
-        "engine": "transformers",
-    }
-    command = [source, "--benchmark", *BENCHMARKS, *(f"--{name}={value}" for name, value in options.items())]
-    data = {name: load_benchmark(name, num_prompts) for name in BENCHMARKS}
-    args = make_parser().parse_args(command)
-    evaluate(source, folder / "evaluation" / model, data, args, PartialState(cpu=True), position=position)
+    evaluate(
+        "arithmetic-base" if model == "base" else str(folder / model),
+        folder / "evaluation" / model,
+        {name: load_benchmark(name, num_prompts) for name in BENCHMARKS},
+        PartialState(cpu=True),
+        num_samples=num_samples,
+        max_new_tokens=training_options("grpo", 1, seed)["max_completion_length"],
+        temperature=1.0,
+        seed=seed,
+        statistics=False,
+        position=position,
+    )
 
 
 def be_quiet() -> None:
@@ -192,13 +182,6 @@ def be_quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-
-
-def _write(path: Path, content) -> None:
-    """All or nothing: a demo that is stopped while it writes leaves no half file behind."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1))
-    partial.replace(path)
 
 
 def _read(folder: Path, name: str):

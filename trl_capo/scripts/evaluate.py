@@ -9,16 +9,21 @@ For each model a folder of `--output_dir` gets `samples.parquet` (one row a comp
 
 import argparse
 import functools
+import hashlib
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 from trl_capo.cli import main as cli_main
+from trl_capo.folders import remember_settings, write_json
 
 
-PROMPTS_PER_PART = 32  # kept, and lost if the run is killed, together
+PROMPTS_PER_PART = 32  # at most; kept, and lost if the run is killed, together
+SAMPLING = ("num_samples", "temperature", "max_new_tokens", "seed", "statistics", "engine", "batch_size", "dtype")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -50,24 +55,28 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     from accelerate import PartialState
 
-    from trl_capo.checks import check_output_dir
+    from trl_capo.checks import check_launch, check_output_dir
     from trl_capo.data.benchmarks import load_benchmark
 
-    for name in ("num_samples", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    _check_numbers(args)
     check_output_dir(args.output_dir)
     columns = dict(
         prompt_column=args.prompt_column, solution_column=args.solution_column, system_prompt=args.system_prompt
     )
     data = {name: load_benchmark(name, args.num_prompts, **columns) for name in args.benchmark}
-    state = PartialState()
+    # At the end the processes wait for the slowest, which may have an hour's completion in hand.
+    state = PartialState(timeout=timedelta(weeks=1))
+    check_launch(state.num_processes)
+    sampling = {name: getattr(args, name) for name in SAMPLING}
+    sampling["engine"] = choose_engine(args.engine)
     folders = [Path(args.output_dir) / name for name in _folder_names(args.models)]
+    for model in args.models:
+        check_model(model, data, args.max_new_tokens)
     for model, folder in zip(args.models, folders, strict=True):
         if state.is_main_process:
-            _remember_settings(folder, model, args)
+            remember_settings(folder, _settings(model, data, sampling), "an evaluation")
         state.wait_for_everyone()
-        evaluate(model, folder, data, args, state)
+        evaluate(model, folder, data, state, **sampling)
     if state.is_main_process:
         read = {folder.name: json.loads((folder / "summary.json").read_text()) for folder in folders}
         _print_summaries({name: summary["benchmarks"] for name, summary in read.items()})
@@ -75,8 +84,40 @@ def main(argv: list[str] | None = None) -> None:
         print(f"What to type next: trl-capo report {' '.join(map(str, folders))} --output report.html")
 
 
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name in ("num_samples", "num_prompts", "max_new_tokens", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}.")
+    if not args.temperature > 0:
+        raise ValueError(
+            f"--temperature must be positive, got {args.temperature}. Use 0.01 for nearly greedy samples."
+        )
+
+
+def check_model(model: str, data: dict, max_new_tokens: int | None) -> None:
+    """Refuse a model that is not there or whose context is too short for a question, before anything is sampled."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from trl_capo.data.arithmetic import model_path
+    from trl_capo.evaluation.sample import check_lengths, tokenize
+
+    path = model_path(model)
+    config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    for name, rows in data.items():
+        check_lengths(tokenize(tokenizer, list(rows["prompt"])), _limit(name, max_new_tokens), config)
+
+
 def evaluate(
-    model: str, folder: Path, data: dict, args: argparse.Namespace, state, *, position: int | None = None
+    model: str,
+    folder: Path,
+    data: dict,
+    state,
+    *,
+    max_new_tokens: int | None = None,
+    num_samples: int = 16,
+    position: int | None = None,
+    **sampling,
 ) -> None:
     """Sample what is missing, then merge and summarise.
 
@@ -84,28 +125,28 @@ def evaluate(
         model: Folder, name on the Hub, or name of a shipped model.
         folder: Gets `samples.parquet` and `summary.json`.
         data: Questions by benchmark, from `load_benchmark`.
-        args: From `make_parser`.
         state: accelerate's `PartialState`.
+        max_new_tokens: Longest completion; None: 64 in the arithmetic world, else 3000.
+        num_samples: Completions a question.
         position: Line of the progress bar, where several are shown at once.
+        sampling: See `load_engine`.
     """
-    from trl_capo.data.benchmarks import ARITHMETIC
-    from trl_capo.evaluation.samples import FILE_NAME, merge_parts, part_path, write_part
+    from trl_capo.evaluation.samples import FILE_NAME, merge_parts, write_part
 
-    if not (folder / FILE_NAME).exists():
-        parts = [
-            (name, start, min(start + PROMPTS_PER_PART, len(rows)))
-            for name, rows in data.items()
-            for start in range(0, len(rows), PROMPTS_PER_PART)
-        ]
-        mine = parts[state.process_index :: state.num_processes]
-        missing = [part for part in mine if not part_path(folder, *part[:2]).exists()]
-        sample = None
-        for name, start, stop in _with_progress(missing, mine, args.num_samples, folder.name, state, position):
-            sample = sample or load_engine(model, args, state)
-            limit = args.max_new_tokens or (64 if name in ARITHMETIC else 3000)
-            rows = data[name].select(range(start, stop))
-            samples = sample(list(rows["prompt"]), max_new_tokens=limit, first_prompt=start)
-            write_part(folder, name, start, graded_table(name, start, rows, samples))
+    if (folder / FILE_NAME).exists():
+        state.print(f"{folder / FILE_NAME} is there already: nothing was sampled.")
+    else:
+        mine = _missing_parts(folder, data, num_samples, state)[state.process_index :: state.num_processes]
+        state.wait_for_everyone()  # nobody writes before all have looked
+        total = sum(stop - start for _, start, stop in mine) * num_samples
+        if mine:
+            sample, close = load_engine(model, state, num_samples=num_samples, **sampling)
+            for name, start, stop in _with_progress(mine, total, num_samples, folder.name, state, position):
+                rows = data[name].select(range(start, stop))
+                limit = _limit(name, max_new_tokens)
+                samples = sample(list(rows["prompt"]), max_new_tokens=limit, first_prompt=start)
+                write_part(folder, name, start, graded_table(name, start, rows, samples))
+            close()
     state.wait_for_everyone()
     if state.is_main_process:
         merge_parts(folder)
@@ -113,28 +154,74 @@ def evaluate(
     state.wait_for_everyone()
 
 
-def load_engine(model: str, args: argparse.Namespace, state) -> Callable:
-    """A function from prompts, `max_new_tokens` and `first_prompt` to `Samples`."""
+def _limit(benchmark: str, max_new_tokens: int | None) -> int:
+    from trl_capo.data.benchmarks import ARITHMETIC
+
+    return max_new_tokens or (64 if benchmark in ARITHMETIC else 3000)
+
+
+def _missing_parts(folder: Path, data: dict, num_samples: int, state) -> list[tuple[str, int, int]]:
+    """Benchmark, first prompt and end of the parts to sample: so small that every process has some."""
+    from trl_capo.evaluation.samples import sampled_prompts
+
+    parts = []
+    for name, rows in data.items():
+        done = sampled_prompts(folder, name, num_samples)
+        missing = [p for p in range(len(rows)) if p not in done]
+        size = min(PROMPTS_PER_PART, -(-len(missing) // state.num_processes))
+        while missing:
+            start = missing[0]
+            together = [p for i, p in enumerate(missing[:size]) if p == start + i]  # up to the next one that is there
+            parts.append((name, start, start + len(together)))
+            missing = missing[len(together) :]
+    return parts
+
+
+def load_engine(
+    model: str,
+    state,
+    *,
+    engine: str = "transformers",
+    dtype: str = "auto",
+    batch_size: int = 256,
+    **sampling,
+) -> tuple[Callable, Callable[[], None]]:
+    """A function from prompts, `max_new_tokens` and `first_prompt` to `Samples`, and one that frees what it holds.
+
+    Args:
+        model: Folder, name on the Hub, or name of a shipped model.
+        state: accelerate's `PartialState`.
+        engine: "transformers" or "vllm".
+        dtype: Of the weights.
+        batch_size: Completions at a time, with transformers.
+        sampling: `num_samples`, `temperature`, `seed`, `statistics`.
+    """
     from trl_capo.data.arithmetic import model_path
 
     model = model_path(model)
-    shared = dict(
-        num_samples=args.num_samples, temperature=args.temperature, seed=args.seed, statistics=args.statistics
-    )
-    if choose_engine(args.engine) == "vllm":
-        from trl_capo.evaluation.sample_vllm import load_vllm, sample_completions_vllm
+    if engine == "vllm":
+        from trl_capo.evaluation.sample_vllm import load_vllm, sample_completions_vllm, shut_down
 
-        return functools.partial(sample_completions_vllm, load_vllm(model, dtype=args.dtype), **shared)
+        if state.num_processes > 1:
+            _show_own_device(state.local_process_index)
+        llm = load_vllm(model, dtype=dtype)
+        return functools.partial(sample_completions_vllm, llm, **sampling), functools.partial(shut_down, llm)
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from trl_capo.evaluation.sample import sample_completions
 
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=args.dtype).to(state.device)
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(state.device)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return functools.partial(
-        sample_completions, policy, tokenizer, batch_size=args.batch_size, progress=False, **shared
-    )
+    options = dict(batch_size=batch_size, progress=False)
+    return functools.partial(sample_completions, policy, tokenizer, **options, **sampling), lambda: None
+
+
+def _show_own_device(local_process_index: int) -> None:
+    """vLLM's engine, a process of its own, takes the first GPU that it sees: let it see this process's only."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(i) for i in range(local_process_index + 1)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = devices[local_process_index % len(devices)]
 
 
 def choose_engine(asked: str) -> str:
@@ -179,38 +266,46 @@ def graded_table(benchmark: str, first_prompt: int, rows, samples):
 
 
 def _folder_names(models: list[str]) -> list[str]:
-    """The last part of each model's path, numbered where two are the same."""
-    names = [Path(model).name or model for model in models]
-    return [f"{name}-{names[:i].count(name) + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    """The last part of each model's path, numbered where that is taken."""
+    names: list[str] = []
+    for model in models:
+        name = Path(model).resolve().name
+        numbered = (f"{name}-{number}" for number in range(2, len(models) + 2))
+        names.append(name if name not in names else next(other for other in numbered if other not in names))
+    return names
 
 
-def _remember_settings(folder: Path, model: str, args: argparse.Namespace) -> None:
-    """A folder holds one evaluation: what is there is not sampled again, so it must be of the same settings."""
-    settings = {k: v for k, v in vars(args).items() if k not in ("models", "output_dir", "batch_size", "engine")}
-    settings |= {"model": model, "engine": choose_engine(args.engine)}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "settings.json"
-    if path.exists() and (known := json.loads(path.read_text())) != settings:
-        changed = [name for name in settings if settings[name] != known.get(name)]
-        raise ValueError(
-            f"{folder} holds an evaluation with another {', '.join(changed)}: "
-            f"{', '.join(str(known.get(name)) for name in changed)}. Repeat that, choose another --output_dir, or "
-            "remove the folder."
-        )
-    path.write_text(json.dumps(settings, indent=1))
+def _settings(model: str, data: dict, sampling: dict) -> dict:
+    """What decides the samples. Weights in a folder count by size and time of change: they may be trained on."""
+    from trl_capo.data.arithmetic import model_path
+
+    weights = sorted(path for kind in ("safetensors", "bin") for path in Path(model_path(model)).glob(f"*.{kind}"))
+    written = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
+    questions = {name: _fingerprint([list(rows["prompt"]), list(rows["solution"])]) for name, rows in data.items()}
+    firsts = {name: rows["prompt"][0][0] for name, rows in data.items()}  # the first message of the first question
+    return {
+        **{name: value for name, value in sampling.items() if name != "batch_size"},
+        "model": model,
+        "weights": _fingerprint(written) if written else None,
+        "questions": questions,
+        "max_new_tokens": {name: _limit(name, sampling["max_new_tokens"]) for name in data},
+        "system_prompt": {name: m["content"] if m["role"] == "system" else None for name, m in firsts.items()},
+    }
+
+
+def _fingerprint(content: list) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _with_progress(
-    missing: list[tuple], mine: list[tuple], num_samples: int, name: str, state, position: int | None
+    parts: list[tuple], total: int, num_samples: int, name: str, state, position: int | None
 ) -> Iterator[tuple]:
-    """Parts to do, with a bar that counts samples."""
+    """The parts, with a bar that counts samples."""
     from tqdm import tqdm
 
-    total = sum(stop - start for _, start, stop in mine) * num_samples
-    done = total - sum(stop - start for _, start, stop in missing) * num_samples
     shown = dict(desc=name, unit="sample", position=position, disable=not state.is_local_main_process)
-    with tqdm(total=total, initial=done, **shown) as bar:
-        for part in missing:
+    with tqdm(total=total, **shown) as bar:
+        for part in parts:
             yield part
             bar.update((part[2] - part[1]) * num_samples)
 
@@ -228,9 +323,7 @@ def _summarize(model: str, folder: Path) -> None:
         }
         for of in read_samples(folder)
     }
-    partial = folder / "summary.partial"
-    partial.write_text(json.dumps({"model": model, "benchmarks": summary}, indent=1))
-    partial.replace(folder / "summary.json")
+    write_json(folder / "summary.json", {"model": model, "benchmarks": summary})
 
 
 def _print_summaries(summaries: dict[str, dict]) -> None:

@@ -50,12 +50,21 @@ def main(argv: list[str] | None = None) -> None:
         name, _, file = pair.partition("=")
         if name not in names or not file:
             raise ValueError(f"--trainer_states takes NAME=FILE with a NAME of {', '.join(names)}, got {pair!r}.")
-        histories[name] = json.loads(Path(file).read_text())["log_history"]
+        histories[name] = _history(Path(file))
     runs = {name: read_samples(path) for name, path in zip(names, args.samples, strict=True)}
     path = write_report(runs, args.output, histories=histories)
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB), with figures and {path.with_suffix('.md').name} beside it")
     if args.model_card is not None:
         print(f"Also in {add_to_model_card(path.with_suffix('.md'), args.model_card)}")
+
+
+def _history(path: Path) -> list[dict]:
+    """The log of a trainer state, or such a log by itself."""
+    try:
+        content = json.loads(path.read_text())
+        return content if isinstance(content, list) else content["log_history"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not the trainer_state.json of a run: {error!r}.") from error
 
 
 def _names(paths: list[str]) -> list[str]:

@@ -1,0 +1,53 @@
+"""What a run leaves in its folder: JSON, written whole or not at all, and the settings that the folder is of."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, all or nothing; NaN, which JSON does not know, becomes null.
+
+    Args:
+        path: Where. A run that is killed meanwhile leaves the old file.
+        content: Dictionaries, lists, text and numbers.
+    """
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n")
+    partial.replace(path)
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _without_nan(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def remember_settings(folder: Path, settings: dict, what: str) -> None:
+    """A folder is of one run: finished parts are not done again, so they must be of the same settings.
+
+    Args:
+        folder: Where the run is. The settings go into its `settings.json`.
+        settings: Whatever decides the results.
+        what: What the run is, for the message.
+
+    Raises:
+        ValueError: The folder is of other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "settings.json"
+    if not path.exists():
+        write_json(path, settings)
+        return
+    known = json.loads(path.read_text())
+    wanted = json.loads(json.dumps(settings))  # tuples become lists
+    changed = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
+    if changed:
+        raise ValueError(
+            f"{folder} holds {what} with another {', '.join(changed)}: "
+            f"{', '.join(str(known.get(name)) for name in changed)}. Repeat that, choose another --output_dir, or "
+            "remove the folder."
+        )

@@ -20,6 +20,7 @@ COMMANDS = {
     "abstain": "choose the confidence below which a model should not answer",
     "answer": "ask a model that abstains when it is not sure",
     "report": "compare the samples of several runs on one page",
+    "compare": "train several methods from one base and say which differences are sure",
     "demo": "train GRPO and CAPO side by side on a tiny model, on the CPU, in minutes",
 }
 

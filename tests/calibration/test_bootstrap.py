@@ -7,11 +7,13 @@ from scipy import stats
 from trl_capo.calibration.bootstrap import (
     bootstrap_means,
     bootstrap_statistic,
+    holm,
     interval,
     mean_over_seeds_and_prompts,
     paired_difference,
     prompt_difference,
     prompt_interval,
+    two_sided_p,
 )
 from trl_capo.calibration.metrics import auc_within
 
@@ -134,6 +136,38 @@ def test_prompt_intervals_draw_prompts_with_all_their_samples():
     assert difference.low < difference.value < difference.high
     nothing = prompt_difference(auc_within, ours, ours)
     assert nothing.value == nothing.low == nothing.high == 0
+
+
+def test_p_values_agree_with_the_interval():
+    rng = np.random.default_rng(0)
+    for shift in np.linspace(-0.4, 0.4, 41):
+        replicates = rng.normal(shift, 0.1, 999)
+        found = interval(shift, replicates)
+        p = two_sided_p(replicates)
+        assert 1 / 1000 <= p <= 1
+        if not (found.low < 0 < found.high):
+            assert p <= 0.051
+        else:
+            assert p >= 0.049
+    assert two_sided_p([0.0] * 5) == 1 and np.isnan(two_sided_p([np.nan]))
+
+
+def test_holm_by_its_definition():
+    """Step down: reject the smallest while it stays below alpha over the tests that are left."""
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        p_values = rng.random(6) ** 3
+        corrected = holm(p_values)
+        for alpha in (0.01, 0.05, 0.2):
+            rejected, left = set(), 6
+            for k in np.argsort(p_values):
+                if p_values[k] > alpha / left:
+                    break
+                rejected.add(k)
+                left -= 1
+            assert {k for k in range(6) if corrected[k] <= alpha} == rejected
+    np.testing.assert_array_equal(holm([np.nan, 0.02]), [np.nan, 0.02])
+    assert holm([]).shape == (0,)
 
 
 def test_one_prompt_has_no_interval():

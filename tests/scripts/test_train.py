@@ -115,7 +115,7 @@ def test_unparsable_gold_is_refused_or_dropped(tiny_model, tmp_path, capsys):
     ("overrides", "message"),
     [
         ({"tauu": 0.5}, "unknown key 'tauu'. Did you mean 'tau'?"),
-        ({"method": "ppo"}, "method must be one of capo, grpo, got 'ppo'"),
+        ({"method": "ppo"}, "method must be one of capo, grpo, gspo, codapo, cde, simko, capo_simko, got 'ppo'"),
         ({"tau": 0}, "tau must be positive"),
         ({"dataset_name": None}, "dataset_name is missing"),
         ({"model_name_or_path": None}, "model_name_or_path is missing"),

@@ -182,6 +182,49 @@ def interval(value: float, replicates: ArrayLike, *, level: float = 0.95) -> Est
     return Estimate(float(value), float(low), float(high))
 
 
+def two_sided_p(replicates: ArrayLike) -> float:
+    """How often a difference of the other sign would be seen, both ways: the percentile interval as a p-value.
+
+    Args:
+        replicates: Bootstrap replicates of a difference, any shape; NaN ones are left out.
+
+    Returns:
+        Twice the smaller share of the replicates on one side of 0, those at 0 on both, at least 1 / (B + 1) and at
+        most 1. At most 0.05 where a 95% interval leaves 0 out.
+
+    Example:
+        >>> two_sided_p([0.1] * 39 + [-0.1]), two_sided_p([0.1] * 99)
+        (0.05, 0.01)
+    """
+    replicates = np.asarray(replicates, dtype=np.float64)
+    replicates = replicates[~np.isnan(replicates)]
+    if replicates.size == 0:
+        return float("nan")
+    smaller = min((replicates <= 0).mean(), (replicates >= 0).mean())
+    return float(min(1.0, max(2 * smaller, 1 / (replicates.size + 1))))
+
+
+def holm(p_values: ArrayLike) -> NDArray[np.float64]:
+    """Holm's correction: p-values that may be held against one level although there are several.
+
+    Args:
+        p_values: Shape (K,). NaN stays NaN and counts as no test.
+
+    Returns:
+        Shape (K,), each at most 1: the k-th smallest times (K - k + 1), and no smaller than the one before.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03]).tolist()
+        [0.03, 0.06, 0.06]
+    """
+    p_values = np.asarray(p_values, dtype=np.float64)
+    corrected = np.full(p_values.shape, np.nan)
+    tests = np.flatnonzero(~np.isnan(p_values))
+    order = tests[np.argsort(p_values[tests], kind="stable")]
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(p_values[order] * np.arange(len(order), 0, -1)))
+    return corrected
+
+
 def paired_difference(
     values: ArrayLike, baseline: ArrayLike, *, level: float = 0.95, num_resamples: int = 2000, seed: int = 0
 ) -> Estimate:

@@ -1,9 +1,9 @@
 """From a confidence to a probability of being right, learnt on one part of the questions and used on the others.
 
 A mean log-prob ranks answers; it does not say how often they are right. Platt scaling puts it through a logistic curve
-with two parameters, isotonic regression through any rising step function. Where a higher confidence is more often right,
-neither changes the order of what it ranks (isotonic may tie), so AUC stays; ECE and Brier score become meaningful. Where
-it is less often right, Platt scaling turns the order round and isotonic regression ties all.
+with two parameters, isotonic regression through any rising step function. Where surer means more often right, neither
+changes the order of what it ranks (isotonic may tie), so AUC stays; ECE and Brier score become meaningful. Where it
+means less often right, Platt scaling turns the order round and isotonic regression ties all.
 
 Both are scikit-learn's (`pip install 'trl-capo[report]'`). Assumption: the questions it is used on come from where the
 ones it was fitted on came from. Degenerate case: fitted on answers that are all right or all wrong there is nothing to

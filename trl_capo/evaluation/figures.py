@@ -141,6 +141,13 @@ def draw_training(axes: Sequence[Axes], histories: dict[str, list[dict]], runs: 
         _finish(axis, title, "optimizer step", "")
 
 
+def draw_frontier(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
+    """AUC within prompts against accuracy, a point a run."""
+    for color, (name, (accuracy, auc)) in zip(_colors(points), points.items(), strict=True):
+        axes.plot(accuracy, auc, "o", color=color, markersize=8, label=name)
+    _finish(axes, "AUC within prompts against accuracy", "accuracy", "AUC within prompts")
+
+
 def _colors(runs: Collection) -> list[str]:
     return [COLORS[i % len(COLORS)] for i in range(len(runs))]
 

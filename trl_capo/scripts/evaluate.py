@@ -269,7 +269,7 @@ def _folder_names(models: list[str]) -> list[str]:
     """The last part of each model's path, numbered where that is taken."""
     names: list[str] = []
     for model in models:
-        name = Path(model).resolve().name
+        name = Path(os.path.abspath(model)).name
         numbered = (f"{name}-{number}" for number in range(2, len(models) + 2))
         names.append(name if name not in names else next(other for other in numbered if other not in names))
     return names

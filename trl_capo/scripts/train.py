@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(method)
     _check_options(argv, parser)
     if config_path is not None:
-        _check_recipe_keys(config_path, parser, method)
+        check_recipe_keys(config_path, _read_recipe(config_path), parser, method)
     script_args, training_args, model_args, dataset_args = parser.parse_args_and_config(argv)
     resume_from = _checkpoint_to_resume(training_args)
 
@@ -144,9 +144,14 @@ def _check_options(argv: list[str], parser: argparse.ArgumentParser) -> None:
             raise ValueError(f"unknown option {option}.{_hint(option, known)}")
 
 
-def _check_recipe_keys(path: str, parser: argparse.ArgumentParser, method: str) -> None:
+def check_recipe_keys(path: str, recipe: dict, parser: argparse.ArgumentParser, method: str) -> None:
+    """Refuse a recipe with a key that is no option of its method.
+
+    Raises:
+        ValueError: Says which, and what may have been meant.
+    """
     known = {action.dest for action in parser._actions} | {"env"}
-    for key in _read_recipe(path):
+    for key in recipe:
         if key not in known:
             owners = [
                 other for other, (config, _) in METHODS.items() if key in {f.name for f in fields(_load(config))}

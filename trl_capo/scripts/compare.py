@@ -1,0 +1,181 @@
+"""`trl-capo compare`: train several methods from one base, evaluate them alike, and say which differences are sure.
+
+    trl-capo compare recipes/arithmetic/compare.yaml
+    trl-capo compare recipes/arithmetic/compare.yaml --methods capo --seeds 0 1 --minutes 80    # a part of it
+
+The YAML names what all share, what each method changes, the seeds, the benchmarks, and the one configuration that the
+others are compared with, which is to be chosen beforehand. Each run is a `trl-capo train` and a `trl-capo evaluate` in
+a folder of its own: stopped at any point, the same command goes on; a run that fails is named and leaves the others
+alone. What is there is then compared in `comparison.md`, `comparison.json`, `comparison.png` and `report.html`.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from trl_capo.cli import main as cli_main
+from trl_capo.extras import require
+from trl_capo.folders import remember_settings
+
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared: the content of the YAML.
+
+    Attributes:
+        baseline: The method that the others are compared with.
+        methods: Options of `trl-capo train` by name of the configuration; each names its `method`.
+        train: Options that all share.
+        benchmarks: What `trl-capo evaluate` takes.
+        seeds: Of the trainings; the evaluation draws the same random numbers for all.
+        evaluate: Further options of `trl-capo evaluate`.
+        output_dir: Where everything goes.
+    """
+
+    baseline: str
+    methods: dict[str, dict]
+    train: dict
+    benchmarks: list[str]
+    seeds: list[int]
+    evaluate: dict = field(default_factory=dict)
+    output_dir: str = "runs/compare"
+
+
+def read_plan(path: str) -> Plan:
+    """Read and check the YAML.
+
+    Raises:
+        ValueError: A key or a method is missing or unknown, or an option that `trl-capo train` does not know.
+    """
+    from trl_capo.scripts.train import METHODS, check_recipe_keys, make_parser
+
+    content = yaml.safe_load(Path(path).read_text())
+    known = [f.name for f in fields(Plan)]
+    if not isinstance(content, dict) or set(content) - set(known) or set(known[:5]) - set(content):
+        raise ValueError(f"{path} must hold {', '.join(known[:5])} and may hold {', '.join(known[5:])}, nothing else.")
+    plan = Plan(**content)
+    if plan.baseline not in plan.methods or BASE in plan.methods:
+        raise ValueError(
+            f"{path}: baseline must be one of {', '.join(plan.methods)}, and no method may be called {BASE!r}, which "
+            "is the model that all start from."
+        )
+    for name, options in plan.methods.items():
+        method = options.get("method")
+        if method not in METHODS:
+            raise ValueError(f"{path}: {name} needs a `method` of {', '.join(METHODS)}, got {method!r}.")
+        check_recipe_keys(f"{path}, {name}", plan.train | options, make_parser(method), method)
+    return plan
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="trl-capo compare", description=__doc__.split("\n\n")[0])
+    parser.add_argument("plan", help="YAML with baseline, methods, train, benchmarks and seeds")
+    parser.add_argument("--methods", nargs="+", help="run only these of its methods")
+    parser.add_argument("--seeds", nargs="+", type=int, help="run only these of its seeds")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, help="start no run that would not end within so many minutes")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is missing, then compare what is there."""
+    args = make_parser().parse_args(argv)
+    require("report")
+    from trl_capo.checks import check_output_dir
+    from trl_capo.evaluation.comparison import evaluation_folder, write_comparison
+
+    plan = read_plan(args.plan)
+    check_output_dir(plan.output_dir)
+    folder = Path(plan.output_dir)
+    remember_settings(folder, {"train": plan.train, "benchmarks": plan.benchmarks, **plan.evaluate}, "a comparison")
+    for option, wanted, known in (("methods", args.methods, plan.methods), ("seeds", args.seeds, plan.seeds)):
+        if missing := [str(name) for name in wanted or [] if name not in known]:
+            raise ValueError(f"--{option} {', '.join(missing)}: {args.plan} has {', '.join(map(str, known))}.")
+    jobs = [(name, seed) for seed in args.seeds or plan.seeds for name in args.methods or plan.methods]
+    failed = run_all(plan, [(BASE, None), *jobs], args.workers, args.minutes)
+
+    done = {
+        name: {seed: run_folder(plan, name, seed) for seed in seeds if evaluation_folder(run_folder(plan, name, seed))}
+        for name, seeds in {BASE: [None], **dict.fromkeys(plan.methods, plan.seeds)}.items()
+    }
+    missing = [f"{name} {seed}" for name in plan.methods for seed in plan.seeds if seed not in done[name]]
+    if not done[BASE] or not done[plan.baseline]:
+        print(f"Nothing to compare yet: {BASE} and {plan.baseline} are needed.")
+    else:
+        print(write_comparison(folder, {name: runs for name, runs in done.items() if runs}, plan.baseline))
+    if missing:
+        print(f"\n{len(missing)} of {len(plan.methods) * len(plan.seeds)} runs are missing: {', '.join(missing)}.")
+    if failed:
+        raise ValueError("some runs failed, see the end of their logs: " + ", ".join(map(str, failed)))
+
+
+def run_folder(plan: Plan, name: str, seed: int | None) -> Path:
+    """Where a run is."""
+    return Path(plan.output_dir) / (name if seed is None else f"{name}-{seed}")
+
+
+def run_all(plan: Plan, jobs: list[tuple], workers: int, minutes: float | None) -> list[Path]:
+    """Run what is not done; returns the logs of what failed."""
+    from tqdm import tqdm
+
+    from trl_capo.evaluation.comparison import evaluation_folder
+
+    jobs = [job for job in jobs if evaluation_folder(run_folder(plan, *job)) is None]
+    started, longest, failed = time.time(), 0.0, []
+
+    def work(job: tuple) -> Path | None:
+        nonlocal longest
+        begin = time.time()
+        if minutes is not None and begin - started + longest > 60 * minutes:
+            return None
+        log = run(plan, *job)
+        longest = max(longest, time.time() - begin)
+        return log
+
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), unit="run", desc="compare") as bar:
+        futures = {pool.submit(work, job): job for job in jobs}
+        for future in as_completed(futures):
+            if (log := future.result()) is not None:
+                failed.append(log)
+                bar.write(f"failed: {log}")
+            bar.update()
+    return failed
+
+
+def run(plan: Plan, name: str, seed: int | None) -> Path | None:
+    """Train and evaluate, each as a process of its own; returns the log of the one that failed."""
+    folder = run_folder(plan, name, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    model, trained = str(folder / "model"), folder / "trained"
+    if name == BASE:
+        model = plan.train["model_name_or_path"]
+    elif not trained.exists():
+        recipe = plan.train | plan.methods[name] | {"seed": seed, "output_dir": model}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+        options = ["--config", str(folder / "recipe.yaml"), "--resume_from_checkpoint", "true"]
+        if not _succeeds("train", options, folder / "train.log"):
+            return folder / "train.log"
+        trained.touch()
+    options = [model, "--benchmark", *plan.benchmarks, "--output_dir", str(folder / "evaluation")]
+    options += [part for key, value in plan.evaluate.items() for part in (f"--{key}", str(value))]
+    return None if _succeeds("evaluate", options, folder / "evaluate.log") else folder / "evaluate.log"
+
+
+def _succeeds(command: str, options: list[str], log: Path) -> bool:
+    with log.open("a") as file:
+        call = [sys.executable, "-m", f"trl_capo.scripts.{command}", *options]
+        return subprocess.run(call, stdout=file, stderr=file, env=os.environ.copy()).returncode == 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli_main(["compare", *sys.argv[1:]]))

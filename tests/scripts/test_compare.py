@@ -14,23 +14,23 @@ from trl_capo.evaluation.samples import read_samples
 from trl_capo.scripts import compare as script
 
 
-def plan_for(tiny_model, folder, **changes):
+def plan_for(folder, **changes):
     plan = dict(
         output_dir=str(folder / "out"),
         baseline="grpo",
         seeds=[0, 1],
         benchmarks=["arithmetic_test_2", "arithmetic_test_3"],
-        evaluate=dict(num_prompts=5, num_samples=4, max_new_tokens=6),
+        evaluate=dict(num_prompts=5, num_samples=4, max_new_tokens=40),
         train=dict(
-            model_name_or_path=tiny_model,
+            model_name_or_path="arithmetic-base",
             dtype="float32",
             dataset_name="arithmetic",
             reward_funcs=["tests.helpers.parity_reward"],
             per_device_train_batch_size=16,
             num_generations=4,
-            max_completion_length=6,
+            max_completion_length=24,
             max_steps=2,
-            learning_rate=0.1,
+            learning_rate=1e-3,
             logging_steps=1,
             bf16=False,
             gradient_checkpointing=False,
@@ -63,8 +63,8 @@ def calls(monkeypatch):
     return made
 
 
-def test_runs_then_compares_what_is_there(tiny_model, tmp_path, calls, capsys):
-    plan, out = plan_for(tiny_model, tmp_path), tmp_path / "out"
+def test_runs_then_compares_what_is_there(tmp_path, calls, capsys):
+    plan, out = plan_for(tmp_path), tmp_path / "out"
     assert cli.main(["compare", plan, "--methods", "capo"]) == 0
     assert "Nothing to compare yet: base and grpo are needed" in capsys.readouterr().out
     assert len(calls) == 5  # the base's evaluation, two trainings, two evaluations
@@ -99,17 +99,17 @@ def test_runs_then_compares_what_is_there(tiny_model, tmp_path, calls, capsys):
     assert calls == []
 
 
-def test_a_run_that_would_not_end_in_time_is_not_started(tiny_model, tmp_path, monkeypatch, capsys):
+def test_a_run_that_would_not_end_in_time_is_not_started(tmp_path, monkeypatch, capsys):
     clock = iter(range(0, 10**6, 600))  # every look at it is ten minutes later
     started = []
     monkeypatch.setattr(script.time, "time", lambda: next(clock))
     monkeypatch.setattr(script, "_succeeds", lambda command, options, log: started.append(command) or True)
-    assert cli.main(["compare", plan_for(tiny_model, tmp_path), "--minutes", "25"]) == 0
+    assert cli.main(["compare", plan_for(tmp_path), "--minutes", "25"]) == 0
     assert started == ["evaluate"]
 
 
-def test_trained_and_killed_before_the_evaluation(tiny_model, tmp_path, calls):
-    plan = plan_for(tiny_model, tmp_path)
+def test_trained_and_killed_before_the_evaluation(tmp_path, calls):
+    plan = plan_for(tmp_path)
     folder = tmp_path / "out" / "grpo-0"
     assert cli.main(["compare", plan, "--methods", "grpo", "--seeds", "0"]) == 0
     weights = (folder / "model" / "model.safetensors").stat().st_mtime_ns
@@ -150,8 +150,8 @@ def test_many_differences_are_corrected():
         (dict(methods=dict(grpo=dict(method="grpo", tau=1))), "unknown key 'tau'. It is an option of capo"),
     ],
 )
-def test_a_plan_that_cannot_work_is_refused(tiny_model, tmp_path, capsys, changes, message):
-    assert cli.main(["compare", plan_for(tiny_model, tmp_path, **changes)]) == 2
+def test_a_plan_that_cannot_work_is_refused(tmp_path, capsys, changes, message):
+    assert cli.main(["compare", plan_for(tmp_path, **changes)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -434,6 +434,9 @@ def test_a_calibration_section_outlives_a_new_card(tiny_model, tmp_path):
     trainer.create_model_card(model_name="mine")
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("---") and "2604.12632" in card and card.count("AUC within 0.9") == 1
+    trainer.train()
+    trainer.create_model_card(model_name="mine")
+    assert "AUC within 0.9" not in (tmp_path / "README.md").read_text(), "that was about other weights"
 
 
 def test_state_is_saved_beside_the_checkpoint(tiny_model, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ def write_json(path: Path, content: Any) -> None:
         path: Where. A run that is killed meanwhile leaves the old file.
         content: Dictionaries, lists, text and numbers.
     """
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")  # two processes may write the same
     partial.write_text(json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n")
     partial.replace(path)
 

@@ -43,7 +43,7 @@ from trl_capo.checks import (
     reward_names,
     steps_between_generations,
 )
-from trl_capo.evaluation.model_card import restore_in_model_card
+from trl_capo.evaluation.model_card import forget_calibration, restore_in_model_card
 from trl_capo.group_config import GroupAdvantageConfig
 from trl_capo.reference import make_room_for_reference_adapter, reference_source
 from trl_capo.repack import (
@@ -191,6 +191,14 @@ class GroupAdvantageTrainer(GRPOTrainer):
         self._num_eval_prompts = None
         self._eval_prefix = "eval"
         self._setup_method()
+        unfit = {
+            "an image model": self._is_vlm,
+            "a mixture of experts with its balancing loss": self.aux_loss_enabled,
+            "cast_lm_head_to_fp32": getattr(args, "cast_lm_head_to_fp32", False),
+        }
+        if self._reads_logits and any(unfit.values()):
+            names = ", ".join(name for name, there in unfit.items() if there)
+            raise ValueError(f"{self._name} takes its loss from plain logits, which does not work with {names}.")
         self._repacking = self._choose_repacking()
         if args.sync_ref_model and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self.accelerator.print(
@@ -237,7 +245,7 @@ class GroupAdvantageTrainer(GRPOTrainer):
         """This rank's rows of a training generation, each prompt `num_generations` times; as many must come back."""
         return inputs
 
-    def _logps_from_logits(self, logps: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    def _logps_from_logits(self, logps: Tensor, entropies: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """What the loss takes for the tokens' log-probs (B, T), from those of the vocabulary (B, T, V) and the batch.
 
         Only called where `_reads_logits`. Values should stay the tokens' log-probs, or ratios lose their meaning.
@@ -461,10 +469,16 @@ class GroupAdvantageTrainer(GRPOTrainer):
     def _unfused_logps(self, model, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int):
         """Log-probs for the loss from all logits, which TRL's fused head never holds at once; and their entropies."""
         with self.accelerator.autocast():
-            logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
-        logps = (logits[:, -logits_to_keep - 1 : -1].float() / self.temperature).log_softmax(-1)
-        entropies = -(logps.exp() * logps).sum(-1)
-        return self._logps_from_logits(logps, self._loss_inputs), entropies, None
+            logits = model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                use_cache=False,
+                logits_to_keep=logits_to_keep + 1,
+            ).logits
+        logps = (logits[:, :-1].float() / self.temperature).log_softmax(-1)
+        with torch.set_grad_enabled(self._entropy_bonus_enabled):  # else it is only logged
+            entropies = -(logps.exp() * logps).sum(-1)
+        return self._logps_from_logits(logps, entropies.detach(), self._loss_inputs), entropies, None
 
     @torch.no_grad()
     def _policy_logps(self, output: Batch, rows: Tensor) -> Tensor:
@@ -615,12 +629,13 @@ class GroupAdvantageTrainer(GRPOTrainer):
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """TRL's card; a calibration section that `trl-capo report` put there stays."""
+        """TRL's card; a calibration section that `trl-capo report` put there stays while the weights do."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             restore_in_model_card(self.args.output_dir)
 
     def train(self, resume_from_checkpoint: "str | bool | None" = None, **kwargs) -> TrainOutput:
+        """As TRL, with `True` for the newest complete checkpoint; a finished run is restored and not trained on."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -635,6 +650,8 @@ class GroupAdvantageTrainer(GRPOTrainer):
             sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
             if 0 < self.args.max_steps <= state.global_step and not sharded:
                 return self._restore_finished_run(resume_from_checkpoint, state)
+        if self.is_world_process_zero():
+            forget_calibration(self.args.output_dir)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _restore_finished_run(self, checkpoint: str, state: TrainerState) -> TrainOutput:

@@ -82,6 +82,8 @@ def test_the_bonus_decays_while_training(tiny_model, tmp_path, monkeypatch):
         (dict(bonus_schedule="steps"), "bonus_schedule must be one of"),
         (dict(bonus_stairs=1), "bonus_stairs must be at least 2"),
         (dict(bonus_weight=3.0), "outweighs its reward"),
+        (dict(bonus_weight_end=-2.0), "must lie between 0 and bonus_cap"),
+        (dict(bonus_scale=-1.0), "bonus_scale must be at least 0"),
     ],
 )
 def test_bad_options(tmp_path, options, message):

@@ -117,6 +117,24 @@ def test_every_batch_is_used_twice_and_the_second_time_its_best(tiny_model, tmp_
     assert len(set(batches)) == 3
 
 
+def test_replayed_rows_are_not_one_object(tiny_model, tmp_path):
+    trainer = make_trainer(tiny_model, tmp_path)
+    rows = [{"prompt": [{"role": "user", "content": str(i // 4)}]} for i in range(8)]
+    assert trainer._choose_prompts(rows) is rows
+    trainer._kept = [1]
+    chosen = trainer._choose_prompts([{"prompt": "another batch"}] * 8)
+    assert [row["prompt"][0]["content"] for row in chosen] == ["1"] * 8, "of the batch that was weighed"
+    chosen[0]["prompt"].append("a tool's answer")
+    assert all(len(row["prompt"]) == 1 for row in chosen[1:])
+
+
+def test_a_stream_cannot_be_replayed(tiny_model, tmp_path):
+    stream = prompt_dataset(16).to_iterable_dataset()
+    with pytest.raises(ValueError, match="a stream cannot be drawn twice"):
+        make_trainer(tiny_model, tmp_path, stream)
+    make_trainer(tiny_model, tmp_path, stream, replay=False)
+
+
 def test_without_replay_every_batch_is_new(tiny_model, tmp_path):
     trainer = record(tiny_model, tmp_path, max_steps=2, replay=False)
     trainer.train()

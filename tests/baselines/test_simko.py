@@ -50,7 +50,8 @@ def test_gradient_is_that_of_the_released_formula():
 
     expected = torch.autograd.grad(released_loss(logits, old_logps, tokens, mask, advantages, **options), logits)[0]
     logps = logits.log_softmax(-1)
-    surrogate = surrogate_logps(logps, tokens, mask, advantages, **options)
+    entropies = torch.distributions.Categorical(logits=logits.detach()).entropy()
+    surrogate = surrogate_logps(logps, entropies, tokens, mask, advantages, **options)
     plain = logps.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(surrogate, plain)
     ratio = (surrogate - old_logps.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)).exp()
@@ -92,6 +93,23 @@ def test_capo_in_its_loss(tiny_model, tmp_path):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     changed, _ = train(CAPOSimKOTrainer, CAPOSimKOConfig, tiny_model, tmp_path / "both", **options, simko_mix=0.3)
     assert (changed - expected).abs().max() > 1e-4
+
+
+def test_dropping_and_trimming_rows_changes_nothing(tiny_model, tmp_path):
+    options = dict(simko_mix=0.3, simko_penalty=1.5)
+    plain, _ = train(SimKOTrainer, SimKOConfig, tiny_model, tmp_path / "plain", repack=False, **options)
+    packed, _ = train(SimKOTrainer, SimKOConfig, tiny_model, tmp_path / "packed", **options)
+    torch.testing.assert_close(packed, plain, atol=1e-6, rtol=0)
+
+
+def test_what_its_forward_cannot_do_is_refused(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="cast_lm_head_to_fp32"):
+        train(SimKOTrainer, SimKOConfig, tiny_model, tmp_path, cast_lm_head_to_fp32=True)
+
+
+def test_a_penalty_is_a_penalty(tmp_path):
+    with pytest.raises(ValueError, match="simko_penalty must be positive"):
+        SimKOConfig(**config_kwargs(tmp_path, simko_penalty=-3))
 
 
 @pytest.mark.parametrize("options", [dict(simko_top_k=0), dict(simko_mix=1.5), dict(simko_quantile=-0.1)])

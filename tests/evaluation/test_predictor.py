@@ -98,6 +98,11 @@ def test_how_samples_were_drawn_goes_with_the_threshold(policy, tmp_path, capsys
     capsys.readouterr()
     assert cli.main(["answer", str(model), "12+30=", "--temperature", "1"]) == 2
     assert "chosen with temperature=0.6, not with 1.0" in capsys.readouterr().err
+    assert cli.main(["answer", str(model), "12+30=", "--system_prompt", "Be brief."]) == 2
+    assert "chosen with system_prompt=None, not with 'Be brief.'" in capsys.readouterr().err
+    assert cli.main(["answer", str(model), "12+30=", "--fallback_model", "/nowhere/model"]) == 2
+    captured = capsys.readouterr()
+    assert "/nowhere/model" in captured.err and captured.out == ""
 
 
 def test_the_system_prompt_is_asked_with(policy):

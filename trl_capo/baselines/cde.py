@@ -108,7 +108,10 @@ class CDEConfig(GroupAdvantageConfig):
             raise ValueError(f"bonus_schedule must be one of {', '.join(SCHEDULES)}, got {self.bonus_schedule!r}.")
         if self.bonus_stairs < 2:
             raise ValueError(f"bonus_stairs must be at least 2, got {self.bonus_stairs}.")
-        if not 0 <= max(self.bonus_weight, self.bonus_weight_end) < self.bonus_cap:
+        if self.bonus_scale < 0:
+            raise ValueError(f"bonus_scale must be at least 0, got {self.bonus_scale}.")
+        weights = (self.bonus_weight, self.bonus_weight_end)
+        if min(weights) < 0 or max(weights) >= self.bonus_cap:
             raise ValueError(
                 f"the bonus weights must lie between 0 and bonus_cap={self.bonus_cap}, or a bonus outweighs its "
                 f"reward; got {self.bonus_weight} and {self.bonus_weight_end}."

@@ -10,15 +10,18 @@ Every batch of prompts is used twice: after the first generation the prompts wit
 and the second generation answers these anew, repeated until the batch is full.
 
 Source: the released code, which CAPO's comparison may predate: its CoDaPO may be the workshop version, unverified.
-Departures: a completion without a token or a reward takes no part.
+Departures: a completion without a token or a reward takes no part; right is a reward of at least `correct_threshold`,
+there exactly 1.
 
 Degenerate cases: all right or all wrong have V = 0, w = w0 and advantages 0. Where no prompt stands out, all are kept.
 """
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import gather_object
+from datasets import IterableDataset
 from torch import Tensor
 
 from trl_capo.advantages import reward_only_advantages
@@ -98,18 +101,23 @@ class CoDaPOTrainer(GroupAdvantageTrainer):
     _paper = {"title": "CoDaPO: Confidence and Difficulty-Adaptive Policy Optimization", "id": "2606.07950"}
 
     def _setup_method(self) -> None:
-        self._kept: list[int] | None = None  # prompts of the batch for its second generation, while that is to come
+        if self.args.replay and isinstance(self.train_dataset, IterableDataset):
+            raise ValueError("a stream cannot be drawn twice: load the dataset, or set replay=False.")
         self._generations_per_batch = 2 if self.args.replay else 1
+        self._batch: list[dict] = []  # the prompts of the first generation
+        self._kept: list[int] | None = None  # which of them the second one answers, while that is to come
 
     def _rows_needing_logps(self, groups: RolloutGroups) -> Tensor:
         return groups.mixed & groups.valid
 
     def _choose_prompts(self, inputs: list[dict]) -> list[dict]:
+        if self._kept is None or not self._batch:  # none: resumed between the two, and the sampler draws it again
+            self._batch = gather_object(inputs)[:: self.num_generations]
         if self._kept is None:
             return inputs
-        prompts = gather_object(inputs)[:: self.num_generations]
-        chosen = [prompts[self._kept[i % len(self._kept)]] for i in range(len(prompts))]
-        return [row for row in chosen for _ in range(self.num_generations)][self._local_slice(len(inputs))]
+        chosen = [self._batch[self._kept[i % len(self._kept)]] for i in range(len(self._batch))]
+        rows = [row for row in chosen for _ in range(self.num_generations)][self._local_slice(len(inputs))]
+        return [copy.deepcopy(row) for row in rows]  # tools and rollout functions write into them
 
     def _compute_advantages(self, groups: RolloutGroups) -> Tensor:
         weights = prompt_weights(groups.correct, groups.mean_logps, groups.valid, self.args.base_weight)

@@ -13,7 +13,8 @@ advantages, CAPO's too (`CAPOSimKOTrainer`).
 Source: the released code. Right and wrong are the signs of the advantage. Its configuration also has an entropy bonus
 of 0.001 that one script resets and another does not: left out here.
 
-Cost: top K needs all logits at once, (B, T, vocabulary) in float32, where TRL's fused head never holds them.
+Cost: top K needs all logits of a micro-batch at once, (B, T, vocabulary) in float32 and their gradient, where TRL's
+fused head never holds them. With a vocabulary of 152,000 that is 15 GB for 8 completions of 3,072 tokens, twice.
 
 Degenerate cases: with a = 0 and a penalty of 1 it is GRPO; a completion of one token forks there.
 """
@@ -30,6 +31,7 @@ from trl_capo.group_trainer import GroupAdvantageTrainer
 
 def surrogate_logps(
     logps: Tensor,
+    entropies: Tensor,
     tokens: Tensor,
     mask: Tensor,
     advantages: Tensor,
@@ -43,6 +45,7 @@ def surrogate_logps(
 
     Args:
         logps: Log-probs of the vocabulary at each position, shape (B, T, V).
+        entropies: Of these, shape (B, T).
         tokens: Sampled tokens, shape (B, T).
         mask: 1 = part of the completion, shape (B, T).
         advantages: Advantage of each completion, shape (B,); its sign says whether it is right.
@@ -61,12 +64,11 @@ def surrogate_logps(
         >>> logits = torch.zeros(1, 1, 2, requires_grad=True)
         >>> tokens, mask = torch.tensor([[0]]), torch.ones(1, 1)
         >>> options = dict(top_k=2, mix=0.5)
-        >>> surrogate_logps(logits.log_softmax(-1), tokens, mask, torch.ones(1), **options).sum().backward()
+        >>> surrogate_logps(logits.log_softmax(-1), mask, tokens, mask, torch.ones(1), **options).sum().backward()
         >>> logits.grad.flatten().tolist()  # half of (1 - 1/2, 0 - 1/2); the mean over both tokens has no gradient
         [0.25, -0.25]
     """
     token_logps = logps.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    entropies = -(logps.exp() * logps).sum(-1).detach()
     threshold = entropies.masked_fill(mask == 0, float("nan")).nanquantile(quantile, dim=1, keepdim=True)
     forking = (entropies >= threshold) & (mask != 0)
     likeliest = logps.argmax(-1) == tokens
@@ -101,6 +103,8 @@ class SimKOOptions:
     def __post_init__(self):
         if self.simko_top_k < 1 or not 0 <= self.simko_mix <= 1 or not 0 <= self.simko_quantile <= 1:
             raise ValueError("simko_top_k must be at least 1, simko_mix and simko_quantile lie in [0, 1].")
+        if self.simko_penalty <= 0:
+            raise ValueError(f"simko_penalty must be positive, or it rewards wrong answers; got {self.simko_penalty}.")
         super().__post_init__()
         if self.beta != 0:
             raise ValueError(f"SimKO would change the gradient of a KL term too: set beta=0, not {self.beta}.")
@@ -121,10 +125,11 @@ class SimKOLoss:
 
     _reads_logits = True
 
-    def _logps_from_logits(self, logps: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    def _logps_from_logits(self, logps: Tensor, entropies: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         args, mask = self.args, inputs["completion_mask"] * inputs.get("tool_mask", 1)
         return surrogate_logps(
             logps,
+            entropies,
             inputs["completion_ids"],
             mask,
             inputs["advantages"],

@@ -108,6 +108,14 @@ def bootstrap_means(
         [0.5, 0.5, 0.5]
     """
     values = _as_table(values)
+    of_all, drawn = _crossed_means(values, num_resamples, seed)
+    return of_all + widening(values.shape[-2], level) * (drawn - of_all)
+
+
+def _crossed_means(
+    values: NDArray[np.float64], num_resamples: int, seed: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Means of drawn prompts over all seeds, and over drawn seeds, shape (B, ...) each."""
     if num_resamples < 1:
         raise ValueError(f"`num_resamples` must be at least 1, got {num_resamples}.")
     num_seeds, num_prompts = values.shape[-2:]
@@ -115,7 +123,7 @@ def bootstrap_means(
     seed_counts = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), num_resamples)  # (B, S)
     prompt_counts = rng.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), num_resamples)  # (B, P)
     of_all = _weighted_means(values, np.ones_like(seed_counts), prompt_counts)
-    return of_all + widening(num_seeds, level) * (_weighted_means(values, seed_counts, prompt_counts) - of_all)
+    return of_all, _weighted_means(values, seed_counts, prompt_counts)
 
 
 def bootstrap_statistic(
@@ -182,26 +190,39 @@ def interval(value: float, replicates: ArrayLike, *, level: float = 0.95) -> Est
     return Estimate(float(value), float(low), float(high))
 
 
-def two_sided_p(replicates: ArrayLike) -> float:
-    """How often a difference of the other sign would be seen, both ways: the percentile interval as a p-value.
+def two_sided_p(values: ArrayLike, baseline: ArrayLike, *, num_resamples: int = 2000, seed: int = 0) -> float:
+    """p-value of a difference: one minus the highest level whose `paired_difference` interval leaves 0 out.
+
+    Each level has its own widening: far out, few seeds have much heavier tails than at 95%, and Holm's correction
+    reads far out.
 
     Args:
-        replicates: Bootstrap replicates of a difference, any shape; NaN ones are left out.
+        values: The method's numbers, shape (S, P), NaN where undefined.
+        baseline: The other's, same shape.
+        num_resamples: Number of replicates, B.
+        seed: Seed of the draws.
 
     Returns:
-        Twice the smaller share of the replicates on one side of 0, those at 0 on both, at least 1 / (B + 1) and at
-        most 1. At most 0.05 where a 95% interval leaves 0 out.
+        Between 1 / B and 1. NaN with one seed, which says nothing about training.
 
     Example:
-        >>> two_sided_p([0.1] * 39 + [-0.1]), two_sided_p([0.1] * 99)
-        (0.05, 0.01)
+        >>> better = np.array([[0.25, 0.5], [0.75, 1.0], [0.5, 0.5]])
+        >>> two_sided_p(better, better - 0.25), two_sided_p(better, better[[1, 0, 2]])  # everywhere; on average not
+        (0.0005, 1.0)
     """
-    replicates = np.asarray(replicates, dtype=np.float64)
-    replicates = replicates[~np.isnan(replicates)]
-    if replicates.size == 0:
+    both = np.stack([_as_table(values), _as_table(baseline)])
+    num_seeds = both.shape[1]
+    if num_seeds == 1:
         return float("nan")
-    smaller = min((replicates <= 0).mean(), (replicates >= 0).mean())
-    return float(min(1.0, max(2 * smaller, 1 / (replicates.size + 1))))
+    of_all, drawn = (means[:, 0] - means[:, 1] for means in _crossed_means(both, num_resamples, seed))
+
+    def leaves_zero_out(p: float) -> bool:
+        replicates = of_all + widening(num_seeds, 1 - p) * (drawn - of_all)
+        low, high = np.nanquantile(replicates, [p / 2, 1 - p / 2])
+        return low > 0 or high < 0
+
+    levels = np.geomspace(1 / num_resamples, 0.999, 200)
+    return next((float(p) for p in levels if leaves_zero_out(p)), 1.0)
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from trl_capo.calibration.bootstrap import bootstrap_means, holm, interval, mean_over_seeds_and_prompts, two_sided_p
+from trl_capo.calibration.bootstrap import holm, mean_over_seeds_and_prompts, paired_difference, two_sided_p
 from trl_capo.calibration.metrics import auc_by_prompt, nanmean
 from trl_capo.evaluation.samples import SampleSet, read_samples
 from trl_capo.folders import write_json
@@ -60,8 +60,10 @@ def write_comparison(folder: Path, runs: dict[str, dict[int | None, Path]], base
         if None not in seeds
     }
     draw(folder / "comparison.png", rows, histories, list(runs))
-    first = {name: next(iter(seeds.values())) for name, seeds in sets.items()}
-    write_report(first, folder / "report.html", histories=histories)
+    seed = next(iter(sets[baseline]))  # the page shows single models: those of one seed
+    shown = {name: of[None] if None in of else of.get(seed) for name, of in sets.items()}
+    shown = {name if None in sets[name] else f"{name}, seed {seed}": of for name, of in shown.items() if of}
+    write_report(shown, folder / "report.html")
     return text
 
 
@@ -78,24 +80,22 @@ def compare(sets: dict[str, dict[int | None, list[SampleSet]]], baseline: str) -
         baseline: The method that the others are compared with, on the seeds that both have.
 
     Returns:
-        A row a method: `method`, `seeds`, the two metrics, and for each `<metric>_difference` (value, low, high) and
-        `<metric>_p` (Holm-corrected); None where there is nothing to compare.
+        A row a method: `method`, `seeds`, `seeds_compared` (shared with the baseline), the two metrics, and for each
+        `<metric>_difference` (value, low, high) and `<metric>_p` (Holm-corrected; NaN with one seed); None where there
+        is nothing to compare.
     """
     rows = []
     for name, of in sets.items():
-        row: dict[str, Any] = {"method": name, "seeds": len(of)}
+        shared = [seed for seed in of if seed is not None and seed in sets[baseline] and name != baseline]
+        row: dict[str, Any] = {"method": name, "seeds": len(of), "seeds_compared": len(shared)}
         for metric in METRICS:
             row[metric] = float(mean_over_seeds_and_prompts(by_prompt(of, metric)))
             row |= {f"{metric}_difference": None, f"{metric}_p": None}
-            shared = [seed for seed in of if seed is not None and seed in sets[baseline]]
-            if name != baseline and shared:
+            if shared:
                 both = [by_prompt({seed: m[seed] for seed in shared}, metric) for m in (of, sets[baseline])]
-                replicates = bootstrap_means(np.stack(both))
-                gaps = replicates[:, 0] - replicates[:, 1]
-                measured = mean_over_seeds_and_prompts(np.stack(both))
-                found = interval(measured[0] - measured[1], gaps)
+                found = paired_difference(*both)
                 row[f"{metric}_difference"] = [found.value, found.low, found.high]
-                row[f"{metric}_p"] = two_sided_p(gaps)
+                row[f"{metric}_p"] = two_sided_p(*both)
         rows.append(row)
     for metric in METRICS:
         compared = [row for row in rows if row[f"{metric}_p"] is not None]
@@ -122,9 +122,12 @@ def table(rows: list[dict], baseline: str) -> tuple[list[str], list[list[str]]]:
         gaps = []
         for metric in METRICS:
             gap, p = row[f"{metric}_difference"], row[f"{metric}_p"]
-            gaps.append("" if gap is None else f"{gap[0]:+.3f} [{gap[1]:+.3f}, {gap[2]:+.3f}], {p:.3f}")
+            shown = "" if gap is None or np.isnan(p) else ", <0.001" if p < 0.001 else f", {p:.3f}"
+            gaps.append("" if gap is None else f"{gap[0]:+.3f} [{gap[1]:+.3f}, {gap[2]:+.3f}]{shown}")
         numbers = [row[name] for name in ("accuracy", "auc_within", "auc_pooled", "perplexity_consistency")]
-        cells.append([row["method"], str(row["seeds"]), *(f"{number:.3f}" for number in numbers), *gaps])
+        unequal = row["seeds_compared"] not in (0, row["seeds"])
+        seeds = f"{row['seeds']}, {row['seeds_compared']} compared" if unequal else str(row["seeds"])
+        cells.append([row["method"], seeds, *(f"{number:.3f}" for number in numbers), *gaps])
     return header, cells
 
 

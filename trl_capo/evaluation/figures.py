@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from trl_capo.evaluation.samples import SampleSet
 
-COLORS = ("#7f7f7f", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+COLORS = ("#7f7f7f", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c564b", "#bcbd22")
 LINES = {"majority vote": ":", "Perplexity Consistency": "-", "best of N": "--"}
 
 

@@ -1,6 +1,7 @@
 """The calibration section of a model card: the tables and figures of a report, between two marks.
 
-It is kept beside the card in `calibration.md`, so that a trainer that writes its card anew puts it back.
+It is kept beside the card in `calibration.md`, so that a trainer that writes its card anew puts it back; a trainer
+that changes the weights forgets it.
 """
 
 import re
@@ -57,3 +58,12 @@ def restore_in_model_card(folder: str | Path) -> Path:
             before, after = text.rstrip() + "\n\n" * bool(text), "\n"
         card.write_text(before + section + after)
     return card
+
+
+def forget_calibration(folder: str | Path) -> None:
+    """Remove the folder's `calibration.md`: what it says is about other weights than those to come.
+
+    Args:
+        folder: Folder of the model; its next card has no such section.
+    """
+    (Path(folder) / FILE_NAME).unlink(missing_ok=True)

@@ -124,7 +124,9 @@ class SelectivePredictor:
         temperature: float | None = None,
         system_prompt: str | None = None,
     ):
-        chosen_with = {"num_samples": abstention.num_samples, **abstention.sampling} if abstention else {}
+        chosen_with = dict(abstention.sampling) if abstention else {}
+        if abstention and abstention.num_samples is not None:
+            chosen_with["num_samples"] = abstention.num_samples
         wanted = dict(
             num_samples=num_samples,
             max_new_tokens=max_new_tokens,
@@ -135,7 +137,7 @@ class SelectivePredictor:
             known = chosen_with.get(name)
             if value is None:
                 wanted[name] = known
-            elif known is not None and value != known:
+            elif name in chosen_with and value != known:
                 raise ValueError(
                     f"the threshold was chosen with {name}={known!r}, not with {value!r}. Use {known!r}, or choose a "
                     "threshold again."

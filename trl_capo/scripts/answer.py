@@ -39,11 +39,13 @@ def main(argv: list[str] | None = None) -> None:
             f"{args.model} has no abstention.json: it answers everything. See trl-capo abstain --help.",
             file=sys.stderr,
         )
+    fallback = None
+    if args.fallback_model is not None:
+        fallback = SelectivePredictor.from_pretrained(args.fallback_model, num_samples=args.num_samples, **options)
     predictions = predictor.predict(args.questions, seed=args.seed)
     fallbacks = {}
-    unsure = [i for i, prediction in enumerate(predictions) if prediction.abstains and args.fallback_model]
-    if unsure:
-        fallback = SelectivePredictor.from_pretrained(args.fallback_model, num_samples=args.num_samples, **options)
+    unsure = [i for i, prediction in enumerate(predictions) if prediction.abstains]
+    if fallback is not None and unsure:
         answers = fallback.predict([args.questions[i] for i in unsure], seed=args.seed)
         fallbacks = dict(zip(unsure, answers, strict=True))
     for i, (question, own) in enumerate(zip(args.questions, predictions, strict=True)):

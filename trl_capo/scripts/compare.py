@@ -10,7 +10,7 @@ alone. What is there is then compared in `comparison.md`, `comparison.json`, `co
 """
 
 import argparse
-import os
+import fcntl
 import subprocess
 import sys
 import time
@@ -57,6 +57,8 @@ def read_plan(path: str) -> Plan:
     Raises:
         ValueError: A key or a method is missing or unknown, or an option that `trl-capo train` does not know.
     """
+    from trl_capo.data.benchmarks import load_benchmark
+    from trl_capo.scripts import evaluate
     from trl_capo.scripts.train import METHODS, check_recipe_keys, make_parser
 
     content = yaml.safe_load(Path(path).read_text())
@@ -69,11 +71,16 @@ def read_plan(path: str) -> Plan:
             f"{path}: baseline must be one of {', '.join(plan.methods)}, and no method may be called {BASE!r}, which "
             "is the model that all start from."
         )
+    if "model_name_or_path" not in plan.train or len(set(plan.seeds)) < len(plan.seeds):
+        raise ValueError(f"{path}: train needs a model_name_or_path, and no seed may be named twice.")
     for name, options in plan.methods.items():
-        method = options.get("method")
+        method = (options or {}).get("method")
         if method not in METHODS:
             raise ValueError(f"{path}: {name} needs a `method` of {', '.join(METHODS)}, got {method!r}.")
         check_recipe_keys(f"{path}, {name}", plan.train | options, make_parser(method), method)
+    evaluate.make_parser().parse_args(["model", *_evaluation_options(plan.benchmarks, plan.evaluate)])
+    for benchmark in plan.benchmarks:
+        load_benchmark(benchmark, plan.evaluate.get("num_prompts"))
     return plan
 
 
@@ -83,7 +90,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", help="run only these of its methods")
     parser.add_argument("--seeds", nargs="+", type=int, help="run only these of its seeds")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, help="start no run that would not end within so many minutes")
+    parser.add_argument(
+        "--minutes", type=float, help="start no run after so many minutes, less the longest training so far"
+    )
     return parser
 
 
@@ -97,12 +106,16 @@ def main(argv: list[str] | None = None) -> None:
     plan = read_plan(args.plan)
     check_output_dir(plan.output_dir)
     folder = Path(plan.output_dir)
-    remember_settings(folder, {"train": plan.train, "benchmarks": plan.benchmarks, **plan.evaluate}, "a comparison")
+    shared = {"baseline": plan.baseline, "train": plan.train, "benchmarks": plan.benchmarks, "evaluate": plan.evaluate}
+    remember_settings(folder, shared, "a comparison")
+    for name in plan.methods:  # all before the first run: what is there must be of the same options
+        for seed in plan.seeds:
+            remember_settings(run_folder(plan, name, seed), recipe(plan, name, seed), "a run")
     for option, wanted, known in (("methods", args.methods, plan.methods), ("seeds", args.seeds, plan.seeds)):
         if missing := [str(name) for name in wanted or [] if name not in known]:
             raise ValueError(f"--{option} {', '.join(missing)}: {args.plan} has {', '.join(map(str, known))}.")
     jobs = [(name, seed) for seed in args.seeds or plan.seeds for name in args.methods or plan.methods]
-    failed = run_all(plan, [(BASE, None), *jobs], args.workers, args.minutes)
+    failed = run_all(plan, [(BASE, None)], 1, None) or run_all(plan, jobs, args.workers, args.minutes)
 
     done = {
         name: {seed: run_folder(plan, name, seed) for seed in seeds if evaluation_folder(run_folder(plan, name, seed))}
@@ -124,6 +137,11 @@ def run_folder(plan: Plan, name: str, seed: int | None) -> Path:
     return Path(plan.output_dir) / (name if seed is None else f"{name}-{seed}")
 
 
+def recipe(plan: Plan, name: str, seed: int) -> dict:
+    """Options of `trl-capo train` for a run."""
+    return plan.train | plan.methods[name] | {"seed": seed, "output_dir": str(run_folder(plan, name, seed) / "model")}
+
+
 def run_all(plan: Plan, jobs: list[tuple], workers: int, minutes: float | None) -> list[Path]:
     """Run what is not done; returns the logs of what failed."""
     from tqdm import tqdm
@@ -131,24 +149,25 @@ def run_all(plan: Plan, jobs: list[tuple], workers: int, minutes: float | None) 
     from trl_capo.evaluation.comparison import evaluation_folder
 
     jobs = [job for job in jobs if evaluation_folder(run_folder(plan, *job)) is None]
-    started, longest, failed = time.time(), 0.0, []
+    started, failed = time.time(), []
 
     def work(job: tuple) -> Path | None:
-        nonlocal longest
-        begin = time.time()
-        if minutes is not None and begin - started + longest > 60 * minutes:
+        known = [float(path.read_text()) for path in Path(plan.output_dir).glob("*/trained")]
+        if minutes is not None and time.time() - started + max(known, default=0) > 60 * minutes:
             return None
-        log = run(plan, *job)
-        longest = max(longest, time.time() - begin)
-        return log
+        return run(plan, *job)
 
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), unit="run", desc="compare") as bar:
-        futures = {pool.submit(work, job): job for job in jobs}
-        for future in as_completed(futures):
-            if (log := future.result()) is not None:
-                failed.append(log)
-                bar.write(f"failed: {log}")
-            bar.update()
+        futures = [pool.submit(work, job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                if (log := future.result()) is not None:
+                    failed.append(log)
+                    bar.write(f"failed: {log}")
+                bar.update()
+        except BaseException:  # Ctrl-C, a full disk: start nothing more
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return failed
 
 
@@ -156,25 +175,38 @@ def run(plan: Plan, name: str, seed: int | None) -> Path | None:
     """Train and evaluate, each as a process of its own; returns the log of the one that failed."""
     folder = run_folder(plan, name, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    model, trained = str(folder / "model"), folder / "trained"
-    if name == BASE:
-        model = plan.train["model_name_or_path"]
-    elif not trained.exists():
-        recipe = plan.train | plan.methods[name] | {"seed": seed, "output_dir": model}
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-        options = ["--config", str(folder / "recipe.yaml"), "--resume_from_checkpoint", "true"]
-        if not _succeeds("train", options, folder / "train.log"):
-            return folder / "train.log"
-        trained.touch()
-    options = [model, "--benchmark", *plan.benchmarks, "--output_dir", str(folder / "evaluation")]
-    options += [part for key, value in plan.evaluate.items() for part in (f"--{key}", str(value))]
-    return None if _succeeds("evaluate", options, folder / "evaluate.log") else folder / "evaluate.log"
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder} is being worked on by another process: left to it.")
+            return None
+        begin, model, trained = time.time(), str(folder / "model"), folder / "trained"
+        if name == BASE:
+            model = plan.train["model_name_or_path"]
+        elif not trained.exists():
+            (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(plan, name, seed), sort_keys=False))
+            options = ["--config", str(folder / "recipe.yaml"), "--resume_from_checkpoint", "true"]
+            if not _succeeds("train", options, folder / "train.log", lock):
+                return folder / "train.log"
+            trained.write_text(f"{time.time() - begin:.0f}\n")  # seconds
+        options = [model, *_evaluation_options(plan.benchmarks, plan.evaluate)]
+        options += ["--output_dir", str(folder / "evaluation")]
+        return None if _succeeds("evaluate", options, folder / "evaluate.log", lock) else folder / "evaluate.log"
 
 
-def _succeeds(command: str, options: list[str], log: Path) -> bool:
+def _evaluation_options(benchmarks: list[str], options: dict) -> list[str]:
+    words = ["--benchmark", *benchmarks]
+    for name, value in options.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
+def _succeeds(command: str, options: list[str], log: Path, lock) -> bool:
+    """The child inherits the lock: should this process be killed, nobody else starts what the child still does."""
     with log.open("a") as file:
         call = [sys.executable, "-m", f"trl_capo.scripts.{command}", *options]
-        return subprocess.run(call, stdout=file, stderr=file, env=os.environ.copy()).returncode == 0
+        return subprocess.run(call, stdout=file, stderr=file, pass_fds=[lock.fileno()]).returncode == 0
 
 
 if __name__ == "__main__":

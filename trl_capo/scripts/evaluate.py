@@ -27,7 +27,9 @@ SAMPLING = ("num_samples", "temperature", "max_new_tokens", "seed", "statistics"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="trl-capo evaluate", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="trl-capo evaluate", description=__doc__.split("\n\n")[0], allow_abbrev=False
+    )
     parser.add_argument("models", nargs="+", help="folders, names on the Hub, or arithmetic-base, arithmetic-flat")
     parser.add_argument(
         "--benchmark", nargs="+", required=True, help="names, or files with questions and gold answers"
@@ -57,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from trl_capo.checks import check_launch, check_output_dir
     from trl_capo.data.benchmarks import load_benchmark
+    from trl_capo.evaluation.samples import FILE_NAME
 
     _check_numbers(args)
     check_output_dir(args.output_dir)
@@ -74,6 +77,8 @@ def main(argv: list[str] | None = None) -> None:
         check_model(model, data, args.max_new_tokens)
     for model, folder in zip(args.models, folders, strict=True):
         if state.is_main_process:
+            if not (folder / FILE_NAME).exists() and not any((folder / "parts").glob("*.parquet")):
+                (folder / "settings.json").unlink(missing_ok=True)  # of a run that sampled nothing
             remember_settings(folder, _settings(model, data, sampling), "an evaluation")
         state.wait_for_everyone()
         evaluate(model, folder, data, state, **sampling)

@@ -70,6 +70,15 @@ def test_step_cost_figures_are_the_committed_results(repository):
     assert "| CAPO, ours | " in page and "](../benchmarks/results/step_cost_sweep.png)" in page
 
 
+def test_grading_figures_are_the_committed_results(repository):
+    measured = json.loads((repository / "benchmarks" / "results" / "grading_evaluation.json").read_text())
+    page = (repository / "docs" / "evaluation.md").read_text()
+    seconds = measured["seconds"]
+    for figure in (f"{seconds['pool']} s", f"{measured['times_faster']} times", f"{seconds['pool, 1% hanging']} s"):
+        assert figure in page
+    assert measured["equal"] and measured["others_equal"] and measured["others_given_up"] == 0
+
+
 def test_step_cost_in_the_readme(repository):
     readme = (repository / "README.md").read_text()
     results = repository / "benchmarks" / "results"

@@ -179,7 +179,7 @@ def test_output_directory_that_cannot_be_written(tmp_path):
 def test_processes_that_do_not_know_of_each_other(tmp_path, monkeypatch):
     config = make_config(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes were launched, but each would train alone"):
+    with pytest.raises(ValueError, match="2 processes were launched, but each would do the whole job alone"):
         CAPOTrainer("/no/such/model", parity_reward, config, prompt_dataset())
 
 

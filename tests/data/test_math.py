@@ -40,8 +40,8 @@ def test_streams():
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (("question", "solution"), "no column 'question'.*Set dataset_prompt_column"),
-        (("prompt", "answer"), "no column 'answer'.*Set dataset_solution_column"),
+        (("question", "solution"), "no column 'question'.*dataset_prompt_column in a recipe"),
+        (("prompt", "answer"), "no column 'answer'.*dataset_solution_column in a recipe"),
     ],
 )
 def test_missing_columns(columns, message):

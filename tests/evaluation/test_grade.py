@@ -125,6 +125,19 @@ def test_the_gold_answer_plays_no_part_in_what_is_the_same(gold):
     assert names[0] == names[3] and names[0] != names[4]
 
 
+def test_integers_are_not_compared_and_differ(monkeypatch):
+    texts = [rf"\boxed{{{n}}}" for n in (12, -12, 7, "007", "12.0", 1000000, 1000001)]
+    grades = grade(texts, ["$7$"] * 7, progress=False)
+    assert not any(grade_module._same(a, b) for a, b in (("12", "-12"), ("1000000", "1000001"), ("7", "12")))
+    compared = []
+    monkeypatch.setattr(
+        grade_module, "_work", lambda f, pairs, *rest: compared.extend(pairs) or [f(*p) for p in pairs]
+    )
+    names = canonical_answers(grades, [0] * 7)
+    assert names[2] == names[3] and len(set(names)) == 5 and names[0] == names[4]
+    assert all("12.0" in pair for pair in compared)
+
+
 def test_a_comparison_that_is_given_up_counts_as_different(monkeypatch):
     grades = Grades(["a", "b"], ["a", "b"], np.zeros(2), np.zeros(2, bool))
     monkeypatch.setattr(grade_module, "_work", lambda *args: [Failure.TIMEOUT])

@@ -110,7 +110,7 @@ def test_a_run_that_would_not_end_in_time_is_not_started(tmp_path, monkeypatch):
     script.run_all(plan, [("grpo", 0)], 1, 5)
     assert started == ["grpo"], "how long it takes is not known yet"
     (script.run_folder(plan, "grpo", 0)).mkdir(parents=True)
-    (script.run_folder(plan, "grpo", 0) / "trained").write_text("400\n")
+    (script.run_folder(plan, "grpo", 0) / "trained.json").write_text('{"seconds": 400}')
     script.run_all(plan, [("capo", 0)], 1, 5)
     assert started == ["grpo"]
     script.run_all(plan, [("capo", 0)], 1, 10)

@@ -11,6 +11,7 @@ alone. What is there is then compared in `comparison.md`, `comparison.json`, `co
 
 import argparse
 import fcntl
+import json
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ import yaml
 
 from trl_capo.cli import main as cli_main
 from trl_capo.extras import require
-from trl_capo.folders import remember_settings
+from trl_capo.folders import remember_settings, write_json
 
 
 BASE = "base"
@@ -152,7 +153,7 @@ def run_all(plan: Plan, jobs: list[tuple], workers: int, minutes: float | None) 
     started, failed = time.time(), []
 
     def work(job: tuple) -> Path | None:
-        known = [float(path.read_text()) for path in Path(plan.output_dir).glob("*/trained")]
+        known = [json.loads(path.read_text())["seconds"] for path in Path(plan.output_dir).glob("*/trained.json")]
         if minutes is not None and time.time() - started + max(known, default=0) > 60 * minutes:
             return None
         return run(plan, *job)
@@ -181,7 +182,7 @@ def run(plan: Plan, name: str, seed: int | None) -> Path | None:
         except BlockingIOError:
             print(f"{folder} is being worked on by another process: left to it.")
             return None
-        begin, model, trained = time.time(), str(folder / "model"), folder / "trained"
+        begin, model, trained = time.time(), str(folder / "model"), folder / "trained.json"
         if name == BASE:
             model = plan.train["model_name_or_path"]
         elif not trained.exists():
@@ -189,7 +190,7 @@ def run(plan: Plan, name: str, seed: int | None) -> Path | None:
             options = ["--config", str(folder / "recipe.yaml"), "--resume_from_checkpoint", "true"]
             if not _succeeds("train", options, folder / "train.log", lock):
                 return folder / "train.log"
-            trained.write_text(f"{time.time() - begin:.0f}\n")  # seconds
+            write_json(trained, {"seconds": round(time.time() - begin)})
         options = [model, *_evaluation_options(plan.benchmarks, plan.evaluate)]
         options += ["--output_dir", str(folder / "evaluation")]
         return None if _succeeds("evaluate", options, folder / "evaluate.log", lock) else folder / "evaluate.log"

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 from tqdm import tqdm
@@ -85,15 +86,15 @@ CAPO = dict(pair_normalization="group")
 
 
 def methods(world: str) -> dict[str, tuple[str, dict]]:
-    """The methods of the study: which trainer, and what it changes in the options that all share."""
+    """The methods of the study: which of `trl-capo train`, and what it changes in the options that all share."""
     tau = WORLDS[world].tau
     capo = CAPO | MASK | dict(tau=tau)
     return {
         "grpo": ("grpo", STD),
         "capo": ("capo", capo),
         "capo_no_mask": ("capo", capo | dict(ref_ppl_mask=False)),
-        "grpo_mask": ("grpo_mask", STD | MASK),
-        "grpo_paper_mask": ("grpo_mask", STD | PAPER_MASK),
+        "grpo_mask": ("grpo", STD | MASK),
+        "grpo_paper_mask": ("grpo", STD | PAPER_MASK),
         "grpo_no_std": ("grpo", NO_STD),
         "capo_tau_low": ("capo", capo | dict(tau=tau / 2)),
         "capo_tau_high": ("capo", capo | dict(tau=tau * 2)),
@@ -110,7 +111,10 @@ def methods(world: str) -> dict[str, tuple[str, dict]]:
 
 MAIN = ("base", "grpo", "capo", "capo_no_mask", "grpo_mask")  # whole learning curves, and single samples at the end
 
-# What was tried before the study, on the validation split, with other seeds.
+# GSPO's four mini-batches a generation: as many generations, four times the steps.
+GSPO = dict(per_device_train_batch_size=64, max_steps=480)
+
+# What was tried before the study, on the validation split, with other seeds; of the rivals before the comparison.
 TUNING = {
     "slips": {
         "grpo": ("grpo", NO_STD),
@@ -126,6 +130,30 @@ TUNING = {
         "capo tau 0.1": ("capo", CAPO | MASK | dict(tau=0.1)),
         "capo tau 0.25": ("capo", CAPO | MASK | dict(tau=0.25)),
         "capo mask 25-75": ("capo", CAPO | PAPER_MASK | dict(tau=0.15)),
+        "gspo": ("gspo", GSPO),
+        "gspo lr 5e-5": ("gspo", GSPO | dict(learning_rate=5e-5)),
+        "gspo lr 1e-4": ("gspo", GSPO | dict(learning_rate=1e-4)),
+        "gspo lr 4e-4": ("gspo", GSPO | dict(learning_rate=4e-4)),
+        "gspo clip x10": ("gspo", GSPO | dict(epsilon=3e-3, epsilon_high=4e-3)),
+        "gspo clip x10 lr 1e-4": ("gspo", GSPO | dict(epsilon=3e-3, epsilon_high=4e-3, learning_rate=1e-4)),
+        "codapo": ("codapo", {}),
+        "codapo lr 1e-4": ("codapo", dict(learning_rate=1e-4)),
+        "codapo lr 4e-4": ("codapo", dict(learning_rate=4e-4)),
+        "codapo no replay": ("codapo", dict(replay=False)),
+        "codapo median": ("codapo", dict(replay_quantile=0.5)),
+        "codapo w0 0.5": ("codapo", dict(base_weight=0.5)),
+        "cde": ("cde", {}),
+        "cde lr 1e-4": ("cde", dict(learning_rate=1e-4)),
+        "cde lr 4e-4": ("cde", dict(learning_rate=4e-4)),
+        "cde omega 0.5": ("cde", dict(bonus_weight=0.5)),
+        "cde omega 2": ("cde", dict(bonus_weight=2.0)),
+        "cde constant": ("cde", dict(bonus_weight_end=1.0)),
+        "simko": ("simko", {}),
+        "simko lr 1e-4": ("simko", dict(learning_rate=1e-4)),
+        "simko lr 4e-4": ("simko", dict(learning_rate=4e-4)),
+        "simko mix 0.1": ("simko", dict(simko_mix=0.1)),
+        "simko median": ("simko", dict(simko_quantile=0.5)),
+        "simko penalty 1.5": ("simko", dict(simko_penalty=1.5)),
     },
 }
 
@@ -262,9 +290,12 @@ def _train(world: str, method: str, seed: int, tune: bool) -> tuple[dict, list]:
     from transformers import PrinterCallback, TrainerCallback
 
     from trl_capo.data.arithmetic import arithmetic_dataset
+    from trl_capo.scripts.train import METHODS
 
-    trainer_class, config_class = trainer_classes((TUNING[world] if tune else methods(world))[method][0])
-    last, evaluations = WORLDS[world].steps, {}
+    kind, _ = (TUNING[world] if tune else methods(world))[method]
+    config_class, trainer_class = (resolve_name(path) for path in METHODS[kind])
+    options, evaluations = options_of(world, method, seed, tune), {}
+    last = options["max_steps"]
     every = WORLDS[world].checkpoints if method in MAIN and not tune else last
     splits = TUNING_SPLITS if tune else TEST_SPLITS
     curve_splits = dict.fromkeys(splits, CURVE_PROMPTS)
@@ -281,7 +312,7 @@ def _train(world: str, method: str, seed: int, tune: bool) -> tuple[dict, list]:
         trainer = trainer_class(
             str(base),
             step_credit if method.endswith("graded") else box_reward,
-            config_class(folder, **options_of(world, method, seed, tune)),
+            config_class(folder, **options),
             arithmetic_dataset("train"),
             callbacks=[Evaluate()],
         )
@@ -290,23 +321,6 @@ def _train(world: str, method: str, seed: int, tune: bool) -> tuple[dict, list]:
     if method in MAIN and not tune:
         evaluations |= at_temperatures(trainer.model, trainer.processing_class, TEMPERATURES, seed)
     return evaluations, [entry for entry in trainer.state.log_history if "capo/auc_within" in entry]
-
-
-def trainer_classes(kind: str) -> tuple[type, type]:
-    from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer
-    from trl_capo.advantages import reward_only_advantages
-
-    class MaskedGRPOTrainer(CAPOTrainer):
-        """CAPO's mask on GRPO's advantages: what the mask does by itself."""
-
-        def _pairwise(self, labels, mean_logps, valid):
-            return reward_only_advantages(labels, valid=valid, scale_rewards=self.args.scale_rewards)
-
-    return {
-        "grpo": (GroupAdvantageTrainer, GroupAdvantageConfig),
-        "capo": (CAPOTrainer, CAPOConfig),
-        "grpo_mask": (MaskedGRPOTrainer, CAPOConfig),
-    }[kind]
 
 
 def write_base(world: str, folder: str | Path) -> None:

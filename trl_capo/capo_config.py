@@ -5,7 +5,7 @@ import warnings
 from dataclasses import dataclass, field
 
 from trl_capo.advantages import NORMALIZATIONS
-from trl_capo.group_config import GroupAdvantageConfig
+from trl_capo.reference_mask import ReferenceMaskConfig
 
 
 # Losses whose gradient at the sampling policy is that of the mean token log-prob, the score that CAPO ranks.
@@ -13,7 +13,7 @@ SEQUENCE_MEAN_LOSSES = ("grpo", "sapo")
 
 
 @dataclass
-class CAPOConfig(GroupAdvantageConfig):
+class CAPOConfig(ReferenceMaskConfig):
     """Configuration of `CAPOTrainer`: TRL's `GRPOConfig`, and how completions are compared, masked and labelled.
 
     Four defaults of `GRPOConfig` are set to the paper's: `loss_type="grpo"` (the mean over each sequence: the
@@ -42,21 +42,7 @@ class CAPOConfig(GroupAdvantageConfig):
         > Parameters that control the reference-perplexity mask
 
         ref_ppl_mask (`bool`, *optional*, defaults to `True`):
-            Drop correct completions that the reference finds surprising and wrong ones that it finds likely. If
-            `False` and `beta=0`, no reference model is loaded.
-        ref_ppl_low (`float`, *optional*, defaults to `1.05`):
-            Wrong completions with a lower reference perplexity are dropped.
-        ref_ppl_high (`float`, *optional*, defaults to `2.5`):
-            Correct completions with a higher reference perplexity are dropped.
-        ref_ppl_quantiles (`list[float]`, *optional*):
-            Two quantiles in (0, 1), e.g. `0.25 0.75`. The thresholds are then these quantiles of the reference
-            perplexity of the first completions of the training, estimated once and frozen; until then nothing is
-            masked.
-        ref_ppl_quantiles_by_class (`bool`, *optional*, defaults to `False`):
-            Take the low threshold from wrong completions and the high one from correct completions, instead of both
-            from all. Low may then exceed high.
-        ref_ppl_quantile_samples (`int`, *optional*, defaults to `1024`):
-            Number of completions from which the quantiles are taken.
+            CAPO's mask: `ReferenceMaskConfig` has its thresholds, `ref_ppl_low`, `ref_ppl_high` and quantiles.
         mask_partners (`bool`, *optional*, defaults to `False`):
             Also drop masked completions from the sums of their partners. Advantages of a group then sum to zero.
 
@@ -110,26 +96,6 @@ class CAPOConfig(GroupAdvantageConfig):
             "likely. If False and beta=0, no reference model is loaded."
         },
     )
-    ref_ppl_low: float = field(
-        default=1.05, metadata={"help": "Wrong completions with a lower reference perplexity are dropped."}
-    )
-    ref_ppl_high: float = field(
-        default=2.5, metadata={"help": "Correct completions with a higher reference perplexity are dropped."}
-    )
-    ref_ppl_quantiles: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Two quantiles in (0, 1), e.g. `0.25 0.75`, of the reference perplexity of the first completions, "
-            "that replace the fixed thresholds."
-        },
-    )
-    ref_ppl_quantiles_by_class: bool = field(
-        default=False,
-        metadata={"help": "Low threshold from wrong completions, high one from correct ones, not both from all."},
-    )
-    ref_ppl_quantile_samples: int = field(
-        default=1024, metadata={"help": "Number of completions from which the quantiles are taken."}
-    )
     mask_partners: bool = field(
         default=False, metadata={"help": "Also drop masked completions from the sums of their partners."}
     )
@@ -148,7 +114,6 @@ class CAPOConfig(GroupAdvantageConfig):
 
     def __post_init__(self):
         self._check_comparison()
-        self._check_mask()
         super().__post_init__()
         self._warn_about_departures()
 
@@ -174,39 +139,8 @@ class CAPOConfig(GroupAdvantageConfig):
                 "normalisations are defined within one group."
             )
 
-    def _check_mask(self) -> None:
-        for name in ("ref_ppl_low", "ref_ppl_high"):
-            threshold = getattr(self, name)
-            if not (threshold >= 1 and math.isfinite(threshold)):
-                raise ValueError(f"{name} must be a finite perplexity of at least 1, got {threshold}.")
-        quantiles = self.ref_ppl_quantiles
-        if quantiles is not None and (len(quantiles) != 2 or not all(0 < quantile < 1 for quantile in quantiles)):
-            raise ValueError(f"ref_ppl_quantiles must be two numbers in (0, 1), low and high, got {quantiles}.")
-        if self.ref_ppl_quantile_samples < 2:
-            raise ValueError(f"ref_ppl_quantile_samples must be at least 2, got {self.ref_ppl_quantile_samples}.")
-        if self.ref_ppl_quantiles_by_class and quantiles is None:
-            raise ValueError("ref_ppl_quantiles_by_class=True needs ref_ppl_quantiles, e.g. [0.25, 0.75].")
-        if self.sync_ref_model and not self.ref_ppl_mask and self.beta == 0:
-            raise ValueError(
-                "sync_ref_model=True has no reference to update: set ref_ppl_mask=True or a beta above 0, or leave "
-                "sync_ref_model off."
-            )
-
     def _warn_about_departures(self) -> None:
         """Settings that run but do not mean what the paper's numbers mean."""
-        low, high = self.ref_ppl_quantiles or (self.ref_ppl_low, self.ref_ppl_high)
-        if self.ref_ppl_mask and not self.ref_ppl_quantiles_by_class and low >= high:
-            names = "ref_ppl_quantiles" if self.ref_ppl_quantiles else "ref_ppl_low and ref_ppl_high"
-            _warn(
-                f"{names} are {low} and {high}: with low >= high every completion between them is dropped, correct or "
-                "not."
-            )
-        if self.ref_ppl_mask and self.ref_ppl_quantiles is None and self.temperature != 1:
-            _warn(
-                f"temperature={self.temperature}: log-probs are those of the tempered distribution, so the absolute "
-                "thresholds ref_ppl_low and ref_ppl_high do not mean what they mean at temperature 1. Use "
-                "ref_ppl_quantiles."
-            )
         if self.multi_objective_aggregation != "sum_then_normalize":
             _warn(
                 f"multi_objective_aggregation={self.multi_objective_aggregation!r} has no effect: CAPO adds the other "

@@ -86,7 +86,7 @@ class Recording(CoDaPOTrainer):
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
         if self.model.training:
-            self.seen = [*getattr(self, "seen", []), (inputs, self._kept)]
+            self.seen = [*getattr(self, "seen", []), (inputs, self._replayed)]
             self.generated = [*getattr(self, "generated", []), output["prompt_ids"].tolist()]
         return output
 
@@ -121,7 +121,7 @@ def test_replayed_rows_are_not_one_object(tiny_model, tmp_path):
     trainer = make_trainer(tiny_model, tmp_path)
     rows = [{"prompt": [{"role": "user", "content": str(i // 4)}]} for i in range(8)]
     assert trainer._choose_prompts(rows) is rows
-    trainer._kept = [1]
+    trainer._replayed = [1]
     chosen = trainer._choose_prompts([{"prompt": "another batch"}] * 8)
     assert [row["prompt"][0]["content"] for row in chosen] == ["1"] * 8, "of the batch that was weighed"
     chosen[0]["prompt"].append("a tool's answer")
@@ -139,7 +139,7 @@ def test_without_replay_every_batch_is_new(tiny_model, tmp_path):
     trainer = record(tiny_model, tmp_path, max_steps=2, replay=False)
     trainer.train()
     assert numbered(trainer.seen[0][0]) != numbered(trainer.seen[1][0])
-    assert trainer._method_state() == {"kept": None}
+    assert trainer._method_state() == {"replayed": None}
 
 
 def test_a_resumed_run_answers_what_was_kept(tiny_model, tmp_path):
@@ -147,7 +147,7 @@ def test_a_resumed_run_answers_what_was_kept(tiny_model, tmp_path):
     whole = record(tiny_model, tmp_path, **options)
     whole.train()
     state = json.loads((tmp_path / "checkpoint-1" / "trl_capo_state.json").read_text())
-    assert state["kept"] == whole.seen[0][1]
+    assert state["replayed"] == whole.seen[0][1]
     resumed = record(tiny_model, tmp_path, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert resumed.generated == whole.generated[1:]

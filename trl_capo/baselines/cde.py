@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from trl_capo.advantages import reward_only_advantages
-from trl_capo.group_config import GroupAdvantageConfig
-from trl_capo.group_trainer import GroupAdvantageTrainer, RolloutGroups
+from trl_capo.group_trainer import RolloutGroups
+from trl_capo.reference_mask import ReferenceMaskConfig, ReferenceMaskTrainer
 
 
 SCHEDULES = ("constant", "linear", "cosine", "staircase")
@@ -75,7 +75,7 @@ def bonus_weight(progress: float, schedule: str, first: float, last: float, num_
 
 
 @dataclass
-class CDEConfig(GroupAdvantageConfig):
+class CDEConfig(ReferenceMaskConfig):
     """Configuration of `CDETrainer`.
 
     Parameters:
@@ -119,7 +119,7 @@ class CDEConfig(GroupAdvantageConfig):
         super().__post_init__()
 
 
-class CDETrainer(GroupAdvantageTrainer):
+class CDETrainer(ReferenceMaskTrainer):
     """`GRPOTrainer` with CDE's bonus for the actor; takes a `CDEConfig`."""
 
     config_class = CDEConfig
@@ -138,4 +138,8 @@ class CDETrainer(GroupAdvantageTrainer):
         )
         rewards = groups.rewards if args.signed_rewards else 2 * groups.rewards - 1
         rewards = curious_rewards(rewards, groups.mean_logps, omega, args.bonus_cap, args.bonus_scale)
-        return reward_only_advantages(rewards, valid=groups.valid, scale_rewards=args.scale_rewards)
+        advantages = reward_only_advantages(rewards, valid=groups.valid, scale_rewards=args.scale_rewards)
+        return self._masked(advantages, groups)
+
+    def _rows_to_mask(self, groups: RolloutGroups) -> Tensor:
+        return groups.valid

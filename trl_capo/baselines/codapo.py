@@ -25,8 +25,8 @@ from datasets import IterableDataset
 from torch import Tensor
 
 from trl_capo.advantages import reward_only_advantages
-from trl_capo.group_config import GroupAdvantageConfig
-from trl_capo.group_trainer import GroupAdvantageTrainer, RolloutGroups
+from trl_capo.group_trainer import RolloutGroups
+from trl_capo.reference_mask import ReferenceMaskConfig, ReferenceMaskTrainer
 
 
 def prompt_weights(correct: Tensor, mean_logps: Tensor, valid: Tensor, base_weight: float = 0.1) -> Tensor:
@@ -67,7 +67,7 @@ def kept_prompts(weights: Tensor, quantile: float) -> list[int]:
 
 
 @dataclass
-class CoDaPOConfig(GroupAdvantageConfig):
+class CoDaPOConfig(ReferenceMaskConfig):
     """Configuration of `CoDaPOTrainer`.
 
     Parameters:
@@ -92,7 +92,7 @@ class CoDaPOConfig(GroupAdvantageConfig):
         super().__post_init__()
 
 
-class CoDaPOTrainer(GroupAdvantageTrainer):
+class CoDaPOTrainer(ReferenceMaskTrainer):
     """`GRPOTrainer` with CoDaPO's weights and its second pass over the best prompts; takes a `CoDaPOConfig`."""
 
     config_class = CoDaPOConfig
@@ -101,35 +101,37 @@ class CoDaPOTrainer(GroupAdvantageTrainer):
     _paper = {"title": "CoDaPO: Confidence and Difficulty-Adaptive Policy Optimization", "id": "2606.07950"}
 
     def _setup_method(self) -> None:
+        super()._setup_method()
         if self.args.replay and isinstance(self.train_dataset, IterableDataset):
             raise ValueError("a stream cannot be drawn twice: load the dataset, or set replay=False.")
         self._generations_per_batch = 2 if self.args.replay else 1
         self._batch: list[dict] = []  # the prompts of the first generation
-        self._kept: list[int] | None = None  # which of them the second one answers, while that is to come
+        self._replayed: list[int] | None = None  # which of them the second one answers, while that is to come
 
     def _rows_needing_logps(self, groups: RolloutGroups) -> Tensor:
         return groups.mixed & groups.valid
 
     def _choose_prompts(self, inputs: list[dict]) -> list[dict]:
-        if self._kept is None or not self._batch:  # none: resumed between the two, and the sampler draws it again
+        if self._replayed is None or not self._batch:  # none: resumed between the two, and the sampler draws it again
             self._batch = gather_object(inputs)[:: self.num_generations]
-        if self._kept is None:
+        if self._replayed is None:
             return inputs
-        chosen = [self._batch[self._kept[i % len(self._kept)]] for i in range(len(self._batch))]
+        chosen = [self._batch[self._replayed[i % len(self._replayed)]] for i in range(len(self._batch))]
         rows = [row for row in chosen for _ in range(self.num_generations)][self._local_slice(len(inputs))]
         return [copy.deepcopy(row) for row in rows]  # tools and rollout functions write into them
 
     def _compute_advantages(self, groups: RolloutGroups) -> Tensor:
         weights = prompt_weights(groups.correct, groups.mean_logps, groups.valid, self.args.base_weight)
         if self.model.training and self.args.replay:
-            self._kept = kept_prompts(weights, self.args.replay_quantile) if self._kept is None else None
+            self._replayed = kept_prompts(weights, self.args.replay_quantile) if self._replayed is None else None
         advantages = reward_only_advantages(
             groups.rewards, valid=groups.valid, scale_rewards=self.args.scale_rewards, eps=1e-6
         )
-        return weights.unsqueeze(1) * advantages
+        return self._masked(weights.unsqueeze(1) * advantages, groups)
 
     def _method_state(self) -> dict:
-        return {"kept": self._kept}
+        return {**super()._method_state(), "replayed": self._replayed}
 
     def _load_method_state(self, state: dict) -> None:
-        self._kept = state["kept"]
+        super()._load_method_state(state)
+        self._replayed = state["replayed"]

@@ -11,12 +11,11 @@ CAPO composes with it, for the gradient of r_i at pi_old is that of the score wh
 
 from dataclasses import dataclass, field
 
-from trl_capo.group_config import GroupAdvantageConfig
-from trl_capo.group_trainer import GroupAdvantageTrainer
+from trl_capo.reference_mask import ReferenceMaskConfig, ReferenceMaskTrainer
 
 
 @dataclass
-class GSPOConfig(GroupAdvantageConfig):
+class GSPOConfig(ReferenceMaskConfig):
     """Configuration of `GSPOTrainer`: `GroupAdvantageConfig` with GSPO's defaults, as TRL gives them.
 
     Parameters:
@@ -42,7 +41,7 @@ class GSPOConfig(GroupAdvantageConfig):
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Mini-batches an optimizer step."})
 
 
-class GSPOTrainer(GroupAdvantageTrainer):
+class GSPOTrainer(ReferenceMaskTrainer):
     """GRPO through the seam, with the configuration of GSPO."""
 
     config_class = GSPOConfig

@@ -25,8 +25,7 @@ from torch import Tensor
 
 from trl_capo.capo_config import CAPOConfig
 from trl_capo.capo_trainer import CAPOTrainer
-from trl_capo.group_config import GroupAdvantageConfig
-from trl_capo.group_trainer import GroupAdvantageTrainer
+from trl_capo.reference_mask import ReferenceMaskConfig, ReferenceMaskTrainer
 
 
 def surrogate_logps(
@@ -111,7 +110,7 @@ class SimKOOptions:
 
 
 @dataclass
-class SimKOConfig(SimKOOptions, GroupAdvantageConfig):
+class SimKOConfig(SimKOOptions, ReferenceMaskConfig):
     """Configuration of `SimKOTrainer`: `SimKOOptions` and `GroupAdvantageConfig`."""
 
 
@@ -140,7 +139,7 @@ class SimKOLoss:
         )
 
 
-class SimKOTrainer(SimKOLoss, GroupAdvantageTrainer):
+class SimKOTrainer(SimKOLoss, ReferenceMaskTrainer):
     """`GRPOTrainer` with SimKO's loss; takes a `SimKOConfig`."""
 
     config_class = SimKOConfig

@@ -12,11 +12,11 @@ Conventions are TRL's: an option overrides the recipe, the recipe overrides the 
 
 import argparse
 import difflib
-import importlib
 import os
 import sys
 import time
 from dataclasses import dataclass, field, fields
+from pkgutil import resolve_name
 
 from trl_capo.cli import main as cli_main
 
@@ -24,7 +24,7 @@ from trl_capo.cli import main as cli_main
 # One line a method: the configuration and the trainer, imported once the method is chosen.
 METHODS = {
     "capo": ("trl_capo.capo_config:CAPOConfig", "trl_capo.capo_trainer:CAPOTrainer"),
-    "grpo": ("trl_capo.group_config:GroupAdvantageConfig", "trl_capo.group_trainer:GroupAdvantageTrainer"),
+    "grpo": ("trl_capo.reference_mask:ReferenceMaskConfig", "trl_capo.reference_mask:ReferenceMaskTrainer"),
     "gspo": ("trl_capo.baselines.gspo:GSPOConfig", "trl_capo.baselines.gspo:GSPOTrainer"),
     "codapo": ("trl_capo.baselines.codapo:CoDaPOConfig", "trl_capo.baselines.codapo:CoDaPOTrainer"),
     "cde": ("trl_capo.baselines.cde:CDEConfig", "trl_capo.baselines.cde:CDETrainer"),
@@ -60,7 +60,9 @@ def make_parser(method: str = "capo", prog: str | None = "trl-capo train"):
         )
 
     return TrlParser(
-        (TrainArguments, _load(METHODS[method][0]), ModelConfig, DatasetMixtureConfig), prog=prog, allow_abbrev=False
+        (TrainArguments, resolve_name(METHODS[method][0]), ModelConfig, DatasetMixtureConfig),
+        prog=prog,
+        allow_abbrev=False,
     )
 
 
@@ -88,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     dataset = _load_data(script_args, dataset_args)
     evaluates = training_args.eval_strategy != "no"
-    trainer = _load(METHODS[method][1])(
+    trainer = resolve_name(METHODS[method][1])(
         model=_model_path(model_args.model_name_or_path),
         reward_funcs=[_reward_function(name) for name in script_args.reward_funcs],
         args=training_args,
@@ -154,7 +156,9 @@ def check_recipe_keys(path: str, recipe: dict, parser: argparse.ArgumentParser, 
     for key in recipe:
         if key not in known:
             owners = [
-                other for other, (config, _) in METHODS.items() if key in {f.name for f in fields(_load(config))}
+                other
+                for other, (config, _) in METHODS.items()
+                if key in {f.name for f in fields(resolve_name(config))}
             ]
             hint = f" It is an option of {owners[0]}, not of {method}." if owners else _hint(str(key), known)
             raise ValueError(f"{path}: unknown key {key!r}.{hint}")
@@ -233,7 +237,7 @@ def _reward_function(name: str):
     if "." in name:
         module, _, attribute = name.rpartition(".")
         sys.path.insert(0, os.getcwd())
-        return _load(f"{module}:{attribute}")
+        return resolve_name(f"{module}:{attribute}")
     function = accuracy_reward if name == "accuracy_reward" else getattr(trl.rewards, name, None)
     if not callable(function):
         raise ValueError(
@@ -241,11 +245,6 @@ def _reward_function(name: str):
             "function."
         )
     return function
-
-
-def _load(path: str):
-    module, _, attribute = path.partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def test_nothing_asked_for_shows_help_and_fails(capsys):
 
 
 @pytest.mark.parametrize(
-    ("typed", "hint"), [("trian", "did you mean 'train'?"), ("xyz", "choose from train, evaluate, ")]
+    ("typed", "hint"), [("trian", "did you mean 'train'?"), ("xyz", "choose from train, data, evaluate, ")]
 )
 def test_unknown_command_is_one_line(typed, hint, capsys):
     assert cli.main([typed, "--config", "x.yaml"]) == 2

@@ -16,7 +16,7 @@ def parse(path: Path):
     method = yaml.safe_load(path.read_text())["method"]
     # bf16 recipes are for GPUs; on a machine without one the parser needs to hear that the CPU is meant.
     arguments = ["--config", str(path), "--use_cpu", "true"]
-    script, training, model, _ = make_parser(method).parse_args_and_config(arguments)
+    script, training, model, *_ = make_parser(method).parse_args_and_config(arguments)
     return script, training, model
 
 

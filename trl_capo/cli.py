@@ -16,6 +16,7 @@ from trl_capo import __version__
 # One line a command: the name of its module in `trl_capo.scripts`, and what `--help` says about it.
 COMMANDS = {
     "train": "train a model with CAPO or GRPO (see trl-capo train --help, recipes/)",
+    "data": "check a dataset, or keep the questions that a model answers now rightly, now wrongly",
     "evaluate": "sample, grade and measure how far the confidence of models can be trusted",
     "abstain": "choose the confidence below which a model should not answer",
     "answer": "ask a model that abstains when it is not sure",

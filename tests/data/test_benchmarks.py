@@ -3,8 +3,7 @@ import json
 import pytest
 from datasets import Dataset
 
-from trl_capo.data import benchmarks
-from trl_capo.data.benchmarks import ARITHMETIC, BENCHMARKS, MATH_PROMPT, load_benchmark
+from trl_capo.data.benchmarks import ARITHMETIC, load_benchmark
 
 
 def test_arithmetic_splits_are_benchmarks():
@@ -28,32 +27,6 @@ def test_files_are_benchmarks(tmp_path, suffix):
         load_benchmark(path, prompt_column="question", solution_column="answer")
     with pytest.raises(ValueError, match="no column 'prompt'"):
         load_benchmark(path, solution_column="gold")
-
-
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_benchmarks_of_mathematics_are_read_by_their_columns(monkeypatch, name):
-    of = BENCHMARKS[name]
-    asked = []
-
-    def load(path, config, split):
-        asked.append((path, config, split))
-        return Dataset.from_dict(
-            {of.prompt_column: ["How much?"] * 3, of.solution_column: ["27.0"] * 3, "id": [1, 2, 3]}
-        )
-
-    monkeypatch.setattr(benchmarks, "load_dataset", load)
-    data = load_benchmark(name, 2)
-    assert asked == [(of.path, of.config, of.split)]
-    assert (
-        data.to_list()
-        == [
-            {
-                "prompt": [{"role": "system", "content": MATH_PROMPT}, {"role": "user", "content": "How much?"}],
-                "solution": "$27.0$",
-            }
-        ]
-        * 2
-    )
 
 
 def test_unknown_names_list_the_known():

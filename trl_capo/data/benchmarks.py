@@ -1,4 +1,4 @@
-r"""Held-out questions to evaluate on, by name: a few declarative lines each.
+"""Held-out questions to evaluate on, by name.
 
 Every benchmark becomes a dataset with `prompt` (a conversation) and `solution` (a gold answer that math-verify reads).
 Any other file or dataset with these columns, or with others that are named, is a benchmark as well. Golds that cannot
@@ -6,7 +6,6 @@ be parsed stay: their answers count as neither right nor wrong, and a warning na
 """
 
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
@@ -14,40 +13,13 @@ from datasets.exceptions import DatasetGenerationError
 
 from trl_capo.checks import unparsable_golds
 from trl_capo.data.arithmetic import SPLITS, arithmetic_dataset
+from trl_capo.data.catalogue import CATALOGUE, load_catalogued
 from trl_capo.data.math import to_conversations
 
 
-MATH_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."
+DEFAULT_TEMPLATE = "qwen25-math-cot"
 FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """Where questions and gold answers are.
-
-    Attributes:
-        path: Dataset on the Hub.
-        split: Its split.
-        prompt_column: Column of the questions.
-        solution_column: Column of the gold answers.
-        config: Its configuration, if it has several.
-    """
-
-    path: str
-    split: str
-    prompt_column: str
-    solution_column: str
-    config: str | None = None
-
-
-BENCHMARKS = {
-    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", "problem", "answer"),
-    "aime25": Benchmark("math-ai/aime25", "test", "problem", "answer"),
-    "amc23": Benchmark("math-ai/amc23", "test", "question", "answer"),
-    "math500": Benchmark("HuggingFaceH4/MATH-500", "test", "problem", "answer"),
-    "minerva": Benchmark("math-ai/minervamath", "test", "question", "answer"),
-    "olympiadbench": Benchmark("math-ai/olympiadbench", "test", "question", "final_answer"),
-}
+BENCHMARKS = [name for name, of in CATALOGUE.items() if of.held_out]
 ARITHMETIC = {f"arithmetic_{split}": split for split in SPLITS if split not in ("base", "train")}
 
 
@@ -58,6 +30,7 @@ def load_benchmark(
     prompt_column: str = "prompt",
     solution_column: str = "solution",
     system_prompt: str | None = None,
+    prompt_template: str | None = None,
 ) -> Dataset:
     """The questions of a benchmark.
 
@@ -66,8 +39,9 @@ def load_benchmark(
         num_prompts: Only the first so many.
         prompt_column: Of a file: the column of the questions, text or conversations.
         solution_column: Of a file: the column of the gold answers.
-        system_prompt: System message before questions that are plain text. None: `MATH_PROMPT` for the benchmarks of
-            mathematics, none for a file.
+        system_prompt: System message before questions that are plain text.
+        prompt_template: Instead, a key of `PROMPT_TEMPLATES`. If both are None: `DEFAULT_TEMPLATE` for the benchmarks
+            of mathematics, none for a file.
 
     Returns:
         Columns `prompt` and `solution`.
@@ -78,10 +52,10 @@ def load_benchmark(
     if name in ARITHMETIC:
         data = arithmetic_dataset(ARITHMETIC[name], *([] if num_prompts is None else [num_prompts]))
     elif name in BENCHMARKS:
-        of = BENCHMARKS[name]
-        rows = load_dataset(of.path, of.config, split=of.split)
-        data = to_conversations(
-            _first(rows, num_prompts), of.prompt_column, of.solution_column, system_prompt or MATH_PROMPT
+        if system_prompt is None and prompt_template is None:
+            prompt_template = DEFAULT_TEMPLATE
+        data = load_catalogued(
+            name, system_prompt=system_prompt, prompt_template=prompt_template, num_rows=num_prompts
         )
     else:
         kind = FORMATS.get(Path(name).suffix)
@@ -99,7 +73,9 @@ def load_benchmark(
                 f"{name} has no column {solution_column!r}, only {', '.join(rows.column_names)}. Name the one that "
                 "holds the gold answers with --solution_column."
             )
-        data = to_conversations(_first(rows, num_prompts), prompt_column, solution_column, system_prompt)
+        data = to_conversations(
+            _first(rows, num_prompts), prompt_column, solution_column, system_prompt, prompt_template
+        )
     data = data.select_columns(["prompt", "solution"])
     if len(data) == 0:
         raise ValueError(f"{name} has no questions.")

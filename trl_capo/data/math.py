@@ -5,6 +5,7 @@ such as `3x+2` or `\text{east}` is misread or not read at all by math-verify.
 """
 
 import warnings
+from collections.abc import Callable
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
@@ -13,6 +14,15 @@ from trl_capo.checks import unparsable_golds
 
 Rows = Dataset | IterableDataset
 Splits = DatasetDict | IterableDatasetDict
+
+BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
+# System message and user message by name. Qwen2.5-Math was trained with the first; a base model answers far better in
+# the template that it knows.
+PROMPT_TEMPLATES = {
+    "qwen25-math-cot": (BOXED, "{question}"),
+    "qwen-boxed": (None, "{question}\n" + BOXED),
+    "step-by-step": (None, r"{question} Let's think step by step and output the final answer within \boxed{}."),
+}
 
 
 def wrap_gold(answer) -> str:
@@ -65,6 +75,8 @@ def to_conversations(
     prompt_column: str = "prompt",
     solution_column: str = "solution",
     system_prompt: str | None = None,
+    prompt_template: str | None = None,
+    gold: Callable | None = None,
 ) -> Rows | Splits:
     r"""Renames and rewrites two columns for TRL; prompts that are conversations already stay as they are.
 
@@ -73,12 +85,15 @@ def to_conversations(
         prompt_column: Column of the questions, text or conversations.
         solution_column: Column of the gold answers. Left alone if the dataset has none.
         system_prompt: System message put before a text question.
+        prompt_template: Key of `PROMPT_TEMPLATES`, instead of a system prompt.
+        gold: What makes an answer of a raw value of the column, before `wrap_gold`. None: it is one.
 
     Returns:
         The dataset with `prompt` (conversations) and `solution` (wrapped by `wrap_gold`) beside its other columns.
 
     Raises:
-        ValueError: `prompt_column` is missing, or `solution_column` is missing and not the default.
+        ValueError: `prompt_column` is missing, or `solution_column` is missing and not the default; the template is
+            unknown, or comes with a system prompt.
 
     Example:
         >>> rows = to_conversations(Dataset.from_dict({"question": ["1+1?"], "answer": [2]}), "question", "answer")
@@ -86,7 +101,7 @@ def to_conversations(
         {'prompt': [{'role': 'user', 'content': '1+1?'}], 'solution': '$2$'}
     """
     if isinstance(dataset, Splits):
-        columns = (prompt_column, solution_column, system_prompt)
+        columns = (prompt_column, solution_column, system_prompt, prompt_template, gold)
         return type(dataset)({split: to_conversations(rows, *columns) for split, rows in dataset.items()})
     for option, column in (("prompt", prompt_column), ("solution", solution_column)):
         if column not in dataset.column_names and (option == "prompt" or column != "solution"):
@@ -94,15 +109,21 @@ def to_conversations(
                 f"The dataset has no column {column!r}, only {', '.join(dataset.column_names)}. Name the one that "
                 f"holds the {option}s: dataset_{option}_column in a recipe, --{option}_column of trl-capo evaluate."
             )
+    if prompt_template is not None and (prompt_template not in PROMPT_TEMPLATES or system_prompt is not None):
+        raise ValueError(
+            f"prompt_template must be one of {', '.join(PROMPT_TEMPLATES)}, without a system_prompt beside it; got "
+            f"{prompt_template!r} and {system_prompt!r}."
+        )
+    system_prompt, user_prompt = PROMPT_TEMPLATES.get(prompt_template, (system_prompt, "{question}"))
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     dataset = _rename(_rename(dataset, prompt_column, "prompt"), solution_column, "solution")
 
     def rewrite(row: dict) -> dict:
         new = {}
         if isinstance(row["prompt"], str):
-            new["prompt"] = [*system, {"role": "user", "content": row["prompt"]}]
+            new["prompt"] = [*system, {"role": "user", "content": user_prompt.replace("{question}", row["prompt"])}]
         if "solution" in row:
-            new["solution"] = wrap_gold(row["solution"])
+            new["solution"] = wrap_gold(gold(row["solution"]) if gold else row["solution"])
         return new
 
     return dataset.map(rewrite)

@@ -48,6 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt_column", default="prompt", help="of a file: the questions")
     parser.add_argument("--solution_column", default="solution", help="of a file: the gold answers")
     parser.add_argument("--system_prompt", help="system message before questions that are plain text")
+    parser.add_argument("--prompt_template", help="instead: qwen25-math-cot, qwen-boxed or step-by-step")
     parser.add_argument("--output_dir", default="runs/evaluation", help="where everything goes (default: %(default)s)")
     return parser
 
@@ -63,16 +64,16 @@ def main(argv: list[str] | None = None) -> None:
 
     _check_numbers(args)
     check_output_dir(args.output_dir)
-    columns = dict(
-        prompt_column=args.prompt_column, solution_column=args.solution_column, system_prompt=args.system_prompt
-    )
+    columns = {
+        name: getattr(args, name) for name in ("prompt_column", "solution_column", "system_prompt", "prompt_template")
+    }
     data = {name: load_benchmark(name, args.num_prompts, **columns) for name in args.benchmark}
     # At the end the processes wait for the slowest, which may have an hour's completion in hand.
     state = PartialState(timeout=timedelta(weeks=1))
     check_launch(state.num_processes)
     sampling = {name: getattr(args, name) for name in SAMPLING}
     sampling["engine"] = choose_engine(args.engine)
-    folders = [Path(args.output_dir) / name for name in _folder_names(args.models)]
+    folders = [Path(args.output_dir) / name for name in folder_names(args.models)]
     for model in args.models:
         check_model(model, data, args.max_new_tokens)
     for model, folder in zip(args.models, folders, strict=True):
@@ -270,7 +271,7 @@ def graded_table(benchmark: str, first_prompt: int, rows, samples):
     return pa.table(columns, schema=schema(list(samples.statistics)))
 
 
-def _folder_names(models: list[str]) -> list[str]:
+def folder_names(models: list[str]) -> list[str]:
     """The last part of each model's path, numbered where that is taken."""
     names: list[str] = []
     for model in models:

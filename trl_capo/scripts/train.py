@@ -37,6 +37,8 @@ def make_parser(method: str = "capo", prog: str | None = "trl-capo train"):
     """A `TrlParser` over the options of the script, the method, the model and the dataset."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
+    from trl_capo.data.training import DataArguments
+
     @dataclass
     class TrainArguments(ScriptArguments):
         method: str = field(default="capo", metadata={"help": f"What to train with: {', '.join(METHODS)}."})
@@ -47,20 +49,9 @@ def make_parser(method: str = "capo", prog: str | None = "trl-capo train"):
                 "(think_format_reward, ...), or dotted import paths such as my_package.rewards.my_reward."
             },
         )
-        dataset_prompt_column: str = field(
-            default="prompt", metadata={"help": "Column of the questions, text or conversations."}
-        )
-        dataset_solution_column: str = field(default="solution", metadata={"help": "Column of the gold answers."})
-        system_prompt: str | None = field(
-            default=None, metadata={"help": "System message put before questions that are plain text."}
-        )
-        drop_unparsable_gold: bool = field(
-            default=False,
-            metadata={"help": "Drop rows whose gold answer math-verify cannot parse instead of refusing them."},
-        )
 
     return TrlParser(
-        (TrainArguments, resolve_name(METHODS[method][0]), ModelConfig, DatasetMixtureConfig),
+        (TrainArguments, resolve_name(METHODS[method][0]), ModelConfig, DataArguments, DatasetMixtureConfig),
         prog=prog,
         allow_abbrev=False,
     )
@@ -76,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     _check_options(argv, parser)
     if config_path is not None:
         check_recipe_keys(config_path, _read_recipe(config_path), parser, method)
-    script_args, training_args, model_args, dataset_args = parser.parse_args_and_config(argv)
+    script_args, training_args, model_args, data_args, mixture = parser.parse_args_and_config(argv)
     resume_from = _checkpoint_to_resume(training_args)
 
     from trl import get_peft_config, get_quantization_config
@@ -88,14 +79,13 @@ def main(argv: list[str] | None = None) -> None:
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    dataset = _load_data(script_args, dataset_args)
-    evaluates = training_args.eval_strategy != "no"
+    train_dataset, eval_dataset = load_data(script_args, data_args, mixture, training_args, model_args)
     trainer = resolve_name(METHODS[method][1])(
         model=_model_path(model_args.model_name_or_path),
         reward_funcs=[_reward_function(name) for name in script_args.reward_funcs],
         args=training_args,
-        train_dataset=_split(dataset, script_args.dataset_train_split, "dataset_train_split"),
-        eval_dataset=_split(dataset, script_args.dataset_test_split, "dataset_test_split") if evaluates else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
@@ -199,28 +189,35 @@ def _model_path(name: str | None) -> str:
     return model_path(name)
 
 
-def _load_data(script_args, dataset_args):
-    """The splits by name: the embedded arithmetic world, a mixture, or a dataset from the Hub or a local folder."""
-    from datasets import load_dataset
-    from trl import get_dataset
+def load_data(script_args, data_args, mixture, training_args, model_args) -> tuple:
+    """Rows to train on, and to evaluate on if the recipe does; every process reads what the first has prepared."""
+    from accelerate import PartialState
+    from transformers import AutoTokenizer
 
-    from trl_capo.data.math import drop_unparsable_gold, to_conversations
+    from trl_capo.data.training import VALIDATION, load_splits, prepare
 
-    if script_args.dataset_name == "arithmetic":
-        from trl_capo.data.arithmetic import SPLITS, arithmetic_dataset
+    tokenizer = None
+    if data_args.max_prompt_tokens is not None:
+        tokenizer = AutoTokenizer.from_pretrained(
+            _model_path(model_args.model_name_or_path), revision=model_args.model_revision
+        )
+    state = PartialState()
+    with state.main_process_first():
+        splits = load_splits(
+            script_args.dataset_name, script_args.dataset_config, data_args, script_args.dataset_streaming, mixture
+        )
+        rows = _split(splits, script_args.dataset_train_split, "dataset_train_split")
+        prepared = prepare(rows, data_args, tokenizer, say=state.print)
+    if training_args.eval_strategy == "no":
+        return prepared["train"], None
+    if script_args.dataset_test_split == VALIDATION and VALIDATION in prepared:
+        return prepared["train"], prepared[VALIDATION]
+    rows = _split(splits, script_args.dataset_test_split, "dataset_test_split")
+    if data_args.drop_unparsable_gold:
+        from trl_capo.data.math import drop_unparsable_gold
 
-        return {split: arithmetic_dataset(split) for split in SPLITS}
-    if dataset_args.datasets:
-        dataset = get_dataset(dataset_args)
-    elif script_args.dataset_name is not None:
-        streaming = script_args.dataset_streaming
-        dataset = load_dataset(script_args.dataset_name, script_args.dataset_config, streaming=streaming)
-    else:
-        raise ValueError("dataset_name is missing: set it to a dataset id, a folder, or arithmetic.")
-    dataset = to_conversations(
-        dataset, script_args.dataset_prompt_column, script_args.dataset_solution_column, script_args.system_prompt
-    )
-    return drop_unparsable_gold(dataset) if script_args.drop_unparsable_gold else dataset
+        rows = drop_unparsable_gold(rows)
+    return prepared["train"], rows
 
 
 def _split(dataset, split: str, option: str):

@@ -1,0 +1,74 @@
+"""`trl-capo data check` and `filter`, as a user types them."""
+
+import json
+from collections import defaultdict
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.data.standins import make_repositories
+from trl_capo.cli import main
+from trl_capo.data.training import DataArguments, load_splits
+
+
+@pytest.fixture
+def repositories(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRL_CAPO_DATA", str(tmp_path / "data"))
+    return make_repositories(tmp_path / "data")
+
+
+@pytest.mark.filterwarnings("ignore:.*rows, .* were expected")
+def test_check_prints_and_writes_the_health(repositories, tiny_model, tmp_path, capsys):
+    output = tmp_path / "health.json"
+    options = ["--against", "aime24", "aime25", "--model", tiny_model, "--output", str(output)]
+    assert main(["data", "check", "deepscaler", "gsm8k", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "65 of 40,315" in printed and "questions shared with aime24" in printed and "row 64: $ east" in printed
+    found = json.loads(output.read_text())
+    assert (found["deepscaler"]["repeated_questions"], found["gsm8k"]["rows"]) == (2, 4)
+    assert found["deepscaler"]["prompt_tokens"]["longest"] > found["deepscaler"]["prompt_tokens"]["median"]
+    assert found["deepscaler"]["licence"] == "MIT"
+
+
+def test_check_names_what_is_missing(tmp_path, capsys):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"prompt": "1+1?", "gold": "2"}))
+    assert main(["data", "check", str(path)]) == 2
+    assert "has no column 'solution', only prompt, gold. Name the one" in capsys.readouterr().err
+    assert main(["data", "check", str(path), "--solution_column", "gold", "--split", "test"]) == 2
+    assert "has no split 'test': --split takes one of train." in capsys.readouterr().err
+
+
+def test_filter_keeps_the_mixed_outcomes_and_does_not_sample_twice(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    output = tmp_path / "mixed.jsonl"
+    command = ["data", "filter", "arithmetic_test_2", "--model", "arithmetic-base", "--output", str(output)]
+    command += ["--num_prompts", "24", "--num_samples", "4", "--max_new_tokens", "40"]
+    assert main(command) == 0
+    right = defaultdict(list)
+    for row in pq.read_table("runs/filter/arithmetic-base/samples.parquet").to_pylist():
+        right[row["prompt"]].append(row["correct"])
+    expected = {prompt: sum(of) / 4 for prompt, of in right.items() if 0 < sum(of) < 4}
+    kept = [json.loads(line) for line in output.read_text().splitlines()]
+    assert {row["prompt"][0]["content"]: row["pass_rate"] for row in kept} == expected and 0 < len(kept) < 24
+    assert f"{len(kept)} kept" in capsys.readouterr().out
+    assert [row["solution"] for row in load_splits(str(output), None, DataArguments())["train"]] == [
+        row["solution"] for row in kept
+    ]
+
+    assert main([*command, "--lowest", "0.3"]) == 0
+    assert "nothing was sampled" in capsys.readouterr().out
+    stricter = [json.loads(line)["pass_rate"] for line in output.read_text().splitlines()]
+    assert stricter == [row["pass_rate"] for row in kept if row["pass_rate"] > 0.3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num_samples", "1"], "--num_samples must be at least 2"),
+        (["--lowest", "0.5", "--highest", "0.5"], "must be 0 <= lowest < highest <= 1"),
+    ],
+)
+def test_bad_bounds(options, message, capsys):
+    assert main(["data", "filter", "arithmetic", "--model", "arithmetic-base", "--output", "x.jsonl", *options]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,71 @@
+r"""Is a dataset fit to train on: what `trl-capo data check` finds out.
+
+Every gold answer is graded against itself, as `\boxed{gold}` would be: one that math-verify reads but does not
+recognise would make every right answer wrong.
+"""
+
+from datasets import Dataset
+
+from trl_capo.checks import unparsable_golds
+from trl_capo.data.prepare import deduplicate, without_questions_of
+
+
+EXAMPLES = 5
+
+
+def health(rows: Dataset, *, against: dict[str, Dataset] | None = None, tokenizer=None, num_workers=None) -> dict:
+    """Numbers about questions and gold answers.
+
+    Args:
+        rows: Conversations in `prompt`, gold answers in `solution`.
+        against: Other datasets by name, which should share no question with it.
+        tokenizer: Counts tokens.
+        num_workers: Processes that grade. None: one a core.
+
+    Returns:
+        Numbers of rows: `rows`, `empty_questions`, `repeated_questions`, `missing_golds`, `unreadable_golds` (those
+        that are missing included), `golds_that_fail_themselves`, `shared_questions` by name; examples of the bad
+        golds; and, with a tokenizer, `prompt_tokens` at the median, at 99% and at most.
+    """
+    import numpy as np
+
+    from trl_capo.evaluation.grade import grade
+    from trl_capo.evaluation.sample import tokenize
+
+    golds = list(rows["solution"])
+    bad = unparsable_golds(golds)
+    unreadable = set(bad)
+    readable = [row for row in range(len(golds)) if row not in unreadable]
+    answers = [as_answer(golds[row]) for row in readable]
+    correct = grade(answers, [golds[row] for row in readable], num_workers=num_workers).correct
+    fails = [row for row, right in zip(readable, correct, strict=True) if right != 1]
+    found = {
+        "rows": len(rows),
+        "empty_questions": sum(not prompt[-1]["content"].strip() for prompt in rows["prompt"]),
+        "repeated_questions": len(rows) - len(deduplicate(rows)),
+        "missing_golds": sum(not gold for gold in golds),
+        "unreadable_golds": len(bad),
+        "golds_that_fail_themselves": len(fails),
+        "shared_questions": {
+            name: len(rows) - len(without_questions_of(rows, [other])) for name, other in (against or {}).items()
+        },
+        "examples": {
+            "unreadable_golds": [f"row {row}: {golds[row]}" for row in bad[:EXAMPLES]],
+            "golds_that_fail_themselves": [f"row {row}: {golds[row]}" for row in fails[:EXAMPLES]],
+        },
+    }
+    if tokenizer is not None:
+        lengths = [len(ids) for ids in tokenize(tokenizer, list(rows["prompt"]))]
+        quantiles = np.quantile(lengths, [0.5, 0.99, 1.0], method="higher")
+        found["prompt_tokens"] = dict(zip(("median", "99%", "longest"), map(int, quantiles), strict=True))
+    return found
+
+
+def as_answer(gold: str) -> str:
+    r"""A completion that gives the gold answer.
+
+    Example:
+        >>> as_answer(r"$\frac{1}{2}$"), as_answer(r"so \boxed{4}")
+        ('\\boxed{\\frac{1}{2}}', 'so \\boxed{4}')
+    """
+    return gold if r"\boxed" in gold else rf"\boxed{{{gold.strip('$')}}}"

@@ -1,0 +1,178 @@
+"""The prompts of a training run: by name, from the Hub, a folder or a file; cleaned, split and counted.
+
+`trl-capo train` reads them with the options of `DataArguments`, `trl-capo data check` shows what would be read.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, IterableDataset, load_dataset
+
+from trl_capo.data.benchmarks import FORMATS, load_benchmark
+from trl_capo.data.catalogue import CATALOGUE, load_catalogued, location
+from trl_capo.data.math import drop_unparsable_gold, to_conversations
+from trl_capo.data.prepare import deduplicate, train_and_validation, within_budget, without_questions_of
+
+
+VALIDATION = "validation"
+
+
+@dataclass
+class DataArguments:
+    """What is done to a dataset before it is trained on. All of it is off by default.
+
+    Parameters:
+        dataset_prompt_column (`str`, *optional*):
+            Column of the questions, text or conversations. By default that of the catalogue, or `prompt`.
+        dataset_solution_column (`str`, *optional*):
+            Column of the gold answers. By default that of the catalogue, or `solution`.
+        system_prompt (`str`, *optional*):
+            System message put before questions that are plain text.
+        prompt_template (`str`, *optional*):
+            Instead of a system prompt, a key of `trl_capo.data.math.PROMPT_TEMPLATES`.
+        drop_unparsable_gold (`bool`, *optional*, defaults to `False`):
+            Drop rows whose gold answer math-verify cannot parse instead of refusing them.
+        deduplicate (`bool`, *optional*, defaults to `False`):
+            Keep the first of each question.
+        exclude_benchmarks (`list[str]`, *optional*):
+            Drop the questions of these benchmarks.
+        max_prompt_tokens (`int`, *optional*):
+            Drop longer prompts.
+        num_train_prompts (`int`, *optional*):
+            Train on a sample of so many prompts.
+        num_validation_prompts (`int`, *optional*, defaults to `0`):
+            Put so many aside as a split `validation`.
+        split_seed (`int`, *optional*, defaults to `0`):
+            Of the two samples.
+    """
+
+    dataset_prompt_column: str | None = field(
+        default=None, metadata={"help": "Column of the questions, text or conversations (default: prompt)."}
+    )
+    dataset_solution_column: str | None = field(
+        default=None, metadata={"help": "Column of the gold answers (default: solution)."}
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System message put before questions that are plain text."}
+    )
+    prompt_template: str | None = field(
+        default=None, metadata={"help": "Instead: qwen25-math-cot, qwen-boxed or step-by-step."}
+    )
+    drop_unparsable_gold: bool = field(
+        default=False,
+        metadata={"help": "Drop rows whose gold answer math-verify cannot parse instead of refusing them."},
+    )
+    deduplicate: bool = field(default=False, metadata={"help": "Keep the first of each question."})
+    exclude_benchmarks: list[str] | None = field(
+        default=None, metadata={"help": "Drop the questions of these benchmarks."}
+    )
+    max_prompt_tokens: int | None = field(default=None, metadata={"help": "Drop longer prompts."})
+    num_train_prompts: int | None = field(default=None, metadata={"help": "Train on a sample of so many prompts."})
+    num_validation_prompts: int = field(
+        default=0, metadata={"help": "Put so many prompts aside as a split `validation`."}
+    )
+    split_seed: int = field(default=0, metadata={"help": "Of these two samples."})
+
+    def __post_init__(self):
+        if self.num_validation_prompts < 0 or (self.num_train_prompts is not None and self.num_train_prompts < 1):
+            raise ValueError(
+                f"num_train_prompts must be at least 1 and num_validation_prompts at least 0, got "
+                f"{self.num_train_prompts} and {self.num_validation_prompts}."
+            )
+
+
+def load_splits(name: str | None, config: str | None, args: DataArguments, streaming: bool = False, mixture=None):
+    """The splits of a dataset by name, as conversations.
+
+    Args:
+        name: `arithmetic`, a key of `CATALOGUE`, a file (.parquet, .jsonl, .json, .csv), a folder, or a dataset id.
+        config: Its configuration.
+        args: Columns and prompts.
+        streaming: Read it as it comes.
+        mixture: TRL's `DatasetMixtureConfig`; if it names datasets, they are what is read.
+
+    Returns:
+        Mapping from split to rows.
+
+    Raises:
+        ValueError: No dataset is named, or a column is missing.
+    """
+    from trl import get_dataset
+
+    if name == "arithmetic":
+        from trl_capo.data.arithmetic import SPLITS, arithmetic_dataset
+
+        return {split: arithmetic_dataset(split) for split in SPLITS}
+    prompts = dict(system_prompt=args.system_prompt, prompt_template=args.prompt_template)
+    mixed = mixture is not None and mixture.datasets
+    if name in CATALOGUE and not mixed:
+        return {CATALOGUE[name].split: load_catalogued(name, **prompts)}
+    if mixed:
+        rows = get_dataset(mixture)
+    elif name is None:
+        raise ValueError(
+            f"dataset_name is missing: set it to a dataset id, a folder, a file, arithmetic, or one of "
+            f"{', '.join(CATALOGUE)}."
+        )
+    elif Path(name).is_file() and Path(name).suffix in FORMATS:
+        rows = load_dataset(FORMATS[Path(name).suffix], data_files=name, streaming=streaming)
+    else:
+        rows = load_dataset(**location(name), name=config, streaming=streaming)
+    columns = args.dataset_prompt_column or "prompt", args.dataset_solution_column or "solution"
+    return to_conversations(rows, *columns, **prompts)
+
+
+def prepare(rows: Dataset, args: DataArguments, tokenizer=None, say: Callable = print) -> dict[str, Dataset]:
+    """Rows to train on and, if wanted, to validate on; says what was dropped and why.
+
+    Args:
+        rows: Conversations with gold answers, from `load_splits`.
+        args: What to do.
+        tokenizer: Counts the tokens of prompts; only for `max_prompt_tokens`.
+        say: Gets one line.
+
+    Returns:
+        "train" and, with `num_validation_prompts`, "validation".
+
+    Raises:
+        ValueError: Too few rows are left, or the dataset is a stream, whose rows cannot be compared.
+    """
+    wanted = {
+        name: getattr(args, name)
+        for name in ("deduplicate", "exclude_benchmarks", "max_prompt_tokens", "num_train_prompts")
+    } | {"num_validation_prompts": args.num_validation_prompts}
+    if isinstance(rows, IterableDataset):
+        if named := [name for name, value in wanted.items() if value]:
+            raise ValueError(f"{named[0]} needs all rows of the dataset, not a stream: set dataset_streaming=False.")
+        return {"train": drop_unparsable_gold(rows) if args.drop_unparsable_gold else rows}
+    story = [f"{len(rows):,} prompts"]
+
+    def keep(fewer: Dataset, why: str) -> Dataset:
+        if len(fewer) < len(rows):
+            story.append(f"{len(rows) - len(fewer):,} {why}")
+        return fewer
+
+    if args.drop_unparsable_gold:
+        rows = keep(drop_unparsable_gold(rows), "without a readable gold answer")
+    if args.deduplicate:
+        rows = keep(deduplicate(rows), "repeated")
+    if args.exclude_benchmarks:
+        prompts = dict(system_prompt=args.system_prompt, prompt_template=args.prompt_template)
+        benchmarks = [load_benchmark(name, **prompts) for name in args.exclude_benchmarks]
+        rows = keep(without_questions_of(rows, benchmarks), "of a benchmark")
+    if args.max_prompt_tokens is not None:
+        rows = keep(within_budget(rows, tokenizer, args.max_prompt_tokens), f"over {args.max_prompt_tokens} tokens")
+    splits = {"train": rows}
+    if args.num_train_prompts is not None or args.num_validation_prompts:
+        train, validation = train_and_validation(
+            rows, args.num_train_prompts, args.num_validation_prompts, args.split_seed
+        )
+        splits = {"train": train} | ({VALIDATION: validation} if args.num_validation_prompts else {})
+    if any(wanted.values()) or len(story) > 1:
+        dropped = f", less {', '.join(story[1:])}" if len(story) > 1 else ""
+        used = " and ".join(
+            f"{len(part):,} to {'train' if split == 'train' else 'validate'} on" for split, part in splits.items()
+        )
+        say(f"Data: {story[0]}{dropped}; {used}.")
+    return splits

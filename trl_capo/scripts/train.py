@@ -5,6 +5,7 @@
 
     trl-capo train --config recipes/arithmetic/capo/config_demo.yaml
     trl-capo train --config recipes/arithmetic/capo/config_demo.yaml --tau 0.4 --output_dir runs/tau-0.4
+    trl-capo train --config recipes/arithmetic/capo/config_demo.yaml --dry-run
     accelerate launch --config_file recipes/accelerate_configs/ddp.yaml -m trl_capo.scripts.train --config ...
 
 Conventions are TRL's: an option overrides the recipe, the recipe overrides the default.
@@ -62,12 +63,29 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     # TrlParser knows `--config FILE` only.
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    dry_run, argv = _take_dry_run(argv)
     method, config_path = _method_and_config(argv)
     parser = make_parser(method)
     _check_options(argv, parser)
     if config_path is not None:
         check_recipe_keys(config_path, _read_recipe(config_path), parser, method)
     script_args, training_args, model_args, data_args, mixture = parser.parse_args_and_config(argv)
+    if dry_run:
+        train_dataset, eval_dataset = load_data(script_args, data_args, mixture, training_args, model_args)
+        from trl_capo.dry_run import describe
+
+        lines = describe(
+            resolve_name(METHODS[method][1]),
+            dry_run,
+            training_args,
+            model_args,
+            _model_path(model_args.model_name_or_path),
+            train_dataset,
+            eval_dataset,
+            data_args.max_prompt_tokens,
+        )
+        print("\n".join(lines))
+        return
     resume_from = _checkpoint_to_resume(training_args)
 
     from trl import get_peft_config, get_quantization_config
@@ -104,6 +122,18 @@ def main(argv: list[str] | None = None) -> None:
         # The model's DDP wrapper now owns the process group. When it is freed, the main thread waits for gloo's thread
         # and holds the GIL, which that thread may still need to free its last gather: let it do so first.
         time.sleep(1)
+
+
+def _take_dry_run(argv: list[str]) -> tuple[argparse.Namespace | None, list[str]]:
+    """The options of a dry run, and the others; a recipe for GPUs is then also read on a machine without one."""
+    if not {"--dry-run", "--dry_run"} & set(argv):
+        return None, argv
+    import torch
+
+    from trl_capo import dry_run
+
+    options, rest = dry_run.make_parser().parse_known_args(argv)
+    return options, rest if torch.cuda.is_available() else [*rest, "--use_cpu", "true"]
 
 
 def _method_and_config(argv: list[str]) -> tuple[str, str | None]:

@@ -1,12 +1,14 @@
 """Every recipe parses with the installed TRL and says what it is meant to say."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.data.standins import make_repositories
 from trl_capo.scripts.demo import training_options
-from trl_capo.scripts.train import make_parser
+from trl_capo.scripts.train import main, make_parser
 
 
 RECIPES = sorted(path for path in Path("recipes").rglob("config_*.yaml"))
@@ -34,16 +36,98 @@ def test_recipe_parses(path, monkeypatch):
     check_save_steps(training)
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if "Qwen2.5-Math" in str(path)], ids=str)
+FULL = [path for path in RECIPES if path.name == "config_deepscaler.yaml"]
+
+
+@pytest.mark.parametrize("path", FULL, ids=str)
 def test_paper_layout(path):
     """128 prompts x 8 completions on 8 GPUs, two updates a generation, the paper's number of rollout batches."""
-    _, training, _ = parse(path)
+    script, training, _ = parse(path)
     rows = 8 * training.per_device_train_batch_size
     assert rows * training.steps_per_generation == 128 * 8
     assert rows * training.gradient_accumulation_steps == 64 * 8
-    small = "1.5B" in str(path)
-    assert (training.max_steps, training.tau) == ((1200, 0.6) if small else (800, 0.5))
+    assert training.max_steps == (800 if "Math-7B" in str(path) else 1200)
     assert (training.lr_scheduler_type, training.learning_rate, training.loss_type) == ("constant", 1e-6, "grpo")
+    assert training.num_generations_eval == 16
+    if script.method == "capo" and "Qwen2.5" in str(path):
+        assert (training.tau, training.ref_ppl_low, training.ref_ppl_high) == (
+            0.6 if "1.5B" in str(path) else 0.5,
+            1.05,
+            2.5,
+        )
+
+
+def test_recipes_of_a_model_differ_in_the_method_only():
+    """What all methods share is the same, or the comparison would not compare them."""
+    for folder in ("Qwen2.5-Math-1.5B", "Qwen2.5-Math-7B", "Qwen3-1.7B"):
+        recipes = {path.parent.name: yaml.safe_load(path.read_text()) for path in FULL if folder in str(path)}
+        shared = set.intersection(*(set(recipe) for recipe in recipes.values())) - {"method", "output_dir"}
+        layout = {
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "steps_per_generation",
+        }  # SimKO: memory
+        for name in shared - layout - {"epsilon"}:  # GSPO's is of another ratio
+            assert len({str(recipe[name]) for recipe in recipes.values()}) == 1, name
+
+
+SHAPES = {
+    "Qwen2.5-Math-1.5B": dict(hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2),
+    "Qwen2.5-Math-7B": dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4),
+    "Qwen3-1.7B": dict(hidden_size=2048, intermediate_size=6144, num_attention_heads=16, num_key_value_heads=8),
+}
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tiny_model, tmp_path_factory):
+    """Configurations of the models in their true shapes, without weights, and data of the shape of DeepScaleR."""
+    from transformers import AutoTokenizer, Qwen2Config, Qwen3Config
+
+    folder = tmp_path_factory.mktemp("stand-ins")
+    for name, shape in SHAPES.items():
+        kind = (
+            dict(max_position_embeddings=4096) if "2.5" in name else dict(head_dim=128, max_position_embeddings=32768)
+        )
+        vocabulary = dict(
+            vocab_size=152064 if "Math-7B" in name else 151936, tie_word_embeddings="Math-7B" not in name
+        )
+        config = (Qwen2Config if "2.5" in name else Qwen3Config)(num_hidden_layers=28, **shape, **kind, **vocabulary)
+        config.save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder / name)
+    make_repositories(folder / "data")
+    return folder
+
+
+ACCELERATE = {"Qwen2.5-Math-1.5B": "zero2", "Qwen2.5-Math-7B": "zero3", "Qwen3-1.7B": "zero2"}
+PARAMETERS = {"Qwen2.5-Math-1.5B": 1_543_714_304, "Qwen2.5-Math-7B": 7_615_616_512, "Qwen3-1.7B": 1_720_574_976}
+
+
+@pytest.mark.filterwarnings("ignore:.*rows, .* were expected", "ignore:Dropping")
+@pytest.mark.parametrize("path", [path for path in RECIPES if "Qwen" in str(path)], ids=str)
+def test_dry_run(path, stand_ins, repository, monkeypatch, capsys):
+    """Every recipe, the model's true shape, without GPU and network; and its README says what it says."""
+    folder, lora = path.parent.parent.name, "lora" in path.name
+    monkeypatch.setenv("TRL_CAPO_DATA", str(stand_ins / "data"))
+    options = ["--model_name_or_path", str(stand_ins / folder), "--num_train_prompts", "40"]
+    options += ["--num_validation_prompts", "8"]
+    if "24gb" in path.name:
+        options += ["--gpu_memory", "24"]
+    if not lora:
+        options += ["--accelerate_config", f"recipes/accelerate_configs/{ACCELERATE[folder]}.yaml"]
+    main(["--config", str(path), *options, "--dry-run"])
+    printed = capsys.readouterr().out
+    assert "40 to train on, 8 to evaluate on, of at most 1,024 tokens" in printed
+    trained = re.search(r"([\d,]+) parameters, ([\d,]+) of them trained", printed)
+    numbers, of_them = (int(number.replace(",", "")) for number in trained.groups())
+    assert numbers - (of_them if lora else 0) == PARAMETERS[folder]
+    assert (of_them == numbers) == (not lora)
+    prompts = (32, 600) if lora else (128, 400 if "Math-7B" in folder else 600)
+    assert f"to each of {prompts[0]} prompts" in printed and f"= {prompts[1]} rollout batches" in printed
+    assert "⚠️" not in printed
+    total = float(re.search(r"total +([\d.]+)", printed).group(1))
+    told = Path(f"recipes/{folder}/README.md").read_text()
+    if path.parent.name in ("capo", "simko"):
+        assert f"{total:.0f} GiB" in told, total
 
 
 @pytest.mark.parametrize("method", ["capo", "grpo"])

@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ from trl_capo.checks import (
     reward_names,
     steps_between_generations,
 )
-from trl_capo.evaluation.model_card import forget_calibration, restore_in_model_card
+from trl_capo.evaluation.model_card import complete_card, forget_calibration
 from trl_capo.group_config import GroupAdvantageConfig
 from trl_capo.reference import make_room_for_reference_adapter, reference_source
 from trl_capo.repack import (
@@ -629,10 +630,10 @@ class GroupAdvantageTrainer(GRPOTrainer):
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """TRL's card; a calibration section that `trl-capo report` put there stays while the weights do."""
+        """TRL's card, how it was trained, and what `trl-capo report` put there, which stays while the weights do."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            restore_in_model_card(self.args.output_dir)
+            Path(self.args.output_dir, "README.md").write_text(complete_card(self.args.output_dir))
 
     def train(self, resume_from_checkpoint: "str | bool | None" = None, **kwargs) -> TrainOutput:
         """As TRL, with `True` for the newest complete checkpoint; a finished run is restored and not trained on."""

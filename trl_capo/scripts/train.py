@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
 
     from trl import get_peft_config, get_quantization_config
 
+    from trl_capo.reproduction import write_reproduction
+
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -99,12 +101,14 @@ def main(argv: list[str] | None = None) -> None:
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    write_reproduction(trainer, argv, method, config_path, resume_from)
     if resume_from is not None:
         trainer.accelerator.print(f"⏩ Resuming from {resume_from}.")
     trainer.train(resume_from_checkpoint=resume_from)
     trainer.accelerator.print("✅ Training completed.")
 
     trainer.save_model(training_args.output_dir)
+    trainer.create_model_card(model_name=os.path.basename(training_args.output_dir))
     trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from huggingface_hub.errors import HTTPError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerState
 from transformers.trainer_utils import TrainOutput
@@ -62,6 +63,7 @@ from trl_capo.repack import (
     what_is_exact,
 )
 from trl_capo.rewards import AccuracyReward
+from trl_capo.scripts.push import push_command
 
 
 # One or several of: a function, the id of a reward model, a reward model.
@@ -634,6 +636,27 @@ class GroupAdvantageTrainer(GRPOTrainer):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             Path(self.args.output_dir, "README.md").write_text(complete_card(self.args.output_dir))
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        """As transformers, which creates the repository before it trains; a failure says what to do, in one line."""
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except (HTTPError, OSError) as error:
+            raise OSError(
+                f"push_to_hub: the repository could not be created ({' '.join(str(error).split())}). Log in with `hf "
+                "auth login` or set HF_TOKEN; or train without push_to_hub and push afterwards: "
+                f"{push_command(self.args.output_dir, self.args.hub_model_id or 'NAME', self.args.hub_private_repo)}"
+            ) from error
+
+    def push_to_hub(self, *args, **kwargs):
+        """As transformers; a failure says that the model is saved, and the command that uploads it."""
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        except (HTTPError, OSError, RuntimeError) as error:
+            repo_id = self.hub_model_id or self.args.hub_model_id or "NAME"
+            command = push_command(self.args.output_dir, repo_id, kwargs.get("private", self.args.hub_private_repo))
+            error.add_note(f"Nothing is lost: the model is in {self.args.output_dir}. To upload it: {command}")
+            raise
 
     def train(self, resume_from_checkpoint: "str | bool | None" = None, **kwargs) -> TrainOutput:
         """As TRL, with `True` for the newest complete checkpoint; a finished run is restored and not trained on."""

@@ -22,6 +22,7 @@ COMMANDS = {
     "answer": "ask a model that abstains when it is not sure",
     "report": "compare the samples of several runs on one page",
     "compare": "train several methods from one base and say which differences are sure",
+    "push": "upload a trained model to the Hub, or go on with an upload that failed",
     "demo": "train GRPO and CAPO side by side on a tiny model, on the CPU, in minutes",
 }
 

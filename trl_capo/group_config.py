@@ -88,3 +88,7 @@ class GroupAdvantageConfig(GRPOConfig):
                 "ref_model_dtype unset."
             )
         super().__post_init__()
+
+    def __getstate__(self):
+        # transformers pickles its arguments beside the model and uploads them with it: not the token, too.
+        return {**self.__dict__, "hub_token": None}

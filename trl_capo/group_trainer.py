@@ -18,11 +18,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from huggingface_hub.errors import HTTPError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerState
 from transformers.trainer_utils import TrainOutput
@@ -43,7 +45,7 @@ from trl_capo.checks import (
     reward_names,
     steps_between_generations,
 )
-from trl_capo.evaluation.model_card import forget_calibration, restore_in_model_card
+from trl_capo.evaluation.model_card import complete_card, forget_calibration
 from trl_capo.group_config import GroupAdvantageConfig
 from trl_capo.reference import make_room_for_reference_adapter, reference_source
 from trl_capo.repack import (
@@ -61,6 +63,7 @@ from trl_capo.repack import (
     what_is_exact,
 )
 from trl_capo.rewards import AccuracyReward
+from trl_capo.scripts.push import push_command
 
 
 # One or several of: a function, the id of a reward model, a reward model.
@@ -629,10 +632,31 @@ class GroupAdvantageTrainer(GRPOTrainer):
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """TRL's card; a calibration section that `trl-capo report` put there stays while the weights do."""
+        """TRL's card, how it was trained, and what `trl-capo report` put there, which stays while the weights do."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            restore_in_model_card(self.args.output_dir)
+            Path(self.args.output_dir, "README.md").write_text(complete_card(self.args.output_dir))
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        """As transformers, which creates the repository before it trains; a failure says what to do, in one line."""
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except (HTTPError, OSError) as error:
+            raise OSError(
+                f"push_to_hub: the repository could not be created ({' '.join(str(error).split())}). Log in with `hf "
+                "auth login` or set HF_TOKEN; or train without push_to_hub and push afterwards: "
+                f"{push_command(self.args.output_dir, self.args.hub_model_id or 'NAME', self.args.hub_private_repo)}"
+            ) from error
+
+    def push_to_hub(self, *args, **kwargs):
+        """As transformers; a failure says that the model is saved, and the command that uploads it."""
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        except (HTTPError, OSError, RuntimeError) as error:
+            repo_id = self.hub_model_id or self.args.hub_model_id or "NAME"
+            command = push_command(self.args.output_dir, repo_id, kwargs.get("private", self.args.hub_private_repo))
+            error.add_note(f"Nothing is lost: the model is in {self.args.output_dir}. To upload it: {command}")
+            raise
 
     def train(self, resume_from_checkpoint: "str | bool | None" = None, **kwargs) -> TrainOutput:
         """As TRL, with `True` for the newest complete checkpoint; a finished run is restored and not trained on."""

@@ -1,4 +1,4 @@
-"""`trl-capo train`: the same job from options, a recipe and a launcher; killed and resumed; pushed to the Hub."""
+"""`trl-capo train`: the same job from options, a recipe and a launcher; killed and resumed."""
 
 import json
 import os
@@ -203,33 +203,6 @@ def test_launched_on_two_processes(tiny_model, tmp_path, repository):
     output = finish(run_command(launch, repository))
     assert output.count("✅ Training completed.") == 1
     assert torch.isfinite(load_file(tmp_path / "run" / "model.safetensors")["model.norm.weight"]).all()
-
-
-@pytest.mark.parametrize("way", ["recipe", "python"])
-def test_push_to_hub(tiny_model, tmp_path, monkeypatch, way):
-    pushed = {}
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, repo_id, **kwargs: RepoUrl(f"me/{repo_id}"))
-    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **kwargs: pushed.update(kwargs))
-    if way == "recipe":
-        recipe = write_recipe(tmp_path, tiny_model, push_to_hub=True, hub_model_id="tiny-capo", ref_ppl_mask=False)
-        assert cli.main(["train", "--config", str(recipe)]) == 0
-    else:
-        from tests.helpers import parity_reward, prompt_dataset
-        from trl_capo import CAPOConfig, CAPOTrainer
-
-        config = CAPOConfig(**config_kwargs(tmp_path / "run", push_to_hub=True, hub_model_id="tiny-capo"))
-        trainer = CAPOTrainer(tiny_model, parity_reward, config, prompt_dataset())
-        trainer.train()
-        trainer.push_to_hub()
-    assert pushed["repo_id"] == "me/tiny-capo" and str(pushed["folder_path"]) == str(tmp_path / "run")
-    card = (tmp_path / "run" / "README.md").read_text()
-    assert "2604.12632" in card and (tmp_path / "run" / "model.safetensors").exists()
-
-
-class RepoUrl(str):
-    @property
-    def repo_id(self) -> str:
-        return str(self)
 
 
 def test_every_method_has_a_parser():

@@ -58,8 +58,8 @@ def make_parser(method: str = "capo", prog: str | None = "trl-capo train"):
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Train, save, and push if asked to."""
+def main(argv: list[str] | None = None) -> int:
+    """Train, save, and push if asked to. Returns 1 if only the push failed, else 0."""
     argv = sys.argv[1:] if argv is None else list(argv)
     # TrlParser knows `--config FILE` only.
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
@@ -90,6 +90,9 @@ def main(argv: list[str] | None = None) -> None:
 
     from trl import get_peft_config, get_quantization_config
 
+    from trl_capo.reproduction import write_reproduction
+    from trl_capo.scripts.push import push_trained
+
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -107,21 +110,21 @@ def main(argv: list[str] | None = None) -> None:
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    write_reproduction(trainer, argv, method, config_path, resume_from)
     if resume_from is not None:
         trainer.accelerator.print(f"⏩ Resuming from {resume_from}.")
     trainer.train(resume_from_checkpoint=resume_from)
     trainer.accelerator.print("✅ Training completed.")
 
-    trainer.save_model(training_args.output_dir)
+    trainer.save_model(training_args.output_dir, _internal_call=True)  # or it would push before the card is written
     trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
+    pushed = push_trained(trainer)
     trainer.end()
     if trainer.accelerator.num_processes > 1:
         # The model's DDP wrapper now owns the process group. When it is freed, the main thread waits for gloo's thread
         # and holds the GIL, which that thread may still need to free its last gather: let it do so first.
         time.sleep(1)
+    return 0 if pushed else 1
 
 
 def _take_dry_run(argv: list[str]) -> tuple[argparse.Namespace | None, list[str]]:

@@ -1,0 +1,267 @@
+"""`trl-capo push`: upload a trained model to the Hub, or go on with an upload that failed.
+
+    trl-capo push runs/capo --repo_id me/qwen-capo --private
+
+All files go up in one commit, so that the Hub never shows half a model; what is there already is not sent again. The
+card gets how the model was trained, and the calibration report if the folder has one. The folder stays as it is.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from trl_capo.cli import main as cli_main
+
+
+WAITS = (5, 20, 60)  # seconds between attempts
+# Not part of a model. Pickled arguments hold local paths, and with TRL's own configuration also the token.
+NOT_UPLOADED = (
+    "checkpoint-*/*",
+    "last-checkpoint/*",
+    "global_step*/*",
+    "reference/*",  # a moving reference, as a checkpoint keeps it
+    "optimizer*",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*",
+    "trainer_state.json",
+    "trl_capo_state.json",
+    "training_args.bin",
+    "*.partial",
+    "_*",
+    ".*",
+)
+
+
+class PushError(Exception):
+    """An upload that failed for good. The message says why, that nothing is lost, and the command to go on with."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="trl-capo push", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("folder", help="folder of the model: the output_dir of a run, or one of its checkpoints")
+    parser.add_argument("--repo_id", required=True, help="name on the Hub: NAME, or OWNER/NAME")
+    parser.add_argument("--private", action="store_true", help="create the repository as a private one")
+    parser.add_argument("--dataset", help="dataset on the Hub that the card names (default: that of the run)")
+    parser.add_argument("--revision", help="branch to push to, which must exist (default: main)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Upload; 1 if the Hub did not take it."""
+    args = make_parser().parse_args(argv)
+    try:
+        push_folder(
+            args.folder,
+            args.repo_id,
+            private=args.private or None,
+            dataset=args.dataset,
+            revision=args.revision,
+        )
+    except PushError as error:
+        print(f"trl-capo push: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    dataset: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Upload a model, and try again while the Hub cannot be reached.
+
+    Args:
+        folder: Folder of the model. Nothing in it is changed.
+        repo_id: Name on the Hub. Created if it does not exist.
+        private: True: only into a private repository. None: a new one is what the account's default says.
+        dataset: Dataset on the Hub that the card names (default: that of the run).
+        revision: Branch, which must exist; None is main.
+        token: Access token (default: that of the login or of HF_TOKEN).
+
+    Returns:
+        Address of the model.
+
+    Raises:
+        PushError: The Hub could not be reached after four attempts, or refuses.
+        ValueError: The folder holds no model.
+    """
+    from huggingface_hub.errors import HTTPError
+
+    files = model_files(folder)
+    size = sum(path.stat().st_size for path in files.values()) / 1e6
+    print(f"Uploading {folder} to {repo_id}: {len(files)} files, {size:,.1f} MB.")
+    for wait in (*WAITS, None):
+        try:
+            address = _push(folder, files, repo_id, private, dataset, revision, token)
+            print(f"🤗 {address}")
+            return address
+        except (HTTPError, OSError, RuntimeError, ValueError) as error:
+            reason = _reason(error)
+            if wait is None or not _may_pass(error):
+                command = push_command(folder, repo_id, private, dataset, revision)
+                raise PushError(
+                    f"{folder} could not be pushed to {repo_id}: {reason} Nothing is lost, the model is in {folder}. "
+                    f"To go on: {command}"
+                ) from error
+            print(f"⚠️ The upload failed: {reason} Trying again in {wait} s.", flush=True)
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def push_trained(trainer) -> bool:
+    """Write the card of a model that was just saved, and push it if the training arguments say so.
+
+    Args:
+        trainer: The trainer. Only its main process does anything.
+
+    Returns:
+        False if the push failed. Why, and how to go on, is printed: the model itself is safe.
+    """
+    from trl_capo.reproduction import hub_dataset
+
+    if not trainer.is_world_process_zero():
+        return True
+    args = trainer.args
+    repo_id = trainer.hub_model_id or args.hub_model_id or Path(args.output_dir).resolve().name
+    if args.push_to_hub:
+        try:  # trackio uploads its dashboard here and tags the model with it
+            trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
+        except Exception as error:  # whatever it is, the model comes first
+            print(f"⚠️ A tracker failed before the push: {_reason(error)}", file=sys.stderr)
+    trainer.create_model_card(
+        model_name=repo_id.split("/")[-1],
+        dataset_name=hub_dataset(args.output_dir),
+        tags=getattr(trainer.model, "model_tags", None),
+    )
+    if not args.push_to_hub:
+        return True
+    options = dict(private=args.hub_private_repo, revision=args.hub_revision, token=args.hub_token)
+    try:
+        push_folder(args.output_dir, repo_id, **options)
+    except PushError as error:
+        print(f"trl-capo train: error: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def push_command(
+    folder: str | Path,
+    repo_id: str,
+    private: bool | None = None,
+    dataset: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """The command that uploads a folder.
+
+    Example:
+        >>> push_command("runs/capo", "me/capo", private=True)
+        'trl-capo push runs/capo --repo_id me/capo --private'
+    """
+    words = ["trl-capo", "push", str(folder), "--repo_id", repo_id] + ["--private"] * bool(private)
+    for name, value in (("--dataset", dataset), ("--revision", revision)):
+        words += [name, value] if value is not None else []
+    return shlex.join(words)
+
+
+def model_files(folder: str | Path) -> dict[str, Path]:
+    """The files of a model that belong on the Hub, by their names there. A card of its own need not be among them.
+
+    A checkpoint is one of a run, whose recipe lies in the folder above.
+
+    Raises:
+        ValueError: The folder holds no weights.
+    """
+    from huggingface_hub.utils import filter_repo_objects
+
+    from trl_capo.evaluation.model_card import FILE_NAME, IMAGE
+    from trl_capo.reproduction import RECIPE, RECORD
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder. Give the output_dir of a run.")
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    kept = list(filter_repo_objects(names, ignore_patterns=list(NOT_UPLOADED)))
+    if not any(name.endswith((".safetensors", ".bin")) for name in kept):
+        checkpoints = sorted(str(path) for path in folder.glob("checkpoint-*"))
+        hint = f" Its checkpoints can be pushed one by one: {', '.join(checkpoints)}." if checkpoints else ""
+        raise ValueError(f"{folder} holds no weights (*.safetensors).{hint}")
+    for card in ("README.md", FILE_NAME):
+        for image in IMAGE.findall((folder / card).read_text()) if card in names else ():
+            if image in names and image not in kept:
+                kept.append(image)
+    files = {name: folder / name for name in kept}
+    run = _run_folder(folder)
+    return files | {name: run / name for name in (RECIPE, RECORD) if (run / name).exists()}
+
+
+def _run_folder(folder: Path) -> Path:
+    return folder.resolve().parent if folder.resolve().name.startswith("checkpoint-") else folder
+
+
+def _push(folder, files: dict[str, Path], repo_id: str, private, dataset, revision, token) -> str:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    from trl_capo.evaluation.model_card import complete_card
+
+    api = HfApi(library_name="trl-capo", token=token)
+    url = api.create_repo(repo_id, private=private, exist_ok=True)
+    if private and not api.model_info(url.repo_id).private:
+        raise ValueError(f"{url.repo_id} exists and is public. Make it private in its settings, or use another name.")
+    card = complete_card(folder, repo_id=url.repo_id, dataset=dataset, run_folder=_run_folder(Path(folder)))
+    contents = {**files, "README.md": card.encode()}
+    operations = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content))
+        for name, content in contents.items()
+    ]
+    api.create_commit(url.repo_id, operations, commit_message="Upload by trl-capo push", revision=revision)
+    return str(url)
+
+
+def _causes(error: BaseException | None):
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another attempt may succeed: the Hub is busy or not there, rather than of another opinion."""
+    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    for cause in _causes(error):
+        status = _status(cause)
+        if status is not None:
+            return status in (408, 429) or status >= 500
+        if isinstance(cause, (OfflineModeIsEnabled, LocalTokenNotFoundError)):
+            return False
+        # A page of HTML in place of an answer comes from a proxy before the Hub.
+        if isinstance(cause, (HTTPError, ConnectionError, TimeoutError, json.JSONDecodeError)):
+            return True
+    return isinstance(error, RuntimeError)  # hf_xet's
+
+
+def _reason(error: Exception) -> str:
+    """The first cause of an error in a line, with what to do if it is the login."""
+    root = list(_causes(error))[-1]
+    status = next((status for cause in _causes(error) if (status := _status(cause)) is not None), None)
+    shown = next((cause for cause in _causes(error) if _status(cause) is not None), root)
+    text = " ".join(re.sub(r"For more information check: \S+", "", str(shown)).split()) or type(shown).__name__
+    text = text if len(text) <= 300 else f"{text[:297]}..."
+    text = text if text.endswith((".", "!", "?")) else f"{text}."
+    return f"{text} Log in with `hf auth login`, or set HF_TOKEN." if status in (401, 403) else text
+
+
+if __name__ == "__main__":
+    sys.exit(cli_main(["push", *sys.argv[1:]]))

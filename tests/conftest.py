@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fake_hub import running_hub
 from tests.helpers import save_tiny_model
 
 
@@ -26,3 +27,18 @@ def tiny_model(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return Path(__file__).parent.parent
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub that the client in this process talks to. Waits between attempts are counted, not waited for."""
+    from transformers.utils import hub as transformers_hub
+
+    with running_hub() as hub:
+        for name, value in (("ENDPOINT", hub.endpoint), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        monkeypatch.setenv("HF_TOKEN", "hf_of_this_test")
+        monkeypatch.setattr(transformers_hub, "_hf_api", None)  # it would keep the endpoint of another test
+        hub.waits = []
+        monkeypatch.setattr("trl_capo.scripts.push.sleep", hub.waits.append)
+        yield hub

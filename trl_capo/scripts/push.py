@@ -11,8 +11,8 @@ import json
 import re
 import shlex
 import sys
-import time
 from pathlib import Path
+from time import sleep
 
 from trl_capo.cli import main as cli_main
 
@@ -113,7 +113,7 @@ def push_folder(
                     f"To go on: {command}"
                 ) from error
             print(f"⚠️ The upload failed: {reason} Trying again in {wait} s.", flush=True)
-            time.sleep(wait)
+            sleep(wait)
     raise AssertionError("the last attempt returns or raises")
 
 

@@ -70,22 +70,14 @@ def main(argv: list[str] | None = None) -> int:
     if config_path is not None:
         check_recipe_keys(config_path, _read_recipe(config_path), parser, method)
     script_args, training_args, model_args, data_args, mixture = parser.parse_args_and_config(argv)
+    train_dataset, eval_dataset = load_data(script_args, data_args, mixture, training_args, model_args)
+    model, trainer_class = _model_path(model_args.model_name_or_path), resolve_name(METHODS[method][1])
     if dry_run:
-        train_dataset, eval_dataset = load_data(script_args, data_args, mixture, training_args, model_args)
         from trl_capo.dry_run import describe
 
-        lines = describe(
-            resolve_name(METHODS[method][1]),
-            dry_run,
-            training_args,
-            model_args,
-            _model_path(model_args.model_name_or_path),
-            train_dataset,
-            eval_dataset,
-            data_args.max_prompt_tokens,
-        )
-        print("\n".join(lines))
-        return
+        rows, longest = (train_dataset, eval_dataset), data_args.max_prompt_tokens
+        print("\n".join(describe(trainer_class, dry_run, training_args, model_args, model, *rows, longest)))
+        return 0
     resume_from = _checkpoint_to_resume(training_args)
 
     from trl import get_peft_config, get_quantization_config
@@ -100,9 +92,8 @@ def main(argv: list[str] | None = None) -> int:
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    train_dataset, eval_dataset = load_data(script_args, data_args, mixture, training_args, model_args)
-    trainer = resolve_name(METHODS[method][1])(
-        model=_model_path(model_args.model_name_or_path),
+    trainer = trainer_class(
+        model=model,
         reward_funcs=[_reward_function(name) for name in script_args.reward_funcs],
         args=training_args,
         train_dataset=train_dataset,

@@ -3,6 +3,7 @@
 import json
 import re
 
+from trl_capo.data.catalogue import CATALOGUE
 from trl_capo.scripts.train import METHODS
 
 
@@ -33,11 +34,17 @@ def test_every_method_is_in_the_table(repository):
     assert rows == list(dict.fromkeys(rows)) and set(rows) == set(METHODS)
 
 
+def test_every_dataset_is_in_the_table(repository):
+    page = (repository / "docs" / "data.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| ([^,|]+),[^|]*\| ([\d,]+) \| ([^|]+) \|", page, re.MULTILINE)
+    assert rows == [(name, of.path, f"{of.num_rows:,}", of.licence) for name, of in CATALOGUE.items()]
+
+
 def test_links_in_the_documentation_lead_somewhere(repository):
     pages = [
         repository / "README.md",
         *sorted((repository / "docs").glob("*.md")),
-        *sorted(repository.glob("recipes/*.md")),
+        *sorted(repository.glob("recipes/**/*.md")),
     ]
     links = 0
     for page in pages:

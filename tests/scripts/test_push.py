@@ -123,7 +123,7 @@ def test_busy_hub_is_asked_again(hub, model, capsys, kind):
     assert cli.main(["push", str(model), "--repo_id", "tiny"]) == 0
     assert_arrived(hub.repositories["me/tiny"], model)
     output = capsys.readouterr()
-    if kind == "store":  # there the client itself tries again
+    if kind == "store":
         assert "The upload failed" not in output.out  # the client itself tried again
     else:
         assert hub.waits == [5, 20]

@@ -2,12 +2,15 @@
 #
 #   make test PYTHON=python3.12         another interpreter (for a new $(VENV))
 #   make test ARGS="-m slow"            other arguments for pytest
+#   make test WORKERS=0                 in one process, as a debugger wants it
 #   make install TORCH=torch==2.13.0    exactly this torch; the default is its CPU build where no NVIDIA driver is found
 
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 TORCH ?= torch==2.13.0
+# A process needs about 1 GB; tests of one file share their fixtures, so they stay together.
+WORKERS ?= auto --maxprocesses 4
 ARGS ?= -m "not slow and not gpu and not browser and not vllm"
 
 PY := $(VENV)/bin/python
@@ -26,7 +29,7 @@ demo: $(STAMP)  ## train GRPO and CAPO side by side on a tiny model and compare 
 	$(VENV)/bin/trl-capo demo
 
 test: $(STAMP)  ## run the tests and doctests
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --dist loadfile --numprocesses $(WORKERS) $(ARGS)
 
 test-browser: $(STAMP)  ## run the tests of the report page, in Chromium
 	$(PY) -m pip install --quiet playwright

@@ -556,8 +556,27 @@ def chosen_settings(world: str) -> tuple[str, str]:
     return grpo, max(capo, key=lambda setting: means[setting][1])
 
 
+def chosen_rivals(world: str) -> dict[str, str]:
+    """The setting of each rival for the comparison, by CAPO's rule, from the first tuning seed alone.
+
+    If all are more than two points less accurate than GRPO, it is the most accurate.
+    """
+    by_seed, (grpo, _) = tuned(world), chosen_settings(world)
+    first = min(by_seed[grpo])
+    found = {setting: of[first] for setting, of in by_seed.items() if first in of}
+    chosen = {}
+    for rival in ("gspo", "codapo", "cde", "simko"):
+        settings = [setting for setting in found if setting.split()[0] == rival]
+        close = [setting for setting in settings if found[setting][0] >= found[grpo][0] - 0.02]
+        if close:
+            chosen[rival] = max(close, key=lambda setting: found[setting][1])
+        elif settings:
+            chosen[rival] = max(settings, key=lambda setting: found[setting][0])
+    return chosen
+
+
 def tuning_table(world: str) -> str:
-    chosen = chosen_settings(world)
+    chosen = [*chosen_settings(world), *chosen_rivals(world).values()]
     rows = [
         [f"**{setting}**" if setting in chosen else setting, seed, *(f"{number:.3f}" for number in numbers)]
         for setting, of in tuned(world).items()

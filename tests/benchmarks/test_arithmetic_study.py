@@ -215,7 +215,13 @@ def test_settings_are_chosen_by_the_rule(tmp_path, monkeypatch):
         write("capo tau 0.1", seed, 0.39, 0.90)  # too inaccurate
         write("capo tau 0.25", seed, 0.401, 0.80)
     write("capo lr 1e-4", 10, 0.42, 0.95)  # one seed only
+    for setting, accuracy, auc in (("gspo", 0.41, 0.7), ("gspo lr 1e-4", 0.402, 0.8), ("gspo lr 4e-4", 0.39, 0.9)):
+        write(setting, 10, accuracy, auc)
+    for setting, accuracy, auc in (("cde", 0.3, 0.9), ("cde omega 2", 0.31, 0.8)):  # none is accurate enough
+        write(setting, 10, accuracy, auc)
     assert evidence.chosen_settings("slips") == ("grpo std", "capo tau 0.25")
+    assert evidence.chosen_rivals("slips") == {"gspo": "gspo lr 1e-4", "cde": "cde omega 2"}
+    assert "| **gspo lr 1e-4** | 10 |" in evidence.tuning_table("slips")
     assert "| **capo tau 0.25** | 11 | 0.401 | 0.800 |" in evidence.tuning_table("slips")
 
 

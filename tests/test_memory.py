@@ -69,8 +69,8 @@ def tiny(dtype=torch.float32):
     [
         ("ddp", (1, 2, 1, 1)),
         ("fsdp2", (1 / 4, 1 / 4, 1 / 4, 1 / 4)),
-        ("zero2", (1 / 2, 1 / 8, 12 / 8 / 4, 1)),
-        ("zero3", (1 / 8, 1 / 8, 12 / 8 / 4, 1 / 4)),
+        ("zero2", (1 / 2, 1 / 8, 12 / 8 / 4, 1 / 2)),
+        ("zero3", (1 / 8, 1 / 8, 12 / 8 / 4, 1 / 8)),
     ],
 )
 def test_sharding(sharding, shares):
@@ -109,17 +109,19 @@ def test_activations_grow_as_they_do():
     shape = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=8)
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=64, num_key_value_heads=4, **shape)).train()
     head = 4 * 2 * 96 * 64 + 4 * 64 * 128
-    whole = activation_bytes(model.config, 2, 96, 4, checkpointing=False, unfused_head=False) - head
+    whole = activation_bytes(model.config, 2, 96, 4, 4, checkpointing=False, unfused_head=False) - head
     assert whole == pytest.approx(saved_bytes(model, 2, 96, checkpointing=False), rel=0.34)
     one_layer = whole // 6
-    checkpointed = activation_bytes(model.config, 2, 96, 4, checkpointing=True, unfused_head=False) - head - one_layer
+    checkpointed = (
+        activation_bytes(model.config, 2, 96, 4, 4, checkpointing=True, unfused_head=False) - head - one_layer
+    )
     assert checkpointed == pytest.approx(saved_bytes(model, 2, 96, checkpointing=True), rel=0.34)
 
 
 def test_all_logits_cost_what_simko_says():
     config = tiny().config
     config.vocab_size = 152_000
-    plain, unfused = (activation_bytes(config, 8, 3072, 2, True, unfused_head) for unfused_head in (False, True))
+    plain, unfused = (activation_bytes(config, 8, 3072, 2, 4, True, unfused_head) for unfused_head in (False, True))
     assert unfused - plain > 2 * 15e9 - 1e9  # 15 GB, twice
 
 

@@ -15,11 +15,15 @@ RECIPES = sorted(path for path in Path("recipes").rglob("config_*.yaml"))
 
 
 def parse(path: Path):
+    script, training, model, *_ = parse_all(path)
+    return script, training, model
+
+
+def parse_all(path: Path):
     method = yaml.safe_load(path.read_text())["method"]
     # bf16 recipes are for GPUs; on a machine without one the parser needs to hear that the CPU is meant.
     arguments = ["--config", str(path), "--use_cpu", "true"]
-    script, training, model, *_ = make_parser(method).parse_args_and_config(arguments)
-    return script, training, model
+    return make_parser(method).parse_args_and_config(arguments)
 
 
 def test_there_are_recipes():
@@ -57,18 +61,24 @@ def test_paper_layout(path):
         )
 
 
+OWN = {  # what may differ between the methods of a comparison
+    *("method", "output_dir", "run_name", "hub_model_id", "scale_rewards", "epsilon", "epsilon_high"),
+    *("importance_sampling_level", "ref_ppl_mask", "ref_ppl_quantiles", "ref_model_dtype", "tau", "tau_unit"),
+    # SimKO needs its memory for logits: fewer rows, more of them accumulated.
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"),
+}
+
+
 def test_recipes_of_a_model_differ_in_the_method_only():
-    """What all methods share is the same, or the comparison would not compare them."""
+    """All that two methods both have is the same, defaults included, or the comparison would not compare them."""
     for folder in ("Qwen2.5-Math-1.5B", "Qwen2.5-Math-7B", "Qwen3-1.7B"):
-        recipes = {path.parent.name: yaml.safe_load(path.read_text()) for path in FULL if folder in str(path)}
-        shared = set.intersection(*(set(recipe) for recipe in recipes.values())) - {"method", "output_dir"}
-        layout = {
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "steps_per_generation",
-        }  # SimKO: memory
-        for name in shared - layout - {"epsilon"}:  # GSPO's is of another ratio
-            assert len({str(recipe[name]) for recipe in recipes.values()}) == 1, name
+        paths = [path for path in FULL if folder in str(path)]
+        parsed = {path.parent.name: [vars(part) for part in parse_all(path)] for path in paths}
+        options = {method: {k: v for part in parts for k, v in part.items()} for method, parts in parsed.items()}
+        for method, given in options.items():
+            for name in (set(given) & set(options["grpo"])) - OWN:
+                if not name.startswith(("_", "logging_dir", "deepspeed", "distributed_state")):
+                    assert str(given[name]) == str(options["grpo"][name]), (folder, method, name)
 
 
 SHAPES = {
@@ -121,6 +131,8 @@ def test_dry_run(path, stand_ins, repository, monkeypatch, capsys):
     numbers, of_them = (int(number.replace(",", "")) for number in trained.groups())
     assert numbers - (of_them if lora else 0) == PARAMETERS[folder]
     assert (of_them == numbers) == (not lora)
+    times = 6 if lora or "Math-7B" not in folder else 4
+    assert f"8 prompts x 16 = {4 if lora else 1} batches, {times} times" in printed
     prompts = (32, 600) if lora else (128, 400 if "Math-7B" in folder else 600)
     assert f"to each of {prompts[0]} prompts" in printed and f"= {prompts[1]} rollout batches" in printed
     assert "⚠️" not in printed

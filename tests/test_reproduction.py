@@ -79,7 +79,14 @@ def test_recipe_parses_to_the_same_values(tmp_path, method, arguments):
 
 def test_environment_of_a_recipe_stays_but_for_its_secrets(tmp_path):
     mine = tmp_path / "mine.yaml"
-    environment = {"TRL_CAPO_TEST": 1, "WANDB_API_KEY": "secret", "HF_TOKEN": TOKEN}
+    secrets = {
+        "WANDB_API_KEY": "a",
+        "HF_TOKEN": TOKEN,
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "OPENAI_KEY": "c",
+        "DB_PASSWD": "d",
+    }
+    environment = {"TRL_CAPO_TEST": 1, **secrets}
     mine.write_text(yaml.safe_dump({"tau": 0.3, "env": environment}))
     options = resolved_options(["--config", str(mine)], "capo", str(mine))
     assert options == {"method": "capo", "env": {"TRL_CAPO_TEST": 1}, "tau": 0.3}

@@ -4,10 +4,14 @@ The dataset is loaded and prepared as for training; of the model only configurat
 """
 
 import argparse
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from transformers import TrainingArguments
 
-from trl_capo.memory import GIB, Memory, memory
+from trl_capo.memory import GIB, KNOWN_OPTIMIZERS, Memory, memory
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -57,7 +61,18 @@ def empty_model(path: str, dtype: str | None, args, revision: str | None = None)
         return AutoModelForCausalLM.from_config(config, dtype=precision, trust_remote_code=args.trust_remote_code)
 
 
-def batch_lines(args, num_processes: int, num_prompts: int) -> list[str]:
+@contextmanager
+def as_if_launched(num_processes: int) -> Iterator[None]:
+    """A configuration made meanwhile is that of one of so many processes, on which its checks and defaults depend."""
+    original = TrainingArguments.world_size
+    TrainingArguments.world_size = property(lambda self: num_processes)
+    try:
+        yield
+    finally:
+        TrainingArguments.world_size = original
+
+
+def batch_lines(method_class: type, args, num_processes: int, num_prompts: int, num_eval_prompts: int) -> list[str]:
     """The batch arithmetic in prompts and completions, and steps in both units."""
     from trl_capo.checks import steps_between_generations
 
@@ -65,21 +80,34 @@ def batch_lines(args, num_processes: int, num_prompts: int) -> list[str]:
     generation, update = rows * args.steps_per_generation, rows * args.gradient_accumulation_steps
     prompts = generation // args.num_generations
     interval = steps_between_generations(args)
+    draws = method_class.generations_per_batch(args)
     if args.max_steps > 0:
         steps = args.max_steps
     else:
-        steps = int(args.num_train_epochs * num_prompts * args.num_generations * args.num_iterations / update)
+        steps = int(args.num_train_epochs * num_prompts * args.num_generations * args.num_iterations * draws / update)
     batches = steps * args.gradient_accumulation_steps / (args.steps_per_generation * args.num_iterations)
-    return [
+    distinct = batches * prompts / draws
+    lines = [
         f"A generation: {num_processes} processes x {args.per_device_train_batch_size} rows x "
         f"{args.steps_per_generation} = {generation:,} completions, {args.num_generations} to each of {prompts:,} "
         "prompts.",
         f"An optimizer step: {num_processes} x {args.per_device_train_batch_size} x "
         f"{args.gradient_accumulation_steps} = {update:,} completions; generations begin every {interval} "
         f"step{'s' if interval > 1 else ''}.",
-        f"Training: {steps:,} optimizer steps = {batches:,.0f} rollout batches = {batches * prompts:,.0f} prompts = "
-        f"{batches * prompts / num_prompts:.2f} epochs of {num_prompts:,}.",
+        f"Training: {steps:,} optimizer steps = {batches:,.0f} rollout batches = {distinct:,.0f} prompts"
+        f"{f', each batch drawn {draws} times,' if draws > 1 else ''} = {distinct / num_prompts:.2f} epochs of "
+        f"{num_prompts:,}.",
     ]
+    if num_eval_prompts and args.eval_strategy != "no":
+        times = steps // int(args.eval_steps) if args.eval_strategy == "steps" and args.eval_steps >= 1 else 1
+        rows = args.per_device_eval_batch_size * num_processes
+        parts = math.ceil(num_eval_prompts * args.num_generations_eval / rows)
+        lines.append(
+            f"Evaluation: {num_eval_prompts:,} prompts x {args.num_generations_eval} = {parts:,} batches, {times} "
+            f"times. A batch waits for its longest answer: {parts * times:,} such waits, beside {batches:,.0f} in "
+            "training."
+        )
+    return lines
 
 
 def estimate(method_class: type, args, model_args, path: str, launch: tuple[int, str], gpu_bytes: int, tokens: int):
@@ -141,8 +169,8 @@ def describe(
     from trl_capo.evaluation.sample import tokenize
 
     launch = read_launch(options.accelerate_config)
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=model_args.model_revision)
     if max_prompt_tokens is None:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=model_args.model_revision)
         max_prompt_tokens = max(map(len, tokenize(tokenizer, list(train_dataset["prompt"]))))
     tokens = max_prompt_tokens + args.max_completion_length
     gpu_bytes = round(options.gpu_memory * GIB)
@@ -155,14 +183,41 @@ def describe(
         f"Prompts: {len(train_dataset):,} to train on, {validation} to evaluate on, of at most "
         f"{max_prompt_tokens:,} tokens.",
         f"The first: {train_dataset[0]['prompt']}, gold {train_dataset[0].get('solution')!r}",
-        *batch_lines(args, launch[0], len(train_dataset)),
+        *batch_lines(method_class, args, launch[0], len(train_dataset), len(eval_dataset or ())),
         *memory_lines(found, launch, gpu_bytes),
     ]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for limit, name in ((context, "the model's context"), (args.vllm_max_model_length, "vllm_max_model_length")):
         if limit is not None and tokens > limit:
             lines.append(f"⚠️ {tokens:,} tokens of prompt and completion exceed {name}, {limit:,}.")
-    return lines
+    if str(getattr(args.optim, "value", args.optim)) not in KNOWN_OPTIMIZERS:
+        lines.append(f"⚠️ The state of the optimizer {args.optim} is not known here and counted as AdamW's.")
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        lines.append("⚠️ Quantised weights are counted unquantised.")
+    return lines + end_of_turn_warning(path, tokenizer, model_args.model_revision)
+
+
+def end_of_turn_warning(path: str, tokenizer, revision: str | None) -> list[str]:
+    """A base model may end its turn with a token at which nothing stops: then every answer is as long as allowed."""
+    from transformers import GenerationConfig
+
+    if tokenizer.chat_template is None:
+        return []
+    turn = tokenizer.apply_chat_template([{"role": "assistant", "content": "7"}], tokenize=False)
+    ends = [token for token in tokenizer.all_special_tokens if token in turn.rpartition("7")[2]]
+    try:
+        stops = GenerationConfig.from_pretrained(path, revision=revision).eos_token_id
+    except OSError:
+        stops = None
+    stops = {tokenizer.eos_token_id, *([stops] if isinstance(stops, int) else stops or [])}
+    unknown = [token for token in ends if tokenizer.convert_tokens_to_ids(token) not in stops]
+    if not ends or len(unknown) < len(ends):
+        return []
+    return [
+        f"⚠️ The chat template ends a turn with {unknown[0]}, at which generation does not stop. Train one step first "
+        "(--max_steps 1): if completions/clipped_ratio is near 1, add its id to eos_token_id in the model's "
+        "generation_config.json."
+    ]
 
 
 def memory_lines(found: Memory, launch: tuple[int, str], gpu_bytes: int) -> list[str]:

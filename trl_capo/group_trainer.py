@@ -143,7 +143,6 @@ class GroupAdvantageTrainer(GRPOTrainer):
 
     config_class = GroupAdvantageConfig
     _tag_names = ["trl", "trl-capo", "grpo"]
-    _generations_per_batch = 1  # how often in a row the sampler draws the same prompts
     _reads_logits = False  # whether the loss takes its log-probs from `_logps_from_logits`
 
     def __init__(
@@ -222,6 +221,11 @@ class GroupAdvantageTrainer(GRPOTrainer):
     def needs_ref(args: GroupAdvantageConfig) -> bool:
         """Whether the method reads `groups.ref_mean_logps`. Called before the parent's constructor."""
         return False
+
+    @staticmethod
+    def generations_per_batch(args: GroupAdvantageConfig) -> int:
+        """How often in a row the sampler draws the same prompts."""
+        return 1
 
     def _rows_needing_logps(self, groups: RolloutGroups) -> Tensor:
         """Completions whose log-probs the advantages can depend on, shape (P, G), boolean, the same on every rank.
@@ -450,7 +454,8 @@ class GroupAdvantageTrainer(GRPOTrainer):
         if self._defers_old_logps:
             self._old_logps_deferred = True
             return None, None, None
-        if self._reads_logits and self._loss_inputs is not None:
+        # In evaluation the surrogate has the value of the log-probs, and its batches are larger.
+        if self._reads_logits and self._loss_inputs is not None and self.model.training:
             return self._unfused_logps(model, input_ids, attention_mask, logits_to_keep)
         # TRL names a batch size where it passes over a whole generation, for the log-probs alone.
         for_logps_alone = not (
@@ -692,7 +697,7 @@ class GroupAdvantageTrainer(GRPOTrainer):
         sampler = super()._get_train_sampler(dataset)
         if not isinstance(sampler, RepeatSampler):
             return sampler
-        sampler.repeat_count *= self._generations_per_batch
+        sampler.repeat_count *= self.generations_per_batch(self.args)
         if not sampler.shuffle:
             return sampler
         return _EpochRepeatSampler(

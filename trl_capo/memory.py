@@ -16,6 +16,7 @@ from torch import nn
 
 GIB = 2**30
 SHARDING = ("none", "ddp", "zero2", "zero3", "fsdp2")
+KNOWN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def optimizer_bytes(model: nn.Module, optim: str) -> int:
 
     Args:
         model: Perhaps on "meta".
-        optim: transformers' name; AdamW (two numbers a weight, a float32 step a tensor) unless it is `sgd` (none).
+        optim: transformers' name; counted as AdamW (two numbers a weight, a step a tensor) unless it is `sgd` (none).
 
     Example:
         >>> optimizer_bytes(nn.Linear(3, 2), "adamw_torch")  # 8 weights x 2 x 4 bytes, 2 tensors x 4 bytes
@@ -107,20 +108,33 @@ def memory(
         numbers = sum(p.numel() for p in trained)
         weights = 2 * sum(p.numel() for p in model.parameters())
         gradients, optimizer = 2 * numbers, (4 if optim == "sgd" else 12) * numbers
-    reference_weights = sum(p.numel() * p.element_size() for p in reference.parameters()) if reference else 0
+        reference_bytes = 2 * sum(p.numel() for p in reference.parameters()) if reference else 0
+    else:
+        reference_bytes = sum(p.numel() * p.element_size() for p in reference.parameters()) if reference else 0
+    # Autocast leaves the stream between the layers in the precision of the embedding.
+    embedding = model.get_input_embeddings().weight
+    residual_bytes = 2 if sharding.startswith("zero") and deepspeed_bf16 else embedding.element_size()
     return Memory(
         parameters=-(-weights // weight_parts),
         gradients=-(-gradients // state_parts) * (2 if sharding == "ddp" else 1),
         optimizer=-(-optimizer // state_parts),
-        reference=-(-reference_weights // weight_parts),
-        activations=activation_bytes(model.config, rows, tokens, compute_bytes, gradient_checkpointing, unfused_head),
+        reference=-(-reference_bytes // weight_parts),
+        activations=activation_bytes(
+            model.config, rows, tokens, compute_bytes, residual_bytes, gradient_checkpointing, unfused_head
+        ),
         gathered=0 if weight_parts == 1 else 2 * compute_bytes * largest_layer(model),
         vllm=vllm,
     )
 
 
 def activation_bytes(
-    config, rows: int, tokens: int, compute_bytes: int, checkpointing: bool, unfused_head: bool
+    config,
+    rows: int,
+    tokens: int,
+    compute_bytes: int,
+    residual_bytes: int,
+    checkpointing: bool,
+    unfused_head: bool,
 ) -> int:
     """Estimate of what a forward pass keeps for the backward pass, at its worst.
 
@@ -133,7 +147,8 @@ def activation_bytes(
         config: Of the model.
         rows: Of a micro-batch.
         tokens: Of each.
-        compute_bytes: Bytes of a number.
+        compute_bytes: Bytes of a number within a layer.
+        residual_bytes: Of one between the layers.
         checkpointing: Whether gradient checkpointing is on.
         unfused_head: Whether all logits are there.
     """
@@ -142,13 +157,13 @@ def activation_bytes(
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     keys = 2 * head_size * getattr(config, "num_key_value_heads", heads)
     layer = 6 * config.hidden_size + 2 * heads * head_size + keys + 3 * config.intermediate_size
-    kept = config.num_hidden_layers * config.hidden_size + layer if checkpointing else config.num_hidden_layers * layer
-    positions = rows * tokens
+    layers, positions = config.num_hidden_layers, rows * tokens
+    kept = residual_bytes * layers * config.hidden_size if checkpointing else compute_bytes * (layers - 1) * layer
     if unfused_head:
         head = 3 * 4 * positions * config.vocab_size
     else:
         head = 4 * min(positions, 4096) * min(config.vocab_size, 32768) + 4 * config.vocab_size * config.hidden_size
-    return compute_bytes * positions * kept + head
+    return positions * (kept + compute_bytes * layer) + head
 
 
 def largest_layer(model: nn.Module) -> int:

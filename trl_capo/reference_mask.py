@@ -200,10 +200,9 @@ class ReferenceMaskTrainer(GroupAdvantageTrainer):
         logged = super()._calibration_metrics(window)
         if not self.args.ref_ppl_mask:
             return logged
-        in_mixed_group = window["in_mixed_group"].astype(bool)
-        correct = in_mixed_group & (window["correct"] == 1)
-        wrong = in_mixed_group & (window["correct"] == 0)
         masked, ref_mean_logps = 1.0 - window["kept"], window["ref_mean_logps"]
+        seen = window["in_mixed_group"].astype(bool) & np.isfinite(ref_mean_logps)
+        correct, wrong = seen & (window["correct"] == 1), seen & (window["correct"] == 0)
         low, high = self.ref_ppl_thresholds
         return {
             **logged,

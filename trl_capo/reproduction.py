@@ -26,7 +26,8 @@ from trl_capo.folders import write_json
 
 RECIPE, RECORD = "recipe.yaml", "reproduction.json"
 PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "peft", "vllm")
-SECRET_NAME = re.compile(r"(^|_)(token|api_key|password|secret)$", re.IGNORECASE)
+# A word of the name, so that `max_prompt_tokens` is none.
+SECRET_NAME = re.compile(r"(^|[-_])(token|key|secret|pass(wd|word)?|credentials?)($|[-_])", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"\bhf_\w{16,}")  # an access token of the Hub, wherever it was typed
 
 

@@ -102,6 +102,23 @@ def test_dropping_and_trimming_rows_changes_nothing(tiny_model, tmp_path):
     torch.testing.assert_close(packed, plain, atol=1e-6, rtol=0)
 
 
+def test_all_logits_are_read_in_training_only(tiny_model, tmp_path, monkeypatch):
+    """An evaluation has many rows and no gradient: their logits would not fit, and the loss has the same value."""
+    seen = []
+    unfused = SimKOTrainer._unfused_logps
+
+    def counted(self, *args):
+        seen.append(self.model.training)
+        return unfused(self, *args)
+
+    monkeypatch.setattr(SimKOTrainer, "_unfused_logps", counted)
+    options = dict(eval_strategy="steps", eval_steps=1, max_steps=2)
+    config = SimKOConfig(**config_kwargs(tmp_path, **options))
+    trainer = SimKOTrainer(tiny_model, parity_reward, config, prompt_dataset(16), eval_dataset=prompt_dataset(4))
+    trainer.train()
+    assert seen and all(seen) and any("eval_loss" in entry for entry in trainer.state.log_history)
+
+
 def test_what_its_forward_cannot_do_is_refused(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="cast_lm_head_to_fp32"):
         train(SimKOTrainer, SimKOConfig, tiny_model, tmp_path, cast_lm_head_to_fp32=True)

@@ -39,6 +39,7 @@ def test_every_dataset_loads_and_its_golds_grade_themselves(name):
         ("math500", [r"$\frac{1}{2}$", r"$\sqrt{3}+1$"]),
         ("olympiadbench", ["$2$", r"$\frac{1}{2}, 3$"]),
         ("gsm8k", ["$1000$", "$1001$"]),
+        ("minerva", [r"$4.5 \times 10^{33}$", "$2$"]),
     ],
 )
 def test_golds_become_answers(name, golds):

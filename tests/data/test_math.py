@@ -9,7 +9,18 @@ from trl_capo.data.math import drop_unparsable_gold, to_conversations, wrap_gold
 
 @pytest.mark.parametrize(
     "bare",
-    [r"\sqrt{3}+1", r"x \in [-2,7]", r"\text{east}", "p - q", r"2^{10}-1", r"\frac{1}{2}, 3", "27.0", r"\$18", 12],
+    [
+        r"\sqrt{3}+1",
+        r"x \in [-2,7]",
+        r"\text{east}",
+        "p - q",
+        r"2^{10}-1",
+        r"\frac{1}{2}, 3",
+        "27.0",
+        r"\$18",
+        12,
+        "1e-3",
+    ],
 )
 def test_wrapped_golds_grade_themselves(bare):
     from trl.rewards import accuracy_reward
@@ -17,6 +28,30 @@ def test_wrapped_golds_grade_themselves(bare):
     gold = wrap_gold(bare)
     assert unparsable_golds([gold]) == []
     assert accuracy_reward([[{"role": "assistant", "content": rf"so \boxed{{{bare}}}"}]], [gold]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("4.5e33", r"4.5 \times 10^{33}"),
+        ("4.5e33", r"4.5\cdot 10^{33}"),
+        ("1e-3", "0.001"),
+        ("-2E+2", "-200"),
+    ],
+)
+def test_scientific_notation_is_not_eulers_number(gold, answer):
+    from trl.rewards import accuracy_reward
+
+    graded = [rf"\boxed{{{answer}}}", r"\boxed{2.718}"]
+    completions = [[{"role": "assistant", "content": text}] for text in graded]
+    assert accuracy_reward(completions, [wrap_gold(gold)] * 2) == [1.0, 0.0]
+
+
+def test_a_template_is_not_for_conversations():
+    rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "1+1?"}]], "solution": ["2"]})
+    for options in ({"prompt_template": "qwen-boxed"}, {"system_prompt": "Think."}):
+        with pytest.raises(ValueError, match="these prompts are conversations already: leave both out"):
+            to_conversations(rows, **options)
 
 
 @pytest.mark.parametrize("missing", [None, float("nan"), ""])

@@ -33,7 +33,9 @@ RECIPE = dict(
 def test_deepscaler_as_in_the_recipe(repositories):
     said = []
     args = DataArguments(**RECIPE)
-    splits = prepare(load_splits("deepscaler", None, args)["train"], args, say=said.append)
+    rows = load_splits("deepscaler", None, args)["train"]
+    kept = prepare(rows, args, say=said.append)
+    splits = {split: rows.select(indices) for split, indices in kept.items()}
     assert said == [
         "Data: 65 prompts, less 2 without a readable gold answer, 2 repeated, 1 of a benchmark; 40 to train on and 8 "
         "to validate on."
@@ -66,14 +68,24 @@ def test_long_prompts_are_counted(tmp_path, tiny_model):
     path.write_text("\n".join(json.dumps({"prompt": text, "solution": "1"}) for text in ("1=", "1+1+1+1=")))
     args, said = DataArguments(max_prompt_tokens=4), []
     rows = load_splits(str(path), None, args)["train"]
-    splits = prepare(rows, args, AutoTokenizer.from_pretrained(tiny_model), say=said.append)
-    assert said == ["Data: 2 prompts, less 1 over 4 tokens; 1 to train on."] and list(splits) == ["train"]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    assert prepare(rows, args, tokenizer, say=said.append) == {"train": [0]}
+    assert prepare(rows, args, tokenizer, "eval", say=said.append) == {"train": [0]}
+    assert said == [f"Data: 2 prompts, less 1 over 4 tokens; 1 to {use} on." for use in ("train", "evaluate")]
+
+
+def test_rows_to_evaluate_on_are_not_sampled():
+    rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "1"}]] * 2, "solution": ["$1$", "east"]})
+    args = DataArguments(deduplicate=True, num_train_prompts=1, drop_unparsable_gold=True)
+    assert prepare(rows, args, part="eval") == {"train": [0]}
+    rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "1"}]] * 3, "solution": ["$1$"] * 3})
+    assert prepare(rows, args, part="eval") == {"train": [0, 1, 2]} and prepare(rows, args) == {"train": [0]}
 
 
 def test_nothing_is_said_or_done_unless_asked():
     rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "1"}]] * 2, "solution": ["$1$"] * 2})
     said = []
-    assert prepare(rows, DataArguments(), say=said.append)["train"] is rows and said == []
+    assert prepare(rows, DataArguments(), say=said.append) == {"train": [0, 1]} and said == []
 
 
 def test_streams_cannot_be_split(tmp_path):
@@ -92,6 +104,14 @@ def test_streams_cannot_be_split(tmp_path):
 def test_bad_templates(repositories, options, message):
     with pytest.raises(ValueError, match=message):
         load_splits("aime24", None, DataArguments(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "config"), [(dict(dataset_prompt_column="question"), None), ({}, "main")], ids=["column", "config"]
+)
+def test_the_catalogue_knows_its_columns(repositories, options, config):
+    with pytest.raises(ValueError, match="has no effect on 'aime24', whose columns the catalogue knows"):
+        load_splits("aime24", config, DataArguments(**options))
 
 
 def test_bad_numbers():

@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -50,7 +51,7 @@ def test_filter_keeps_the_mixed_outcomes_and_does_not_sample_twice(tmp_path, mon
         right[row["prompt"]].append(row["correct"])
     expected = {prompt: sum(of) / 4 for prompt, of in right.items() if 0 < sum(of) < 4}
     kept = [json.loads(line) for line in output.read_text().splitlines()]
-    assert {row["prompt"][0]["content"]: row["pass_rate"] for row in kept} == expected and 0 < len(kept) < 24
+    assert {row["prompt"]: row["pass_rate"] for row in kept} == expected and 0 < len(kept) < 24
     assert f"{len(kept)} kept" in capsys.readouterr().out
     assert [row["solution"] for row in load_splits(str(output), None, DataArguments())["train"]] == [
         row["solution"] for row in kept
@@ -60,6 +61,33 @@ def test_filter_keeps_the_mixed_outcomes_and_does_not_sample_twice(tmp_path, mon
     assert "nothing was sampled" in capsys.readouterr().out
     stricter = [json.loads(line)["pass_rate"] for line in output.read_text().splitlines()]
     assert stricter == [row["pass_rate"] for row in kept if row["pass_rate"] > 0.3]
+
+
+def test_what_is_filtered_gets_its_template_again(tmp_path, monkeypatch, capsys):
+    """Sampled in a template, written without it: training puts it around the questions again."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{i}+2=", "solution": str(i + 2)} for i in range(12)]
+    Path("sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ["data", "filter", "sums.jsonl", "--model", "arithmetic-base", "--output", "mixed.jsonl"]
+    command += ["--prompt_template", "qwen25-math-cot", "--num_samples", "8", "--max_new_tokens", "24"]
+    assert main(command) == 0
+    assert "--dataset_name mixed.jsonl --prompt_template qwen25-math-cot" in capsys.readouterr().out
+    kept = [json.loads(line) for line in Path("mixed.jsonl").read_text().splitlines()]
+    assert kept and {row["prompt"] for row in kept} <= {row["prompt"] for row in rows}
+    again = load_splits("mixed.jsonl", None, DataArguments(prompt_template="qwen25-math-cot"))["train"]
+    sampled = {
+        tuple(m["content"] for m in prompt)
+        for prompt in pq.read_table("runs/filter/questions.parquet")["prompt"].to_pylist()
+    }
+    assert {tuple(m["content"] for m in prompt) for prompt in again["prompt"]} <= sampled
+
+
+def test_only_the_arithmetic_world_has_its_names(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("train").mkdir()
+    Path("train/train.jsonl").write_text(json.dumps({"prompt": "1+1?", "solution": "2"}))
+    assert main(["data", "check", "train", "--output", "health.json"]) == 0
+    assert json.loads(Path("health.json").read_text())["train"]["rows"] == 1
 
 
 @pytest.mark.parametrize(

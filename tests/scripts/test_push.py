@@ -37,8 +37,20 @@ def model(tiny_model, tmp_path) -> Path:
         "data": {"train": data},
     }
     (folder / "reproduction.json").write_text(json.dumps(record))
-    for name in ("checkpoint-3/model.safetensors", "checkpoint-3/optimizer.pt", "training_args.bin", "optimizer.pt"):
-        (folder / name).parent.mkdir(exist_ok=True)
+    left = (
+        "completions/completions_00001.parquet",
+        "runs/Nov22_host/events.out.tfevents.1.host",
+        "slurm.out",
+        "m.jsonl",
+    )
+    for name in (
+        "checkpoint-3/model.safetensors",
+        "checkpoint-3/optimizer.pt",
+        "training_args.bin",
+        "optimizer.pt",
+        *left,
+    ):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).write_bytes(b"not for the Hub")
     return folder
 
@@ -48,7 +60,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def belongs(name: str) -> bool:
-    return not name.startswith(("checkpoint", "optimizer", "training_args"))
+    return not name.startswith(("checkpoint", "optimizer", "training_args", "completions", "runs", "slurm", "m.jsonl"))
 
 
 def assert_arrived(files: dict[str, bytes], folder: Path) -> None:

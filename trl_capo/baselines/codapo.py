@@ -104,9 +104,12 @@ class CoDaPOTrainer(ReferenceMaskTrainer):
         super()._setup_method()
         if self.args.replay and isinstance(self.train_dataset, IterableDataset):
             raise ValueError("a stream cannot be drawn twice: load the dataset, or set replay=False.")
-        self._generations_per_batch = 2 if self.args.replay else 1
         self._batch: list[dict] = []  # the prompts of the first generation
         self._replayed: list[int] | None = None  # which of them the second one answers, while that is to come
+
+    @staticmethod
+    def generations_per_batch(args: CoDaPOConfig) -> int:
+        return 2 if args.replay else 1
 
     def _rows_needing_logps(self, groups: RolloutGroups) -> Tensor:
         return groups.mixed & groups.valid

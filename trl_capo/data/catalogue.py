@@ -10,6 +10,7 @@ Machines without a network read copies: with the environment variable `TRL_CAPO_
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,11 +63,11 @@ def all_of(answers: list[str] | str) -> str:
     r"""The answer of OlympiadBench: a list, mostly of one, each perhaps in dollars.
 
     Example:
-        >>> all_of([r"$\frac{1}{2}$"]), all_of(["$1$", "2"]), all_of("7")
-        ('\\frac{1}{2}', '1, 2', '7')
+        >>> all_of([r"$\frac{1}{2}$"]), all_of(["$1$, $3$", "2"]), all_of("7")
+        ('\\frac{1}{2}', '1, 3, 2', '7')
     """
     answers = [answers] if isinstance(answers, str) else answers
-    return ", ".join(answer.strip().strip("$") for answer in answers)
+    return ", ".join(re.sub(r"(?<!\\)\$", "", answer).strip() for answer in answers)
 
 
 CATALOGUE = {

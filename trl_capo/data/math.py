@@ -4,6 +4,7 @@ A column `prompt` with one conversation a row, and a column `solution` whose gol
 such as `3x+2` or `\text{east}` is misread or not read at all by math-verify.
 """
 
+import re
 import warnings
 from collections.abc import Callable
 
@@ -31,11 +32,16 @@ def wrap_gold(answer) -> str:
     Args:
         answer: Gold answer; numbers are written out. A missing one (None, NaN) becomes empty, which no parser accepts.
 
+    A number such as `4.5e33` is written out, for math-verify takes the e for Euler's.
+
     Example:
+        >>> wrap_gold("4.5e33")
+        '$4.5 \\times 10^{33}$'
         >>> wrap_gold(r"\sqrt{3}+1"), wrap_gold(27), wrap_gold(r"so \boxed{4}"), wrap_gold("$7$"), wrap_gold(None)
         ('$\\sqrt{3}+1$', '$27$', 'so \\boxed{4}', '$7$', '')
     """
     text = "" if answer is None or answer != answer else str(answer).strip()
+    text = re.sub(r"^([+-]?\d+(?:\.\d+)?)[eE]\+?(-?\d+)$", r"\1 \\times 10^{\2}", text)
     marked_up = "$" in text.replace(r"\$", "") or r"\boxed" in text or r"\(" in text
     return text if marked_up or not text else f"${text}$"
 
@@ -120,6 +126,11 @@ def to_conversations(
 
     def rewrite(row: dict) -> dict:
         new = {}
+        if not isinstance(row["prompt"], str) and (system_prompt is not None or prompt_template is not None):
+            raise ValueError(
+                "a prompt_template or system_prompt is for questions that are plain text, but these prompts are "
+                "conversations already: leave both out."
+            )
         if isinstance(row["prompt"], str):
             new["prompt"] = [*system, {"role": "user", "content": user_prompt.replace("{question}", row["prompt"])}]
         if "solution" in row:

@@ -11,9 +11,9 @@ from datasets import Dataset
 
 
 def question_key(prompt: list[dict]) -> str:
-    r"""What two copies of a question share: its text without spaces, dollars, spacing commands and final punctuation.
+    r"""What two copies of a question share: its text without case, spaces, dollars, spacing commands and full stops.
 
-    A sentence may end inside the text, for a template may follow; a factorial is no end of a sentence.
+    Where a sentence or a line ends there is a bar, but for the last; a factorial is no end of a sentence.
 
     Example:
         >>> question_key([{"role": "user", "content": r"What is $2 +\, 2.5$ ?"}])
@@ -21,7 +21,8 @@ def question_key(prompt: list[dict]) -> str:
     """
     text = prompt[-1]["content"].lower()
     text = re.sub(r"\\(?:left|right|displaystyle|quad|[,;:!])", "", text)
-    return re.sub(r"\$?[.:?](?=\s|$)|[\s$~]", "", text)
+    sentences = re.split(r"\$?[.:?]?\s*\n\s*|\$?[.:?](?=\s|$)", text)
+    return "|".join(key for sentence in sentences if (key := re.sub(r"[\s$~]", "", sentence)))
 
 
 def deduplicate(rows: Dataset) -> Dataset:

@@ -16,6 +16,7 @@ from trl_capo.data.prepare import deduplicate, train_and_validation, within_budg
 
 
 VALIDATION = "validation"
+ROW = "__row__"  # a column while rows are dropped
 
 
 @dataclass
@@ -24,9 +25,9 @@ class DataArguments:
 
     Parameters:
         dataset_prompt_column (`str`, *optional*):
-            Column of the questions, text or conversations. By default that of the catalogue, or `prompt`.
+            Column of the questions, text or conversations. By default `prompt`; the catalogue knows its own.
         dataset_solution_column (`str`, *optional*):
-            Column of the gold answers. By default that of the catalogue, or `solution`.
+            Column of the gold answers. By default `solution`; the catalogue knows its own.
         system_prompt (`str`, *optional*):
             System message put before questions that are plain text.
         prompt_template (`str`, *optional*):
@@ -107,6 +108,21 @@ def load_splits(name: str | None, config: str | None, args: DataArguments, strea
     prompts = dict(system_prompt=args.system_prompt, prompt_template=args.prompt_template)
     mixed = mixture is not None and mixture.datasets
     if name in CATALOGUE and not mixed:
+        given = [
+            option
+            for option, value in {
+                "dataset_prompt_column": args.dataset_prompt_column,
+                "dataset_solution_column": args.dataset_solution_column,
+                "dataset_config": config,
+                "dataset_streaming": streaming,
+            }.items()
+            if value
+        ]
+        if given:
+            raise ValueError(
+                f"{given[0]} has no effect on {name!r}, whose columns the catalogue knows. Leave it out, or name the "
+                f"dataset by its path, {CATALOGUE[name].path}."
+            )
         return {CATALOGUE[name].split: load_catalogued(name, **prompts)}
     if mixed:
         rows = get_dataset(mixture)
@@ -123,30 +139,37 @@ def load_splits(name: str | None, config: str | None, args: DataArguments, strea
     return to_conversations(rows, *columns, **prompts)
 
 
-def prepare(rows: Dataset, args: DataArguments, tokenizer=None, say: Callable = print) -> dict[str, Dataset]:
-    """Rows to train on and, if wanted, to validate on; says what was dropped and why.
+def prepare(
+    rows: Dataset, args: DataArguments, tokenizer=None, part: str = "train", say: Callable = print
+) -> dict[str, list[int] | IterableDataset]:
+    """Which rows to train on and, if wanted, to validate on; says what was dropped and why.
 
     Args:
         rows: Conversations with gold answers, from `load_splits`.
         args: What to do.
         tokenizer: Counts the tokens of prompts; only for `max_prompt_tokens`.
+        part: "train", or another name for rows to evaluate on: of these only what cannot be asked or graded goes.
         say: Gets one line.
 
     Returns:
-        "train" and, with `num_validation_prompts`, "validation".
+        Indices by "train" and, with `num_validation_prompts`, "validation"; of a stream the rows themselves.
 
     Raises:
         ValueError: Too few rows are left, or the dataset is a stream, whose rows cannot be compared.
     """
-    wanted = {
-        name: getattr(args, name)
-        for name in ("deduplicate", "exclude_benchmarks", "max_prompt_tokens", "num_train_prompts")
-    } | {"num_validation_prompts": args.num_validation_prompts}
+    cleaning = (
+        "deduplicate",
+        "exclude_benchmarks",
+        "max_prompt_tokens",
+        "num_train_prompts",
+        "num_validation_prompts",
+    )
     if isinstance(rows, IterableDataset):
-        if named := [name for name, value in wanted.items() if value]:
+        if named := [name for name in cleaning if getattr(args, name)]:
             raise ValueError(f"{named[0]} needs all rows of the dataset, not a stream: set dataset_streaming=False.")
         return {"train": drop_unparsable_gold(rows) if args.drop_unparsable_gold else rows}
-    story = [f"{len(rows):,} prompts"]
+    story, whole = [f"{len(rows):,} prompts"], len(rows)
+    rows = rows.add_column(ROW, range(whole))
 
     def keep(fewer: Dataset, why: str) -> Dataset:
         if len(fewer) < len(rows):
@@ -155,24 +178,23 @@ def prepare(rows: Dataset, args: DataArguments, tokenizer=None, say: Callable = 
 
     if args.drop_unparsable_gold:
         rows = keep(drop_unparsable_gold(rows), "without a readable gold answer")
-    if args.deduplicate:
+    if args.max_prompt_tokens is not None:
+        rows = keep(within_budget(rows, tokenizer, args.max_prompt_tokens), f"over {args.max_prompt_tokens} tokens")
+    if part == "train" and args.deduplicate:
         rows = keep(deduplicate(rows), "repeated")
-    if args.exclude_benchmarks:
+    if part == "train" and args.exclude_benchmarks:
         prompts = dict(system_prompt=args.system_prompt, prompt_template=args.prompt_template)
         benchmarks = [load_benchmark(name, **prompts) for name in args.exclude_benchmarks]
         rows = keep(without_questions_of(rows, benchmarks), "of a benchmark")
-    if args.max_prompt_tokens is not None:
-        rows = keep(within_budget(rows, tokenizer, args.max_prompt_tokens), f"over {args.max_prompt_tokens} tokens")
     splits = {"train": rows}
-    if args.num_train_prompts is not None or args.num_validation_prompts:
+    if part == "train" and (args.num_train_prompts is not None or args.num_validation_prompts):
         train, validation = train_and_validation(
             rows, args.num_train_prompts, args.num_validation_prompts, args.split_seed
         )
         splits = {"train": train} | ({VALIDATION: validation} if args.num_validation_prompts else {})
-    if any(wanted.values()) or len(story) > 1:
+    if sum(map(len, splits.values())) < whole:
         dropped = f", less {', '.join(story[1:])}" if len(story) > 1 else ""
-        used = " and ".join(
-            f"{len(part):,} to {'train' if split == 'train' else 'validate'} on" for split, part in splits.items()
-        )
+        use = {"train": "train on" if part == "train" else "evaluate on", VALIDATION: "validate on"}
+        used = " and ".join(f"{len(of):,} to {use[split]}" for split, of in splits.items())
         say(f"Data: {story[0]}{dropped}; {used}.")
-    return splits
+    return {split: list(of[ROW]) for split, of in splits.items()}

@@ -2,7 +2,8 @@
 
     trl-capo data check aime24 gsm8k mine.jsonl
     trl-capo data check deepscaler --against aime24 math500 --model Qwen/Qwen2.5-Math-1.5B
-    trl-capo data filter deepscaler --model Qwen/Qwen2.5-Math-1.5B --output mixed.jsonl
+    trl-capo data filter deepscaler --prompt_template qwen25-math-cot --model Qwen/Qwen2.5-Math-1.5B \\
+        --output mixed.jsonl
 
 CAPO and GRPO learn only from questions that a model answers now rightly, now wrongly. `filter` samples each question,
 keeps those, and writes a file that `dataset_name` takes. Stopped at any point, the same command goes on.
@@ -92,7 +93,7 @@ def load(name: str, args: argparse.Namespace):
         system_prompt=args.system_prompt,
         prompt_template=args.prompt_template,
     )
-    if name.removeprefix("arithmetic_") in SPLITS:
+    if name.startswith("arithmetic_") and name.removeprefix("arithmetic_") in SPLITS:
         return load_splits("arithmetic", None, wanted)[name.removeprefix("arithmetic_")]
     splits = load_splits(name, args.config, wanted)
     split = CATALOGUE[name].split if name in CATALOGUE else args.split
@@ -142,8 +143,6 @@ def print_health(found: dict[str, dict]) -> None:
 
 def keep_mixed(args: argparse.Namespace) -> None:
     """Sample and grade every question with `trl-capo evaluate`, and write those with mixed outcomes."""
-    from accelerate import PartialState
-
     from trl_capo.checks import check_output_dir
     from trl_capo.scripts import evaluate
 
@@ -155,10 +154,11 @@ def keep_mixed(args: argparse.Namespace) -> None:
         raise ValueError(f"--num_samples must be at least 2, or no outcome is mixed; got {args.num_samples}.")
     check_output_dir(args.output_dir)
     check_output_dir(str(Path(args.output).parent))
-    rows = load(args.name, args).select_columns(["prompt", "solution"])
-    rows = rows.select(range(min(args.num_prompts or len(rows), len(rows))))
+    state = evaluate.patient_state()
     questions = Path(args.output_dir) / "questions.parquet"
-    state = PartialState()
+    with state.main_process_first():
+        rows = load(args.name, args).select_columns(["prompt", "solution"])
+    rows = rows.select(range(min(args.num_prompts or len(rows), len(rows))))
     if state.is_main_process:
         rows.to_parquet(str(questions))
     state.wait_for_everyone()
@@ -170,7 +170,10 @@ def keep_mixed(args: argparse.Namespace) -> None:
 
 
 def write_mixed(rows, samples: Path, args: argparse.Namespace) -> None:
-    """The questions whose pass rate lies between the two bounds, with it, one JSON a line."""
+    """The questions whose pass rate lies between the two bounds, with it, one JSON a line.
+
+    They are written as they were before the template, which the training puts around them again.
+    """
     import numpy as np
 
     from trl_capo.evaluation.samples import read_samples
@@ -179,9 +182,14 @@ def write_mixed(rows, samples: Path, args: argparse.Namespace) -> None:
     readable = np.isfinite(of.correct).all(axis=1)
     rates = np.where(readable, of.correct.mean(axis=1), np.nan)
     kept = np.flatnonzero((rates > args.lowest) & (rates < args.highest))
+    plain = argparse.Namespace(**{**vars(args), "system_prompt": None, "prompt_template": None})
+    raw = load(args.name, plain)
     with Path(args.output).open("w") as file:
         for row in kept.tolist():
-            file.write(json.dumps({**rows[row], "pass_rate": float(rates[row])}, ensure_ascii=False) + "\n")
+            messages = raw[row]["prompt"]
+            prompt = messages[0]["content"] if len(messages) == 1 else messages
+            line = {"prompt": prompt, "solution": raw[row]["solution"], "pass_rate": float(rates[row])}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
     shares = {
         "kept": len(kept),
         "always right": int((rates == 1).sum()),
@@ -190,7 +198,8 @@ def write_mixed(rows, samples: Path, args: argparse.Namespace) -> None:
     }
     rest = len(rows) - sum(shares.values())
     print(", ".join(f"{count:,} {name}" for name, count in (shares | {"outside the bounds": rest}).items() if count))
-    print(f"What to type next: trl-capo train --dataset_name {args.output} ...")
+    template = f" --prompt_template {args.prompt_template}" if args.prompt_template else ""
+    print(f"What to type next: trl-capo train --config RECIPE --dataset_name {args.output}{template}")
 
 
 if __name__ == "__main__":

@@ -56,8 +56,6 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Sample, grade, summarise; each model in turn, each process of the launcher its share of the questions."""
     args = make_parser().parse_args(argv)
-    from accelerate import PartialState
-
     from trl_capo.checks import check_launch, check_output_dir
     from trl_capo.data.benchmarks import load_benchmark
     from trl_capo.evaluation.samples import FILE_NAME
@@ -68,8 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         name: getattr(args, name) for name in ("prompt_column", "solution_column", "system_prompt", "prompt_template")
     }
     data = {name: load_benchmark(name, args.num_prompts, **columns) for name in args.benchmark}
-    # At the end the processes wait for the slowest, which may have an hour's completion in hand.
-    state = PartialState(timeout=timedelta(weeks=1))
+    state = patient_state()
     check_launch(state.num_processes)
     sampling = {name: getattr(args, name) for name in SAMPLING}
     sampling["engine"] = choose_engine(args.engine)
@@ -88,6 +85,13 @@ def main(argv: list[str] | None = None) -> None:
         _print_summaries({name: summary["benchmarks"] for name, summary in read.items()})
         print(f"\nSamples and summaries: {args.output_dir}/")
         print(f"What to type next: trl-capo report {' '.join(map(str, folders))} --output report.html")
+
+
+def patient_state():
+    """accelerate's `PartialState`: at the end processes wait for the slowest, with an hour's completion in hand."""
+    from accelerate import PartialState
+
+    return PartialState(timeout=timedelta(weeks=1))
 
 
 def _check_numbers(args: argparse.Namespace) -> None:

@@ -31,6 +31,13 @@ NOT_UPLOADED = (
     "trainer_state.json",
     "trl_capo_state.json",
     "training_args.bin",
+    "completions/*",  # what `log_completions` writes
+    "runs/*",  # tensorboard's, named after the machine
+    "*.jsonl",
+    "*.parquet",
+    "*.log",
+    "*.out",
+    "*.err",
     "*.partial",
     "_*",
     ".*",

@@ -69,11 +69,17 @@ def main(argv: list[str] | None = None) -> int:
     _check_options(argv, parser)
     if config_path is not None:
         check_recipe_keys(config_path, _read_recipe(config_path), parser, method)
-    script_args, training_args, model_args, data_args, mixture = parser.parse_args_and_config(argv)
+    with _as_launched(dry_run):
+        script_args, training_args, model_args, data_args, mixture = parser.parse_args_and_config(argv)
+    reward_funcs = [_reward_function(name) for name in script_args.reward_funcs]
     train_dataset, eval_dataset = load_data(script_args, data_args, mixture, training_args, model_args)
     model, trainer_class = _model_path(model_args.model_name_or_path), resolve_name(METHODS[method][1])
     if dry_run:
+        from trl_capo.checks import check_data, check_save_steps
         from trl_capo.dry_run import describe
+
+        check_save_steps(training_args)
+        check_data(reward_funcs, train_dataset=train_dataset, eval_dataset=eval_dataset)
 
         rows, longest = (train_dataset, eval_dataset), data_args.max_prompt_tokens
         print("\n".join(describe(trainer_class, dry_run, training_args, model_args, model, *rows, longest)))
@@ -94,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     trainer = trainer_class(
         model=model,
-        reward_funcs=[_reward_function(name) for name in script_args.reward_funcs],
+        reward_funcs=reward_funcs,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
@@ -128,6 +134,16 @@ def _take_dry_run(argv: list[str]) -> tuple[argparse.Namespace | None, list[str]
 
     options, rest = dry_run.make_parser().parse_known_args(argv)
     return options, rest if torch.cuda.is_available() else [*rest, "--use_cpu", "true"]
+
+
+def _as_launched(dry_run: argparse.Namespace | None):
+    from contextlib import nullcontext
+
+    if dry_run is None:
+        return nullcontext()
+    from trl_capo.dry_run import as_if_launched, read_launch
+
+    return as_if_launched(read_launch(dry_run.accelerate_config)[0])
 
 
 def _method_and_config(argv: list[str]) -> tuple[str, str | None]:
@@ -214,12 +230,23 @@ def _model_path(name: str | None) -> str:
 
 
 def load_data(script_args, data_args, mixture, training_args, model_args) -> tuple:
-    """Rows to train on, and to evaluate on if the recipe does; every process reads what the first has prepared."""
+    """Rows to train on, and to evaluate on if the recipe does.
+
+    The first process prepares them and tells the others which rows are left, for what each would find out for itself
+    could differ: math-verify gives up on a gold answer after some seconds.
+    """
     from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
     from transformers import AutoTokenizer
 
     from trl_capo.data.training import VALIDATION, load_splits, prepare
 
+    evaluates, test_split = training_args.eval_strategy != "no", script_args.dataset_test_split
+    if data_args.num_validation_prompts and not (evaluates and test_split == VALIDATION):
+        raise ValueError(
+            f"num_validation_prompts={data_args.num_validation_prompts} puts prompts aside that nothing would use: "
+            f"set eval_strategy and dataset_test_split: {VALIDATION}, or num_validation_prompts: 0."
+        )
     tokenizer = None
     if data_args.max_prompt_tokens is not None:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -227,21 +254,24 @@ def load_data(script_args, data_args, mixture, training_args, model_args) -> tup
         )
     state = PartialState()
     with state.main_process_first():
-        splits = load_splits(
-            script_args.dataset_name, script_args.dataset_config, data_args, script_args.dataset_streaming, mixture
-        )
-        rows = _split(splits, script_args.dataset_train_split, "dataset_train_split")
-        prepared = prepare(rows, data_args, tokenizer, say=state.print)
-    if training_args.eval_strategy == "no":
-        return prepared["train"], None
-    if script_args.dataset_test_split == VALIDATION and VALIDATION in prepared:
-        return prepared["train"], prepared[VALIDATION]
-    rows = _split(splits, script_args.dataset_test_split, "dataset_test_split")
-    if data_args.drop_unparsable_gold:
-        from trl_capo.data.math import drop_unparsable_gold
-
-        rows = drop_unparsable_gold(rows)
-    return prepared["train"], rows
+        streaming = script_args.dataset_streaming
+        splits = load_splits(script_args.dataset_name, script_args.dataset_config, data_args, streaming, mixture)
+    rows = {"train": _split(splits, script_args.dataset_train_split, "dataset_train_split")}
+    if evaluates and not data_args.num_validation_prompts:
+        rows["eval"] = _split(splits, test_split, "dataset_test_split")
+    if streaming:
+        prepared = {part: prepare(of, data_args, tokenizer, part, print)["train"] for part, of in rows.items()}
+        return prepared["train"], prepared.get("eval")
+    kept = [None]
+    if state.is_main_process:
+        kept = [{part: prepare(of, data_args, tokenizer, part, print) for part, of in rows.items()}]
+    kept = broadcast_object_list(kept)[0] if state.num_processes > 1 else kept[0]
+    train = rows["train"].select(kept["train"]["train"])
+    if not evaluates:
+        return train, None
+    if VALIDATION in kept["train"]:
+        return train, rows["train"].select(kept["train"][VALIDATION])
+    return train, rows["eval"].select(kept["eval"]["train"])
 
 
 def _split(dataset, split: str, option: str):

@@ -110,3 +110,18 @@ def test_the_evidence_is_what_was_measured(repository):
     for text in (page, (repository / "README.md").read_text()):
         claimed = set(estimate.findall(text))
         assert claimed and claimed <= measured, claimed - measured
+
+
+def test_the_cost_model_is_what_was_measured(repository):
+    results = (repository / "benchmarks" / "results" / "cost_model.md").read_text()
+    page = (repository / "docs" / "scaling.md").read_text()
+    tables = re.findall(r"<!-- table: \w+ -->\n\n(.*?)\n\n<!-- end -->", page, re.DOTALL)
+    assert len(tables) == 2
+    assert all(table in results for table in tables)
+
+
+def test_the_example_of_the_cost_model_runs(repository):
+    page = (repository / "docs" / "scaling.md").read_text()
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1), names)
+    assert 1 < names["time"] < 1000

@@ -26,3 +26,18 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
             continue
         return str(folder)
     return None
+
+
+def checkpoint_step(checkpoint: str | Path | None) -> int | None:
+    """Optimizer steps after which a checkpoint was written; None without one, or if its state cannot be read.
+
+    Example:
+        >>> checkpoint_step("/no/such/folder") is None
+        True
+    """
+    if not checkpoint:
+        return None
+    try:
+        return json.loads((Path(checkpoint) / "trainer_state.json").read_text()).get("global_step")
+    except (OSError, ValueError):
+        return None

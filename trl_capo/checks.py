@@ -71,6 +71,28 @@ def check_launch(world_size: int) -> None:
         )
 
 
+def check_same_checkpoint(steps: list[int | None]) -> None:
+    """Refuses to resume where the processes see different checkpoints, as hosts do that share no disc.
+
+    One would go on and another start anew, and they would wait for each other for ever.
+
+    Args:
+        steps: Of each process, the optimizer steps of the checkpoint that it would resume from; None without one.
+
+    Raises:
+        ValueError: They are not all the same.
+
+    Example:
+        >>> check_same_checkpoint([40, 40])
+    """
+    if len(set(steps)) > 1:
+        seen = ", ".join(f"process {i} {'none' if step is None else f'step {step}'}" for i, step in enumerate(steps))
+        raise ValueError(
+            f"The processes see different checkpoints to resume from ({seen}). Put output_dir on a disc that all "
+            "hosts share, or copy the newest checkpoint to each of them."
+        )
+
+
 def check_sampler_logps(args: GRPOConfig, has_rollout_func: bool) -> None:
     """Refuses to score completions by log-probs of a sampler that has none, or that drew from another distribution.
 

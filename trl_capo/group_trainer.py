@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from huggingface_hub.errors import HTTPError
 from torch import Tensor
@@ -34,11 +34,12 @@ from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler, get_config_model_id, use_adapter
 
 from trl_capo.calibration import metrics
-from trl_capo.checkpoints import last_complete_checkpoint
+from trl_capo.checkpoints import checkpoint_step, last_complete_checkpoint
 from trl_capo.checks import (
     check_data,
     check_launch,
     check_output_dir,
+    check_same_checkpoint,
     check_sampler_logps,
     check_save_steps,
     find_correctness_reward,
@@ -665,10 +666,12 @@ class GroupAdvantageTrainer(GRPOTrainer):
 
     def train(self, resume_from_checkpoint: "str | bool | None" = None, **kwargs) -> TrainOutput:
         """As TRL, with `True` for the newest complete checkpoint; a finished run is restored and not trained on."""
-        if resume_from_checkpoint is True:
+        newest = resume_from_checkpoint is True
+        if newest:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"There is no complete checkpoint in {self.args.output_dir!r} to resume from.")
+        check_same_checkpoint(gather_object([checkpoint_step(resume_from_checkpoint)]))
+        if newest and resume_from_checkpoint is None:
+            raise ValueError(f"There is no complete checkpoint in {self.args.output_dir!r} to resume from.")
         if resume_from_checkpoint:
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
             if state.global_step % steps_between_generations(self.args) != 0:

@@ -1,15 +1,10 @@
-"""Run by `test_fast_step_ranks.py` in two processes, `ddp` or `fsdp2`; each writes what it saw to a JSON file."""
+"""What `test_fast_step_ranks.py` looks at, run by each of two processes (`worker.py`)."""
 
-import gc
-import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import accelerate.state
 import torch
-from accelerate.utils import DistributedType
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.helpers import config_kwargs, prompt_dataset
@@ -18,21 +13,6 @@ from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig, GroupAdvanta
 
 RANK = int(os.environ.get("RANK", "0"))
 VOCABULARY = 17
-
-
-def let_accelerate_shard_on_cpu() -> None:
-    """accelerate heeds ACCELERATE_USE_FSDP only where there is an accelerator, but torch shards over gloo as well."""
-    original = accelerate.state.AcceleratorState.__init__
-
-    def init(self, *args, fsdp_plugin=None, **kwargs):
-        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            self.fsdp_plugin = fsdp_plugin
-            # Every later state copies its attributes from the partial one.
-            self.distributed_type = DistributedType.FSDP
-            accelerate.state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-    accelerate.state.AcceleratorState.__init__ = init
 
 
 def canned_rows(rank: int, kind: str) -> list[list[int]]:
@@ -214,14 +194,5 @@ def compare(scenario: Scenario, model: str, folder: str) -> dict:
     return results
 
 
-if __name__ == "__main__":
-    backend, model, folder = sys.argv[1:]
-    if backend == "fsdp2":
-        let_accelerate_shard_on_cpu()
-    gc.freeze()  # accelerate collects garbage in every run, and among all that was imported that takes longer than it
-    results = {}
-    for name, scenario in {"ddp": DDP, "fsdp2": FSDP2}[backend].items():
-        results[name] = compare(scenario, model, f"{folder}/rank{RANK}/{name}")
-    with open(f"{folder}/rank{RANK}.json", "w") as file:
-        json.dump(results, file)
-    os._exit(0)  # freeing the process group at the interpreter's end may hang (see scripts/train.py)
+def run_all(scenarios: dict[str, Scenario], model: str, folder: str) -> dict:
+    return {name: compare(scenario, model, f"{folder}/{name}") for name, scenario in scenarios.items()}

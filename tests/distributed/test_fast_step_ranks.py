@@ -1,39 +1,18 @@
 """Repacking on two processes of which one may have nothing to keep and the other everything, under DDP and FSDP2."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
-import yaml
 
 from tests.distributed.fast_step import DDP, FSDP2
 
 
-def launch(backend: str, tiny_model, folder, repository) -> list[dict]:
-    environment = {**os.environ, "PYTHONPATH": str(repository), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    if backend == "fsdp2":  # what `accelerate launch --config_file` would set
-        recipe = yaml.safe_load((repository / "recipes/accelerate_configs/fsdp2.yaml").read_text())
-        environment["ACCELERATE_USE_FSDP"] = "true"
-        environment |= {name.upper(): str(value).lower() for name, value in recipe["fsdp_config"].items()}
-        for name in ("FSDP_AUTO_WRAP_POLICY", "FSDP_STATE_DICT_TYPE"):
-            environment[name] = environment[name].upper()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command += ["--standalone", str(repository / "tests/distributed/fast_step.py"), backend, tiny_model, str(folder)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+@pytest.fixture
+def ddp(one_host) -> list[dict]:
+    return [rank["fast_step_ddp"] for rank in one_host]
 
 
-@pytest.fixture(scope="module")
-def ddp(tiny_model, tmp_path_factory, repository) -> list[dict]:
-    return launch("ddp", tiny_model, tmp_path_factory.mktemp("ddp"), repository)
-
-
-@pytest.fixture(scope="module")
-def fsdp2(tiny_model, tmp_path_factory, repository) -> list[dict]:
-    return launch("fsdp2", tiny_model, tmp_path_factory.mktemp("fsdp2"), repository)
+@pytest.fixture
+def fsdp2(two_hosts) -> list[dict]:
+    return [rank["fast_step_fsdp2"] for rank in two_hosts]
 
 
 RUNS = [("ddp", name) for name in DDP] + [("fsdp2", name) for name in FSDP2]

@@ -1,10 +1,5 @@
 """Two processes, groups that straddle them: the same numbers as the literal oracles, on both ranks."""
 
-import json
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
@@ -13,15 +8,9 @@ from transformers import AutoModelForCausalLM
 from tests.helpers import literal_capo_advantages, literal_mean_logp
 
 
-@pytest.fixture(scope="module")
-def ranks(tiny_model, tmp_path_factory, repository) -> list[dict]:
-    folder = tmp_path_factory.mktemp("two-ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command += ["--standalone", str(repository / "tests" / "distributed" / "two_ranks.py"), tiny_model, str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(repository), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+@pytest.fixture
+def ranks(one_host) -> list[dict]:
+    return [rank["two_ranks"] for rank in one_host]
 
 
 def test_advantages_of_straddling_groups(ranks, tiny_model):

@@ -1,8 +1,6 @@
-"""Run by `test_two_ranks.py` in two processes; each writes what it saw to a JSON file."""
+"""What `test_two_ranks.py` looks at, run by each of two processes (`worker.py`)."""
 
-import json
 import os
-import sys
 
 import torch
 from trl import GRPOConfig, GRPOTrainer
@@ -14,28 +12,35 @@ from trl_capo import CAPOConfig, CAPOTrainer
 RANK = int(os.environ.get("RANK", "0"))
 
 
-class RecordingTrainer(CAPOTrainer):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.seen = []
+def recording(trainer_class):
+    """The trainer, keeping of each generation the groups' numbers (global) and this rank's rows and advantages."""
 
-    def _compute_advantages(self, groups):
-        advantages = super()._compute_advantages(groups)
-        self.seen.append(
-            {
-                "mode": "train" if self.model.training else "eval",
-                "correct": groups.correct.tolist(),
-                "mean_logps": groups.mean_logps.double().tolist(),
-                "ref_mean_logps": None if groups.ref_mean_logps is None else groups.ref_mean_logps.double().tolist(),
-                "advantages": advantages.double().tolist(),
-            }
-        )
-        return advantages
+    class Recording(trainer_class):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.seen = []
 
-    def _generate_and_score_completions(self, inputs):
-        output = super()._generate_and_score_completions(inputs)
-        self.seen[-1] |= {"rows": unpadded_rows(output), "local_advantages": output["advantages"].double().tolist()}
-        return output
+        def _compute_advantages(self, groups):
+            advantages = super()._compute_advantages(groups)
+            ref_mean_logps = groups.ref_mean_logps
+            self.seen.append(
+                {
+                    "mode": "train" if self.model.training else "eval",
+                    "correct": groups.correct.tolist(),
+                    "mean_logps": groups.mean_logps.double().tolist(),
+                    "ref_mean_logps": None if ref_mean_logps is None else ref_mean_logps.double().tolist(),
+                    "advantages": advantages.double().tolist(),
+                }
+            )
+            return advantages
+
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            local = output["advantages"].double().tolist()
+            self.seen[-1] |= {"rows": unpadded_rows(output), "local_advantages": local}
+            return output
+
+    return Recording
 
 
 def uneven_reward(completion_ids, **kwargs):
@@ -59,13 +64,13 @@ def straddling_groups(model: str, folder: str) -> dict:
             per_device_eval_batch_size=4,
         )
     )
-    trainer = RecordingTrainer(model, parity_reward, config, prompt_dataset(), eval_dataset=prompt_dataset(7))
+    trainer = recording(CAPOTrainer)(model, parity_reward, config, prompt_dataset(), eval_dataset=prompt_dataset(7))
     trainer.train()
     return {"seen": trainer.seen, "log": trainer.state.log_history}
 
 
 def uneven_reference_rows(model: str, folder: str) -> dict:
-    trainer = RecordingTrainer(model, uneven_reward, CAPOConfig(**config_kwargs(folder)), prompt_dataset())
+    trainer = recording(CAPOTrainer)(model, uneven_reward, CAPOConfig(**config_kwargs(folder)), prompt_dataset())
     calls = []
     forward = trainer.ref_model.forward
     trainer.ref_model.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
@@ -102,12 +107,8 @@ def linear_surrogate(model: str, folder: str) -> dict:
     }
 
 
-if __name__ == "__main__":
-    model, folder = sys.argv[1:]
-    results = {
+def run_all(model: str, folder: str) -> dict:
+    return {
         scenario.__name__: scenario(model, f"{folder}/{scenario.__name__}")
         for scenario in (straddling_groups, uneven_reference_rows, linear_surrogate)
     }
-    with open(f"{folder}/rank{RANK}.json", "w") as file:
-        json.dump(results, file)
-    os._exit(0)  # freeing the process group at the interpreter's end may hang (see scripts/train.py)

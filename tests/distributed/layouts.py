@@ -1,0 +1,117 @@
+"""One training with completions fixed beforehand, for any number of processes: what `test_layouts.py` compares."""
+
+import os
+import shutil
+import socket
+from dataclasses import dataclass
+
+import torch
+
+from tests.distributed.fast_step import whole_parameters
+from tests.distributed.two_ranks import recording
+from tests.helpers import config_kwargs, parity_reward, prompt_dataset
+from trl_capo import CAPOConfig, CAPOTrainer
+from trl_capo.baselines.codapo import CoDaPOConfig, CoDaPOTrainer
+from trl_capo.baselines.simko import CAPOSimKOConfig, CAPOSimKOTrainer, SimKOConfig, SimKOTrainer
+
+
+RANK, PROCESSES = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+VOCABULARY = 17
+GENERATIONS = 8  # completions a prompt
+PROMPTS = 3  # a generation: half of the second one's completions are on either of two ranks
+MASK = dict(ref_ppl_low=10.0, ref_ppl_high=500.0)
+MEAN = dict(pair_normalization="group")  # advantages of size 1, so that 1e-6 is more than float32 rounds away
+
+
+@dataclass
+class Training:
+    trainer_class: type
+    config_class: type
+    options: dict
+
+
+TRAININGS = {
+    "capo": Training(CAPOTrainer, CAPOConfig, dict(**MASK, **MEAN)),
+    "codapo": Training(CoDaPOTrainer, CoDaPOConfig, dict(replay_quantile=0.5)),  # two prompts of three
+    "simko": Training(SimKOTrainer, SimKOConfig, dict(simko_mix=0.2, ref_ppl_mask=True, **MASK)),
+    "capo_simko": Training(CAPOSimKOTrainer, CAPOSimKOConfig, dict(simko_mix=0.2, ref_ppl_mask=False, **MEAN)),
+}
+FSDP2 = {name: TRAININGS[name] for name in ("capo", "codapo", "simko")}
+
+
+def completions(step: int) -> list[list[int]]:
+    """All ranks' completions of the generation for an optimizer step; in one group all are right (an even sum)."""
+    generator = torch.Generator().manual_seed(step)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    rows = []
+    for i in range(PROMPTS * GENERATIONS):
+        row = [draw(2, VOCABULARY) for _ in range([1, 2, 3, 5, 8, 11][draw(0, 6)])] + [1]
+        if i // GENERATIONS == step % PROMPTS and sum(row) % 2 == 1:
+            row[0] = 2 + (row[0] - 1) % 15
+        rows.append(row)
+    return rows
+
+
+def make_trainer(training: Training, model: str, folder: str, **options):
+    """Each optimizer step is one generation of two micro-batches, so that no rank's shuffling can matter."""
+    defaults = dict(
+        optim="sgd",
+        learning_rate=0.04,
+        max_steps=4,
+        per_device_train_batch_size=PROMPTS * GENERATIONS // 2 // PROCESSES,
+        gradient_accumulation_steps=2,
+        steps_per_generation=2,
+        num_generations=GENERATIONS,
+        max_completion_length=16,
+        loss_type="grpo",
+    )
+    config = training.config_class(**config_kwargs(folder, **{**defaults, **training.options, **options}))
+    trainer = recording(training.trainer_class)(model, parity_reward, config, prompt_dataset())
+
+    def generate(prompt_ids, *args, **kwargs):
+        rows = completions(trainer.state.global_step)
+        return rows[RANK * len(prompt_ids) : (RANK + 1) * len(prompt_ids)], None
+
+    trainer._generate_single_turn = generate
+    return trainer
+
+
+def run(training: Training, model: str, folder: str, resume_from: "str | None" = None, **options) -> dict:
+    trainer = make_trainer(training, model, folder, **options)
+    start = whole_parameters(trainer)
+    trainer.train(resume_from_checkpoint=resume_from)
+    end = whole_parameters(trainer)
+    return {
+        "seen": trainer.seen,
+        "log": trainer.state.log_history,
+        "parameters": {name: value.double().tolist() for name, value in end.items()},
+        "change": max((end[name] - start[name]).abs().max().item() for name in start),
+        "host": socket.gethostname(),
+        "place": [trainer.accelerator.process_index, trainer.accelerator.local_process_index],
+    }
+
+
+def run_all(trainings: dict[str, Training], model: str, folder: str) -> dict:
+    return {name: run(training, model, f"{folder}/{name}") for name, training in trainings.items()}
+
+
+def resume(model: str, folder: str) -> dict:
+    """A checkpoint of hosts that share no disc: the first has it, then it is copied to the second, then removed."""
+    training, checkpoint = TRAININGS["codapo"], f"{folder}/checkpoint-3"  # in the middle of a batch's two generations
+    run(training, model, folder, max_steps=3, save_strategy="steps", save_steps=3)
+    torch.distributed.barrier()
+    if RANK == 1:
+        shutil.copytree(checkpoint.replace("rank1", "rank0"), checkpoint, dirs_exist_ok=True)
+    results = {"resumed": run(training, model, folder, checkpoint)}
+    if RANK == 1:
+        shutil.rmtree(checkpoint)
+    # None is what `trl-capo train --resume_from_checkpoint true` asks for where there is no checkpoint.
+    for way, wanted in {"newest": True, "folder": checkpoint, "script": None if RANK == 1 else checkpoint}.items():
+        try:
+            run(training, model, folder, wanted)
+        except ValueError as error:
+            results[way] = str(error)
+    return results

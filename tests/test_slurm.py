@@ -87,7 +87,7 @@ def check_training(arguments: list[str], num_processes: int):
     recipe = Path(arguments[arguments.index("--config") + 1])
     method = yaml.safe_load(recipe.read_text())["method"]
     parser = make_parser(method)
-    script, training, model, _ = parser.parse_args_and_config([*arguments, "--use_cpu", "true"])
+    script, training, model, *_ = parser.parse_args_and_config([*arguments, "--use_cpu", "true"])
     rows = training.per_device_train_batch_size * num_processes
     assert rows * training.steps_per_generation == 128 * 8
     assert rows * training.gradient_accumulation_steps == 64 * 8

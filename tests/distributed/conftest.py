@@ -24,11 +24,14 @@ def launch(commands: list[list[str]], environment: dict[str, str]) -> None:
         subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=file)
         for command, file in zip(commands, errors, strict=True)
     ]
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     try:
-        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-            if any(process.poll() for process in processes):
-                break
+        while any(process.poll() is None for process in processes) and not any(
+            process.poll() for process in processes
+        ):
+            assert time.monotonic() < deadline, (
+                "not done after 600 s: the processes wait for each other, or for a core"
+            )
             time.sleep(0.05)
     finally:
         for process in processes:

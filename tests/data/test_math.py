@@ -19,7 +19,6 @@ from trl_capo.data.math import drop_unparsable_gold, to_conversations, wrap_gold
         "27.0",
         r"\$18",
         12,
-        "1e-3",
     ],
 )
 def test_wrapped_golds_grade_themselves(bare):

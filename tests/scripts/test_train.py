@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file
 
 from tests.helpers import config_kwargs
@@ -214,3 +214,33 @@ def test_every_method_has_a_parser():
 def test_shipped_models_have_names(name):
     assert (Path(train._model_path(name)) / "model.safetensors").exists()
     assert train._model_path("some/other") == "some/other"
+
+
+def loaded(folder, **options):
+    """What `trl-capo train` would train and evaluate on."""
+    options = {"output_dir": folder / "run", "use_cpu": "true", "bf16": "false", "dataset_name": folder, **options}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    script_args, training_args, model_args, data_args, mixture = train.make_parser("capo").parse_args_and_config(words)
+    return train.load_data(script_args, data_args, mixture, training_args, model_args)
+
+
+@pytest.fixture
+def two_splits(tmp_path):
+    for split, golds in (("train", ["2", "$ east", "4"]), ("test", ["$ west", "6"])):
+        rows = [{"prompt": f"{split} {i}", "solution": gold} for i, gold in enumerate(golds)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore:Dropping")
+def test_both_splits_are_cleaned(two_splits):
+    rows, held_out = loaded(two_splits, drop_unparsable_gold="true", eval_strategy="steps", eval_steps=1)
+    assert rows["solution"][:] == ["$2$", "$4$"] and held_out["solution"][:] == ["$6$"]
+    rows, held_out = loaded(two_splits, drop_unparsable_gold="true")
+    assert len(rows) == 2 and held_out is None
+
+
+def test_a_stream_stays_one(two_splits):
+    rows, _ = loaded(two_splits, dataset_streaming="true", drop_unparsable_gold="true")
+    assert isinstance(rows, IterableDataset)
+    assert [row["prompt"][0]["content"] for row in rows] == ["train 0", "train 2"]

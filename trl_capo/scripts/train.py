@@ -237,6 +237,7 @@ def load_data(script_args, data_args, mixture, training_args, model_args) -> tup
     """
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
+    from datasets import IterableDataset
     from transformers import AutoTokenizer
 
     from trl_capo.data.training import VALIDATION, load_splits, prepare
@@ -254,12 +255,13 @@ def load_data(script_args, data_args, mixture, training_args, model_args) -> tup
         )
     state = PartialState()
     with state.main_process_first():
-        streaming = script_args.dataset_streaming
-        splits = load_splits(script_args.dataset_name, script_args.dataset_config, data_args, streaming, mixture)
+        splits = load_splits(
+            script_args.dataset_name, script_args.dataset_config, data_args, script_args.dataset_streaming, mixture
+        )
     rows = {"train": _split(splits, script_args.dataset_train_split, "dataset_train_split")}
     if evaluates and not data_args.num_validation_prompts:
         rows["eval"] = _split(splits, test_split, "dataset_test_split")
-    if streaming:
+    if any(isinstance(of, IterableDataset) for of in rows.values()):
         prepared = {part: prepare(of, data_args, tokenizer, part, print)["train"] for part, of in rows.items()}
         return prepared["train"], prepared.get("eval")
     kept = [None]

@@ -189,6 +189,20 @@ def test_name_on_the_hub(tmp_path):
         assert hub_dataset(tmp_path) == name
 
 
+def test_a_local_copy_is_said_to_be_one(tmp_path, monkeypatch):
+    from trl_capo.reproduction import _data_line, _split_record
+
+    monkeypatch.setenv("TRL_CAPO_DATA", str(tmp_path))
+    (tmp_path / "math-ai" / "aime25").mkdir(parents=True)
+    record = _split_record("test", Dataset.from_dict({"prompt": ["x"]}), {"dataset_name": "aime25"})
+    assert record["hub"][0] == {
+        "id": "math-ai/aime25",
+        "revision": None,
+        "local_copy": str(tmp_path / "math-ai" / "aime25"),
+    }
+    assert "read from a local copy" in _data_line(record)
+
+
 def test_revision_of_a_dataset_from_the_hub():
     from trl_capo.reproduction import _split_record
 

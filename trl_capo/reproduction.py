@@ -313,8 +313,16 @@ def _split_record(split: str, rows, options: dict) -> dict[str, Any]:
         "columns": rows.column_names,
         "sha256_of_rows": digest,
         **({} if digest else {"note": "a stream: neither counted nor fingerprinted"}),
-        "hub": [{"id": name, "revision": revisions.get(name)} for name in on_hub] or None,
+        "hub": [{"id": name, "revision": revisions.get(name), **_local_copy(name)} for name in on_hub] or None,
     }
+
+
+def _local_copy(name: str) -> dict[str, str]:
+    """Where a dataset was read from, if not from the Hub."""
+    from trl_capo.data.catalogue import location
+
+    found = location(name)["path"]
+    return {} if found == name else {"local_copy": found}
 
 
 def _base_model(model: dict) -> str:
@@ -331,6 +339,7 @@ def _data_line(split: dict) -> str:
         name = ", ".join(links)
         revisions = [s["revision"] for s in split["hub"] if s["revision"]]
         name += f" at `{', '.join(revisions)}`" if revisions else ""
+        name += ", read from a local copy" if any("local_copy" in s for s in split["hub"]) else ""
     else:
         name = _without_folders(split["name"])
     size = f"{split['rows']:,} rows with SHA-256 `{split['sha256_of_rows']}`" if split["rows"] else "a stream"

@@ -184,6 +184,22 @@ def test_refusal_is_not_repeated(hub, model, capsys, status, advice):
     assert hub.waits == []
 
 
+def test_a_bug_is_not_taken_for_a_busy_hub(hub, model, capsys, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", broken)
+    assert cli.main(["push", str(model), "--repo_id", "tiny"]) == 1
+    assert hub.waits == [] and "a bug" in capsys.readouterr().err
+
+    def upload_xet_files(*args, **kwargs):
+        raise RuntimeError("Data processing error")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", upload_xet_files)
+    assert cli.main(["push", str(model), "--repo_id", "tiny"]) == 1
+    assert hub.waits == [5, 20, 60]
+
+
 def test_private_model_does_not_go_into_a_public_repository(hub, model, capsys):
     hub.repositories["me/tiny"], hub.private["me/tiny"] = {}, False
     assert cli.main(["push", str(model), "--repo_id", "me/tiny", "--private"]) == 1

@@ -11,6 +11,7 @@ import json
 import re
 import shlex
 import sys
+import traceback
 from pathlib import Path
 from time import sleep
 
@@ -256,7 +257,10 @@ def _may_pass(error: Exception) -> bool:
         # A page of HTML in place of an answer comes from a proxy before the Hub.
         if isinstance(cause, (HTTPError, ConnectionError, TimeoutError, json.JSONDecodeError)):
             return True
-    return isinstance(error, RuntimeError)  # hf_xet's
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, RuntimeError) and any(
+        "xet" in frame.name for frame in frames
+    )  # hf_xet has no error types
 
 
 def _reason(error: Exception) -> str:

@@ -39,6 +39,9 @@ with open(os.path.join(os.environ["RECORDS"], name + "-" + os.environ["HOST"] + 
     json.dump(dict(arguments=sys.argv[1:], dev_mode=os.environ.get("VLLM_SERVER_DEV_MODE")), file)
 if name == "vllm":
     time.sleep(60)  # a server does not end by itself
+elif "server" in sys.argv:  # training cannot end before its server has begun
+    while not any(file.startswith("vllm-") for file in os.listdir(os.environ["RECORDS"])):
+        time.sleep(0.05)
 if os.environ.get("FAILS") == os.environ["HOST"]:
     sys.exit(3)
 """

@@ -35,12 +35,14 @@ sys.exit(max(abs(task.wait()) for task in tasks))
 RECORDER = """#!{python}
 import json, os, sys, time
 name = os.path.basename(sys.argv[0])
-with open(os.path.join(os.environ["RECORDS"], name + "-" + os.environ["HOST"] + ".json"), "w") as file:
+record = os.path.join(os.environ["RECORDS"], name + "-" + os.environ["HOST"] + ".json")
+with open(record + ".partial", "w") as file:
     json.dump(dict(arguments=sys.argv[1:], dev_mode=os.environ.get("VLLM_SERVER_DEV_MODE")), file)
+os.rename(record + ".partial", record)
 if name == "vllm":
     time.sleep(60)  # a server does not end by itself
 elif "server" in sys.argv:  # training cannot end before its server has begun
-    while not any(file.startswith("vllm-") for file in os.listdir(os.environ["RECORDS"])):
+    while not any(file.startswith("vllm-") and file.endswith(".json") for file in os.listdir(os.environ["RECORDS"])):
         time.sleep(0.05)
 if os.environ.get("FAILS") == os.environ["HOST"]:
     sys.exit(3)

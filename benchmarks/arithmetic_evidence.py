@@ -560,18 +560,21 @@ def chosen_settings(world: str) -> tuple[str, str]:
 def chosen_rivals(world: str) -> dict[str, str]:
     """The setting of each rival for the comparison, by CAPO's rule, from the first tuning seed alone.
 
-    If all are more than two points less accurate than GRPO, it is the most accurate.
+    Rivals whose settings were not all run have none yet. If all are more than two points less accurate than GRPO, it
+    is the most accurate.
     """
     by_seed, (grpo, _) = tuned(world), chosen_settings(world)
     first = min(by_seed[grpo])
     found = {setting: of[first] for setting, of in by_seed.items() if first in of}
     chosen = {}
     for rival in ("gspo", "codapo", "cde", "simko"):
-        settings = [setting for setting in found if setting.split()[0] == rival]
+        settings = [setting for setting in TUNING[world] if setting.split()[0] == rival]
+        if not set(settings) <= set(found):
+            continue
         close = [setting for setting in settings if found[setting][0] >= found[grpo][0] - 0.02]
         if close:
             chosen[rival] = max(close, key=lambda setting: found[setting][1])
-        elif settings:
+        else:
             chosen[rival] = max(settings, key=lambda setting: found[setting][0])
     return chosen
 

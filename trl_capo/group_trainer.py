@@ -48,6 +48,7 @@ from trl_capo.checks import (
 )
 from trl_capo.evaluation.model_card import complete_card, forget_calibration
 from trl_capo.group_config import GroupAdvantageConfig
+from trl_capo.hub import push_command
 from trl_capo.reference import make_room_for_reference_adapter, reference_source
 from trl_capo.repack import (
     Batch,
@@ -64,7 +65,6 @@ from trl_capo.repack import (
     what_is_exact,
 )
 from trl_capo.rewards import AccuracyReward
-from trl_capo.scripts.push import push_command
 
 
 # One or several of: a function, the id of a reward model, a reward model.

@@ -200,6 +200,9 @@ def test_abstention_promises_on_one_half_and_keeps_on_the_other():
 
 
 def test_settings_are_chosen_by_the_rule(tmp_path, monkeypatch):
+    tried = ("grpo", "grpo std", "capo", "capo tau 0.1", "capo tau 0.25", "capo lr 1e-4", "simko", "simko mix 0.1")
+    tried += ("gspo", "gspo lr 1e-4", "gspo lr 4e-4", "cde", "cde omega 2", "codapo")
+    monkeypatch.setattr(evidence, "TUNING", {"slips": dict.fromkeys(tried)})
     monkeypatch.setattr(evidence, "RESULTS", tmp_path)
     (tmp_path / "slips_tuning").mkdir()
 
@@ -219,8 +222,10 @@ def test_settings_are_chosen_by_the_rule(tmp_path, monkeypatch):
         write(setting, 10, accuracy, auc)
     for setting, accuracy, auc in (("cde", 0.3, 0.9), ("cde omega 2", 0.31, 0.8)):  # none is accurate enough
         write(setting, 10, accuracy, auc)
+    write("simko", 10, 0.42, 0.9)  # its other setting was not run yet
+    write("codapo", 10, 0.4, 0.7)
     assert evidence.chosen_settings("slips") == ("grpo std", "capo tau 0.25")
-    assert evidence.chosen_rivals("slips") == {"gspo": "gspo lr 1e-4", "cde": "cde omega 2"}
+    assert evidence.chosen_rivals("slips") == {"gspo": "gspo lr 1e-4", "codapo": "codapo", "cde": "cde omega 2"}
     assert "| **gspo lr 1e-4** | 10 |" in evidence.tuning_table("slips")
     assert "| **capo tau 0.25** | 11 | 0.401 | 0.800 |" in evidence.tuning_table("slips")
 

@@ -9,13 +9,13 @@ card gets how the model was trained, and the calibration report if the folder ha
 import argparse
 import json
 import re
-import shlex
 import sys
 import traceback
 from pathlib import Path
 from time import sleep
 
 from trl_capo.cli import main as cli_main
+from trl_capo.hub import push_command
 
 
 WAITS = (5, 20, 60)  # seconds between attempts
@@ -159,25 +159,6 @@ def push_trained(trainer) -> bool:
         print(f"trl-capo train: error: {error}", file=sys.stderr)
         return False
     return True
-
-
-def push_command(
-    folder: str | Path,
-    repo_id: str,
-    private: bool | None = None,
-    dataset: str | None = None,
-    revision: str | None = None,
-) -> str:
-    """The command that uploads a folder.
-
-    Example:
-        >>> push_command("runs/capo", "me/capo", private=True)
-        'trl-capo push runs/capo --repo_id me/capo --private'
-    """
-    words = ["trl-capo", "push", str(folder), "--repo_id", repo_id] + ["--private"] * bool(private)
-    for name, value in (("--dataset", dataset), ("--revision", revision)):
-        words += [name, value] if value is not None else []
-    return shlex.join(words)
 
 
 def model_files(folder: str | Path) -> dict[str, Path]:

@@ -112,7 +112,7 @@ def methods(world: str) -> dict[str, tuple[str, dict]]:
 MAIN = ("base", "grpo", "capo", "capo_no_mask", "grpo_mask")  # whole learning curves, and single samples at the end
 
 # GSPO's four mini-batches a generation: as many generations, four times the steps.
-GSPO = dict(per_device_train_batch_size=64, max_steps=480)
+GSPO = STD | dict(per_device_train_batch_size=64, max_steps=480)
 
 # What was tried before the study, on the validation split, with other seeds; of the rivals before the comparison.
 TUNING = {
@@ -136,24 +136,24 @@ TUNING = {
         "gspo lr 4e-4": ("gspo", GSPO | dict(learning_rate=4e-4)),
         "gspo clip x10": ("gspo", GSPO | dict(epsilon=3e-3, epsilon_high=4e-3)),
         "gspo clip x10 lr 1e-4": ("gspo", GSPO | dict(epsilon=3e-3, epsilon_high=4e-3, learning_rate=1e-4)),
-        "codapo": ("codapo", {}),
-        "codapo lr 1e-4": ("codapo", dict(learning_rate=1e-4)),
-        "codapo lr 4e-4": ("codapo", dict(learning_rate=4e-4)),
-        "codapo no replay": ("codapo", dict(replay=False)),
-        "codapo median": ("codapo", dict(replay_quantile=0.5)),
-        "codapo w0 0.5": ("codapo", dict(base_weight=0.5)),
-        "cde": ("cde", {}),
-        "cde lr 1e-4": ("cde", dict(learning_rate=1e-4)),
-        "cde lr 4e-4": ("cde", dict(learning_rate=4e-4)),
-        "cde omega 0.5": ("cde", dict(bonus_weight=0.5)),
-        "cde omega 2": ("cde", dict(bonus_weight=2.0)),
-        "cde constant": ("cde", dict(bonus_weight_end=1.0)),
-        "simko": ("simko", {}),
-        "simko lr 1e-4": ("simko", dict(learning_rate=1e-4)),
-        "simko lr 4e-4": ("simko", dict(learning_rate=4e-4)),
-        "simko mix 0.1": ("simko", dict(simko_mix=0.1)),
-        "simko median": ("simko", dict(simko_quantile=0.5)),
-        "simko penalty 1.5": ("simko", dict(simko_penalty=1.5)),
+        "codapo": ("codapo", STD),
+        "codapo lr 1e-4": ("codapo", STD | dict(learning_rate=1e-4)),
+        "codapo lr 4e-4": ("codapo", STD | dict(learning_rate=4e-4)),
+        "codapo no replay": ("codapo", STD | dict(replay=False)),
+        "codapo median": ("codapo", STD | dict(replay_quantile=0.5)),
+        "codapo w0 0.5": ("codapo", STD | dict(base_weight=0.5)),
+        "cde": ("cde", STD),
+        "cde lr 1e-4": ("cde", STD | dict(learning_rate=1e-4)),
+        "cde lr 4e-4": ("cde", STD | dict(learning_rate=4e-4)),
+        "cde omega 0.5": ("cde", STD | dict(bonus_weight=0.5)),
+        "cde omega 2": ("cde", STD | dict(bonus_weight=2.0)),
+        "cde constant": ("cde", STD | dict(bonus_weight_end=1.0)),
+        "simko": ("simko", STD),
+        "simko lr 1e-4": ("simko", STD | dict(learning_rate=1e-4)),
+        "simko lr 4e-4": ("simko", STD | dict(learning_rate=4e-4)),
+        "simko mix 0.1": ("simko", STD | dict(simko_mix=0.1)),
+        "simko median": ("simko", STD | dict(simko_quantile=0.5)),
+        "simko penalty 1.5": ("simko", STD | dict(simko_penalty=1.5)),
     },
 }
 
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     # By seeds: stopped early, all methods have equally many, and what is compared ran on the same machine.
     seeds = [seed for index, seed in enumerate(seeds) if index % parts == part]
     wanted = [(args.world, method, seed, args.tune) for seed in seeds for method in names]
-    jobs = [job for job in wanted if not result_path(*job).exists()]
+    jobs = [job for job in wanted if not is_done(*job)]
     deadline = time.time() + 60 * args.minutes
     failures = []
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
@@ -203,6 +203,18 @@ def result_path(world: str, method: str, seed: int, tune: bool) -> Path:
         start = (WORLDS[world].base, WORLDS[world].sharpness)
         world = next(name for name, of in WORLDS.items() if (of.base, of.sharpness) == start)
     return RESULTS / world / f"{method.replace(' ', '_')}-{seed}.json"
+
+
+def is_done(world: str, method: str, seed: int, tune: bool) -> bool:
+    """Whether the run is there; one with other options would be taken for it, so that is an error."""
+    path = result_path(world, method, seed, tune)
+    if not path.exists():
+        return False
+    recorded = json.loads(path.read_text())["options"]  # of the first runs only what is their own
+    wanted = {} if method == "base" else options_of(world, method, seed, tune)
+    if recorded != {name: wanted.get(name) for name in recorded}:
+        raise SystemExit(f"{path} is of other options than {method!r} has now: delete it to run it again.")
+    return True
 
 
 def options_of(world: str, method: str, seed: int, tune: bool) -> dict:

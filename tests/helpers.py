@@ -93,6 +93,40 @@ def literal_mean_logp(model, prompt_ids: list[int], completion_ids: list[int]) -
     return sum(logps[start + t - 1, token].item() for t, token in enumerate(completion_ids)) / len(completion_ids)
 
 
+def first_batch(trainer) -> dict:
+    """The first micro-batch of a training, with its advantages; nothing is learnt."""
+    batches, stop = [], StopIteration("recorded")
+
+    def record(model, inputs, **kwargs):
+        batches.append(inputs)
+        raise stop
+
+    trainer.compute_loss, original = record, trainer.compute_loss
+    try:
+        trainer.train()
+    except StopIteration as raised:
+        assert raised is stop
+    trainer.compute_loss = original
+    return batches[0]
+
+
+def literal_logits(model, batch: dict) -> list[torch.Tensor]:
+    """Logits at the tokens of each completion, (T, V), from forwards of single sequences without padding."""
+    rows = []
+    for prompt, completion in unpadded_rows(batch):
+        logits = model(torch.tensor([prompt + completion])).logits[0].double()
+        rows.append(logits[len(prompt) - 1 : -1])
+    return rows
+
+
+def move(model, distance: float) -> None:
+    """Moves all parameters at random, so that the policy is no longer the one that sampled."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += distance * torch.randn(parameter.shape, generator=generator)
+
+
 def literal_capo_advantages(rewards: list[float], mean_logps: list[float], tau: float) -> list[float]:
     """CAPO's advantages of one group, by the double loop of the definition; NaN takes part in nothing."""
     advantages = []

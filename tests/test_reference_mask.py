@@ -64,6 +64,18 @@ def test_masked_completions_have_no_advantage_and_the_others_keep_theirs(method,
     assert any(0 < entry["capo/frac_masked_wrong"] < 1 for entry in log if "capo/auc_within" in entry)
 
 
+@pytest.mark.parametrize("method", ["grpo", "gspo", "simko", "cde"])
+def test_a_mask_that_drops_nothing_changes_nothing_where_completions_are_truncated(method, tiny_model, tmp_path):
+    options = dict(mask_truncated_completions=True, max_completion_length=24, per_device_train_batch_size=32)
+    plain, _ = generations(method, tiny_model, tmp_path / "plain", ref_ppl_mask=False, **options)
+    thresholds = dict(ref_ppl_mask=True, ref_ppl_low=1.0, ref_ppl_high=1e9)
+    masked, _ = generations(method, tiny_model, tmp_path / "masked", **thresholds, **options)
+    for before, after in zip(plain, masked, strict=True):
+        has_loss = before["completion_mask"].any(dim=1)
+        torch.testing.assert_close(after["advantages"][has_loss], before["advantages"][has_loss], atol=1e-6, rtol=0)
+        assert not has_loss.all() and (before["advantages"][has_loss] != 0).any()
+
+
 @pytest.mark.parametrize("method", ["grpo", "codapo"])
 def test_graded_rewards_are_masked_where_no_answer_is_right(method, tiny_model, reference, tmp_path):
     options = dict(

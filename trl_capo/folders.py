@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 
+SETTINGS = "settings.json"
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, all or nothing; NaN, which JSON does not know, becomes null.
 
@@ -38,10 +41,16 @@ def remember_settings(folder: Path, settings: dict, what: str) -> None:
     Raises:
         ValueError: The folder is of other settings.
     """
+    check_settings(folder, settings, what)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "settings.json"
+    if not (folder / SETTINGS).exists():
+        write_json(folder / SETTINGS, settings)
+
+
+def check_settings(folder: Path, settings: dict, what: str) -> None:
+    """`remember_settings` without writing: a folder that is not there yet is of no settings."""
+    path = folder / SETTINGS
     if not path.exists():
-        write_json(path, settings)
         return
     known = json.loads(path.read_text())
     wanted = json.loads(json.dumps(settings))  # tuples become lists
@@ -49,6 +58,6 @@ def remember_settings(folder: Path, settings: dict, what: str) -> None:
     if changed:
         raise ValueError(
             f"{folder} holds {what} with another {', '.join(changed)}: "
-            f"{', '.join(str(known.get(name)) for name in changed)}. Repeat that, choose another --output_dir, or "
+            f"{', '.join(str(known.get(name)) for name in changed)}. Repeat that, choose another output_dir, or "
             "remove the folder."
         )

@@ -154,8 +154,8 @@ class ReferenceMaskTrainer(GroupAdvantageTrainer):
     def _compute_advantages(self, groups: RolloutGroups) -> Tensor | None:
         if not self.args.ref_ppl_mask:
             return None  # TRL's
-        advantages = reward_only_advantages(groups.rewards, valid=groups.valid, scale_rewards=self.scale_rewards)
-        return self._masked(advantages, groups)
+        # Of all rewards, as TRL has it: a truncated completion counts in the mean, though it has no loss.
+        return self._masked(reward_only_advantages(groups.rewards, scale_rewards=self.scale_rewards), groups)
 
     @property
     def _is_grpo(self) -> bool:
@@ -171,8 +171,9 @@ class ReferenceMaskTrainer(GroupAdvantageTrainer):
 
     def _rows_to_mask(self, groups: RolloutGroups) -> Tensor:
         """Completions that may have an advantage to lose, shape (P, G), boolean."""
-        highest = groups.rewards.masked_fill(~groups.valid, -torch.inf).amax(dim=1, keepdim=True)
-        lowest = groups.rewards.masked_fill(~groups.valid, torch.inf).amin(dim=1, keepdim=True)
+        scorable = groups.rewards.isfinite()
+        highest = groups.rewards.masked_fill(~scorable, -torch.inf).amax(dim=1, keepdim=True)
+        lowest = groups.rewards.masked_fill(~scorable, torch.inf).amin(dim=1, keepdim=True)
         return groups.valid & (highest > lowest)
 
     def _masked(self, advantages: Tensor, groups: RolloutGroups) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers import config_kwargs, parity_reward, prompt_dataset
+from tests.helpers import config_kwargs, first_batch, literal_logits, move, parity_reward, prompt_dataset
 from trl_capo import CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer
 from trl_capo.baselines.simko import (
     CAPOSimKOConfig,
@@ -72,6 +72,33 @@ def train(trainer_class, config_class, tiny_model, folder, **options):
     trainer = trainer_class(tiny_model, parity_reward, config, prompt_dataset(16))
     trainer.train()
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), trainer
+
+
+def test_the_gradient_in_training_is_that_of_the_released_formula(tiny_model, tmp_path):
+    """With every option away from its default, after a step away from the policy that sampled."""
+    options = dict(top_k=2, mix=0.3, quantile=0.4, penalty=1.7)
+    config = config_kwargs(
+        tmp_path,
+        per_device_train_batch_size=16,
+        loss_type="grpo",
+        num_iterations=2,
+        epsilon=0.9,
+        repack=False,
+        **{f"simko_{name}": value for name, value in options.items()},
+    )
+    trainer = SimKOTrainer(tiny_model, parity_reward, SimKOConfig(**config), prompt_dataset(16))
+    batch, model = first_batch(trainer), trainer.model
+    old = [logits.log_softmax(-1).detach() for logits in literal_logits(model, batch)]
+    move(model, 0.002)
+    loss = 0.0
+    for row, (logits, old_logps) in enumerate(zip(literal_logits(model, batch), old, strict=True)):
+        tokens = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
+        one = (logits[None], old_logps[None], tokens[None], torch.ones(1, len(tokens)), batch["advantages"][row, None])
+        loss = loss + released_loss(*one, **options) / len(tokens) / 16
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    found = torch.autograd.grad(trainer._compute_loss(model, batch), list(model.parameters()))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
 def test_without_its_changes_it_is_grpo(tiny_model, tmp_path):

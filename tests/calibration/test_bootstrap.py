@@ -96,6 +96,20 @@ def test_what_methods_share_cancels():
     assert unpaired.high - unpaired.low > 0.5
 
 
+def test_benchmarks_are_averaged_with_one_draw_of_seeds():
+    rng = np.random.default_rng(1)
+    luck = rng.normal(size=(5, 1))  # of the seeds, opposite on the two benchmarks
+    ours = [luck + np.zeros((5, 30)), 3 - luck + np.zeros((5, 10))]
+    both = paired_difference(ours, [np.zeros((5, 30)), np.zeros((5, 10))])
+    np.testing.assert_allclose([both.value, both.low, both.high], 1.5)
+    first = paired_difference(ours[0], np.zeros((5, 30)))
+    assert paired_difference(ours[:1], [np.zeros((5, 30))]) == first and first.high > first.low
+    assert two_sided_p(ours, [np.zeros((5, 30)), np.zeros((5, 10))]) == pytest.approx(1 / 2000)
+    assert np.isnan(two_sided_p([ours[0], np.full((5, 3), np.nan)], [ours[0], np.zeros((5, 3))]))
+    with pytest.raises(ValueError, match="same shape to be paired"):
+        paired_difference(ours, ours[:1])
+
+
 def test_undefined_values_are_left_out():
     values = np.array([[0.0, np.nan], [1.0, 3.0]])
     assert mean_over_seeds_and_prompts(values) == 1.0

@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import yaml
 
 from trl_capo import cli
 from trl_capo.calibration.bootstrap import holm, paired_difference
-from trl_capo.evaluation.comparison import by_prompt, compare, evaluation_folder, table
+from trl_capo.evaluation.comparison import by_prompt, check_same_questions, compare, evaluation_folder, table
 from trl_capo.evaluation.samples import read_samples
 from trl_capo.scripts import compare as script
 
@@ -58,7 +60,8 @@ def calls(monkeypatch):
     """Commands run in this process instead of in one of their own: faster by the imports."""
     made = []
 
-    def succeeds(command, options, log, lock):
+    def succeeds(command, options, log, lock, threads):
+        log.touch()
         made.append((command, next((p for p in options if "recipe.yaml" in p or "model" in p), options[0])))
         return cli.main([command, *options]) == 0
 
@@ -87,33 +90,50 @@ def test_runs_then_compares_what_is_there(tmp_path, calls, capsys):
     }
     for metric in ("accuracy", "auc_within"):
         ours, theirs = (by_prompt(sets[name], metric) for name in ("capo", "grpo"))
-        assert ours.shape == (2, 10)
+        assert [of.shape for of in ours] == [(2, 5), (2, 5)]
         expected = paired_difference(ours, theirs)
-        assert rows["capo"][f"{metric}_difference"] == pytest.approx([expected.value, expected.low, expected.high])
+        found = [np.nan if number is None else number for number in rows["capo"][f"{metric}_difference"]]
+        assert found == pytest.approx([expected.value, expected.low, expected.high], nan_ok=True)
         assert rows["base"][f"{metric}_difference"] is rows["grpo"][f"{metric}_difference"] is None
     correct = np.array([[s.correct.mean() for s in of] for of in sets["capo"].values()])
     assert rows["capo"]["accuracy"] == pytest.approx(correct.mean())
-    text = (out / "comparison.md").read_text()
+    text, page = (out / "comparison.md").read_text(), (out / "report.html").read_text()
     assert "| capo | 2 | " in text and "broken" not in text
-    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG") and "capo, seed 0" in (
-        out / "report.html"
-    ).read_text()
+    assert "arithmetic_test_2 (5 questions x 4)" in text and "one versions" not in text
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "All seeds" in page and "capo, seed 0 - grpo, seed 0" in page and "- base" not in page
+
+    written = json.loads((out / "comparison.json").read_text())
+    assert written["planned"]["missing"] == ["broken 0", "broken 1"] and written["planned"]["seeds"] == [0, 1]
+    made = written["runs"]["capo-1"]
+    assert made["versions"]["trl"] == version("trl") and set(made["seconds"]) == {"train", "evaluate"}
+    assert made["threads"] >= 1 and made["date"]
+    saved = np.load(out / "comparison.npz")
+    for i, of in enumerate(sets["capo"][1]):
+        by_seed = rows["capo"]["by_seed"]["1"][of.benchmark]
+        assert by_seed["accuracy"] == pytest.approx(of.correct.mean())
+        np.testing.assert_allclose(saved[f"capo-1/{of.benchmark}/accuracy"], of.correct.mean(axis=1))
+        np.testing.assert_array_equal(
+            saved[f"capo-1/{of.benchmark}/auc_within"], by_prompt(sets["capo"])[i][1].astype(np.float32)
+        )
 
     calls.clear()
     assert cli.main(["compare", plan, "--methods", "grpo", "capo"]) == 0
     assert calls == []
 
 
-def test_a_run_that_would_not_end_in_time_is_not_started(tmp_path, monkeypatch):
+def test_a_run_that_would_not_end_in_time_is_not_started(tmp_path, monkeypatch, capsys):
     plan, started = script.read_plan(plan_for(tmp_path)), []
-    monkeypatch.setattr(script, "run", lambda plan, name, seed: started.append(name))
+    monkeypatch.setattr(script, "run", lambda plan, name, seed, threads: started.append(name))
     script.run_all(plan, [("grpo", 0)], 1, 5)
     assert started == ["grpo"], "how long it takes is not known yet"
-    (script.run_folder(plan, "grpo", 0)).mkdir(parents=True)
-    (script.run_folder(plan, "grpo", 0) / "trained.json").write_text('{"seconds": 400}')
-    script.run_all(plan, [("capo", 0)], 1, 5)
-    assert started == ["grpo"]
-    script.run_all(plan, [("capo", 0)], 1, 10)
+    for seed, seconds in enumerate((240, 10, 9000)):  # the median counts: a suspended laptop is no measure
+        folder = script.run_folder(plan, "grpo", seed)
+        folder.mkdir(parents=True)
+        (folder / "work.json").write_text(json.dumps({"seconds": {"train": seconds, "evaluate": 1}}))
+    script.run_all(plan, [("capo", 0)], 1, 6)
+    assert started == ["grpo"] and "1 runs were not started: they would have ended" in capsys.readouterr().out
+    script.run_all(plan, [("capo", 0)], 1, 7)
     assert started == ["grpo", "capo"]
 
 
@@ -132,8 +152,62 @@ def test_trained_and_killed_before_the_evaluation(tmp_path, calls):
 def test_processes_of_their_own_and_their_logs(tmp_path):
     log = tmp_path / "x.log"
     with (tmp_path / "lock").open("w") as lock:
-        assert not script._succeeds("train", ["--config", str(tmp_path / "none.yaml")], log, lock)
+        assert not script._succeeds("train", ["--config", str(tmp_path / "none.yaml")], log, lock, 1)
     assert "none.yaml" in log.read_text()
+
+
+@pytest.mark.parametrize(("set_to", "expected"), [(None, "1"), ("7", "7")])
+def test_runs_at_a_time_share_the_cores(tmp_path, monkeypatch, set_to, expected):
+    plan, seen = script.read_plan(plan_for(tmp_path)), []
+    if set_to is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", set_to)
+    monkeypatch.setattr(script.os, "cpu_count", lambda: 2)
+
+    def called(words, env, **kwargs):
+        seen.append(env["OMP_NUM_THREADS"])
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(script.subprocess, "run", called)
+    script.run_all(plan, [("grpo", 0)], 2, None)
+    assert seen == [expected, expected]
+    assert json.loads((tmp_path / "out" / "grpo-0" / "work.json").read_text())["threads"] == int(expected)
+
+
+def test_a_base_that_fails_leaves_the_others_alone(tmp_path, monkeypatch):
+    tried = []
+
+    def run(plan, name, seed, threads):
+        tried.append(name)
+        log = tmp_path / "x.log"
+        log.write_text("trl-capo evaluate: no such model\n")
+        return log
+
+    monkeypatch.setattr(script, "run", run)
+    assert cli.main(["compare", plan_for(tmp_path), "--methods", "grpo", "--seeds", "1"]) == 2
+    assert tried == ["base", "grpo"]
+
+
+def test_no_folder_is_claimed_before_its_run(tmp_path, calls, capsys):
+    """Settings that were not run yet may still change."""
+    assert cli.main(["compare", plan_for(tmp_path), "--methods", "none"]) == 2
+    assert "--methods none: " in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert cli.main(["compare", plan_for(tmp_path), "--methods", "grpo", "--seeds", "0"]) == 0
+    changed = dict(grpo=dict(method="grpo"), capo=dict(method="capo", tau=0.4))
+    assert cli.main(["compare", plan_for(tmp_path, methods=changed), "--methods", "grpo", "--seeds", "0"]) == 0
+
+
+def test_other_questions_are_not_paired():
+    def samples(*prompts):
+        columns = {"prompt_id": np.arange(len(prompts)), "prompt": np.array(prompts, dtype=object)}
+        table = SimpleNamespace(column_names=list(columns))
+        return SimpleNamespace(benchmark="b", table=table, grid=lambda name: columns[name][:, None])
+
+    check_same_questions({"grpo": {0: [samples("1+1", "2+2")], 1: [samples("1+1", "2+2")]}})
+    for others in (samples("1+1", "2+3"), samples("1+1")):
+        with pytest.raises(ValueError, match="capo 0 answered other questions of b"):
+            check_same_questions({"grpo": {0: [samples("1+1", "2+2")]}, "capo": {0: [others]}})
 
 
 def test_a_run_that_another_process_works_on_is_left_to_it(tmp_path, monkeypatch, capsys):
@@ -147,7 +221,7 @@ def test_a_run_that_another_process_works_on_is_left_to_it(tmp_path, monkeypatch
     try:
         assert other.stdout.readline() == b"held\n"
         monkeypatch.setattr(script, "_succeeds", pytest.fail)
-        assert script.run(plan, "grpo", 0) is None
+        assert script.run(plan, "grpo", 0, 1) is None
         assert "grpo-0 is being worked on by another process" in capsys.readouterr().out
     finally:
         other.kill()
@@ -157,7 +231,7 @@ def test_a_run_that_another_process_works_on_is_left_to_it(tmp_path, monkeypatch
 def test_an_interrupt_starts_nothing_more(tmp_path, monkeypatch):
     plan, started = script.read_plan(plan_for(tmp_path)), []
 
-    def interrupted(plan, name, seed):
+    def interrupted(plan, name, seed, threads):
         started.append(name)
         time.sleep(0.3)
         raise KeyboardInterrupt
@@ -177,6 +251,55 @@ def test_a_changed_plan_is_refused(tmp_path, calls, capsys):
     ):
         assert cli.main(["compare", plan_for(tmp_path, **changes)]) == 2
         assert message in capsys.readouterr().err and calls == []
+
+
+def test_benchmarks_weigh_alike_whatever_is_mixed():
+    """Right answers are surer on the first benchmark and not on the second, for both; one has more mixed prompts."""
+
+    def samples(num_mixed, num_prompts, auc):
+        correct = np.ones((num_prompts, 2))
+        correct[:num_mixed, 1] = 0
+        return SimpleNamespace(correct=correct, mean_logps=np.tile([-1.0, -2.0 if auc else -0.5], (num_prompts, 1)))
+
+    sets = {
+        "grpo": {seed: [samples(1, 4, True), samples(4, 4, False)] for seed in range(2)},
+        "capo": {seed: [samples(3, 4, True), samples(4, 4, False)] for seed in range(2)},
+    }
+    grpo, capo = compare(sets, "grpo")
+    assert grpo["auc_within"] == capo["auc_within"] == 0.5
+    assert capo["auc_within_difference"] == [0, 0, 0]  # in one heap: 3/7 - 1/5
+    assert capo["accuracy_difference"][0] == pytest.approx(-2 / 16)
+
+
+def test_the_difference_on_prompts_that_are_mixed_for_both():
+    """The new one is worse on the prompt that both have, and has an easy one more."""
+
+    def samples(*prompts):
+        correct, mean_logps = zip(*prompts, strict=True)
+        return SimpleNamespace(correct=np.array(correct, dtype=float), mean_logps=np.array(mean_logps, dtype=float))
+
+    right_is_surer, wrong_is_surer, never_wrong = (
+        ([1, 1, 0, 0], [-1, -2, -3, -4]),
+        ([1, 1, 0, 0], [-1, -4, -2, -3]),
+        ([1, 1, 1, 1], [-1, -2, -3, -4]),
+    )
+    sets = {
+        "grpo": {seed: [samples(right_is_surer, never_wrong)] for seed in range(2)},
+        "capo": {seed: [samples(wrong_is_surer, right_is_surer)] for seed in range(2)},
+    }
+    row = compare(sets, "grpo")[1]
+    assert row["auc_within_difference"][0] == pytest.approx((0.5 + 1) / 2 - 1)
+    assert row["auc_common_difference"][0] == pytest.approx(0.5 - 1)
+
+
+def test_a_method_without_a_mixed_prompt_has_no_test():
+    mixed = SimpleNamespace(correct=np.array([[1.0, 0.0]]), mean_logps=np.array([[-1.0, -2.0]]))
+    solved = SimpleNamespace(correct=np.ones((1, 2)), mean_logps=mixed.mean_logps)
+    sets = {name: {seed: [of] for seed in range(2)} for name, of in dict(grpo=mixed, a=solved, b=mixed).items()}
+    rows = compare(sets, "grpo")
+    assert np.isnan(rows[1]["auc_within"]) and np.isnan(rows[1]["auc_within_p"]) and rows[2]["auc_within_p"] == 1
+    extra = dict(auc_pooled=0.5, perplexity_consistency=0.5)
+    assert table([rows[1] | extra], "grpo")[1][0][-3:-1] == ["undefined", "undefined"]
 
 
 def test_many_differences_are_corrected():

@@ -6,9 +6,10 @@ and PPO's clipped objective on r_i with GRPO's advantage. TRL has all of it: thi
 On-policy (one optimizer step a generation) the ratio is 1 and GSPO is GRPO.
 
 CAPO composes with it, for the gradient of r_i at pi_old is that of the score which CAPO ranks: set
-`importance_sampling_level="sequence"` and the two clip bounds below in a `CAPOConfig`.
+`importance_sampling_level="sequence"`, the two clip bounds and the mini-batches below in a `CAPOConfig`.
 """
 
+import warnings
 from dataclasses import dataclass, field
 
 from trl_capo.reference_mask import ReferenceMaskConfig, ReferenceMaskTrainer
@@ -39,6 +40,16 @@ class GSPOConfig(ReferenceMaskConfig):
     epsilon_high: float | None = field(default=4e-4, metadata={"help": "The ratio is clipped above 1 + this."})
     steps_per_generation: int | None = field(default=4, metadata={"help": "Mini-batches a generation."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Mini-batches an optimizer step."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations) == 0:
+            warnings.warn(
+                "every optimizer step takes whole generations, so all ratios are 1 and GSPO is GRPO. Let "
+                "steps_per_generation exceed gradient_accumulation_steps, e.g. 4 and 1.",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 class GSPOTrainer(ReferenceMaskTrainer):

@@ -197,24 +197,24 @@ def two_sided_p(values: ArrayLike, baseline: ArrayLike, *, num_resamples: int = 
     reads far out.
 
     Args:
-        values: The method's numbers, shape (S, P), NaN where undefined.
-        baseline: The other's, same shape.
+        values: The method's numbers, as for `paired_difference`.
+        baseline: The other's, same shapes.
         num_resamples: Number of replicates, B.
         seed: Seed of the draws.
 
     Returns:
-        Between 1 / B and 1. NaN with one seed, which says nothing about training.
+        Between 1 / B and 1. NaN where the difference is undefined, and with one seed, which says nothing about
+        training.
 
     Example:
         >>> better = np.array([[0.25, 0.5], [0.75, 1.0], [0.5, 0.5]])
         >>> two_sided_p(better, better - 0.25), two_sided_p(better, better[[1, 0, 2]])  # everywhere; on average not
         (0.0005, 1.0)
     """
-    both = np.stack([_as_table(values), _as_table(baseline)])
-    num_seeds = both.shape[1]
-    if num_seeds == 1:
+    measured, of_all, drawn = _crossed_differences(values, baseline, num_resamples, seed)
+    num_seeds = _tables(values)[0].shape[0]
+    if num_seeds == 1 or np.isnan(measured):
         return float("nan")
-    of_all, drawn = (means[:, 0] - means[:, 1] for means in _crossed_means(both, num_resamples, seed))
 
     def leaves_zero_out(p: float) -> bool:
         replicates = of_all + widening(num_seeds, 1 - p) * (drawn - of_all)
@@ -247,15 +247,22 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
 
 
 def paired_difference(
-    values: ArrayLike, baseline: ArrayLike, *, level: float = 0.95, num_resamples: int = 2000, seed: int = 0
+    values: ArrayLike | list[ArrayLike],
+    baseline: ArrayLike | list[ArrayLike],
+    *,
+    level: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
 ) -> Estimate:
     """Difference of two methods in the mean over seeds and prompts, with its interval.
 
     Args:
-        values: The method's numbers, shape (S, P), NaN where undefined.
-        baseline: The other's, same shape: row s from the same training seed, column p from the same prompt.
+        values: The method's numbers, shape (S, P), NaN where undefined. Or a list of such tables, one a benchmark,
+            whose means are averaged: together in one table, a method would weigh the benchmarks by its own number of
+            defined prompts.
+        baseline: The other's, same shapes: row s from the same training seed, column p from the same prompt.
         level: Share of the replicates inside the interval.
-        num_resamples: Number of replicates.
+        num_resamples: Number of replicates. Each has one draw of seeds for all benchmarks.
         seed: Seed of the draws.
 
     Returns:
@@ -265,15 +272,25 @@ def paired_difference(
         >>> str(paired_difference([[0.25, 0.5], [0.75, 1.0]], [[0.0, 0.25], [0.5, 0.75]]))  # better by 1/4 everywhere
         '0.250 [0.250, 0.250]'
     """
-    if np.shape(values) != np.shape(baseline):
+    measured, of_all, drawn = _crossed_differences(values, baseline, num_resamples, seed)
+    factor = widening(_tables(values)[0].shape[0], level)
+    return interval(measured, of_all + factor * (drawn - of_all), level=level)
+
+
+def _crossed_differences(
+    values: ArrayLike | list[ArrayLike], baseline: ArrayLike | list[ArrayLike], num_resamples: int, seed: int
+) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
+    """What was measured, and `_crossed_means` of it, shape (B,) each."""
+    ours, theirs = _tables(values), _tables(baseline)
+    if [of.shape for of in ours] != [of.shape for of in theirs]:
         raise ValueError(
-            f"`values` and `baseline` must have the same shape to be paired, got {np.shape(values)} and "
-            f"{np.shape(baseline)}. Keep the seeds and prompts that both have."
+            f"`values` and `baseline` must have the same shape to be paired, got {[of.shape for of in ours]} and "
+            f"{[of.shape for of in theirs]}. Keep the seeds and prompts that both have."
         )
-    both = np.stack([_as_table(values), _as_table(baseline)])
-    measured = mean_over_seeds_and_prompts(both)
-    replicates = bootstrap_means(both, level=level, num_resamples=num_resamples, seed=seed)
-    return interval(measured[0] - measured[1], replicates[:, 0] - replicates[:, 1], level=level)
+    pairs = [np.stack(pair) for pair in zip(ours, theirs, strict=True)]
+    measured = np.mean([mean_over_seeds_and_prompts(pair) for pair in pairs], axis=0)
+    means = np.mean([_crossed_means(pair, num_resamples, seed) for pair in pairs], axis=0)  # (2, B, 2)
+    return float(measured[0] - measured[1]), *(means[..., 0] - means[..., 1])
 
 
 def prompt_interval(
@@ -384,6 +401,12 @@ def _weighted_means(values: NDArray[np.float64], seed_counts: NDArray, prompt_co
         counts = seed_counts.T * seen
         means = np.where(seen, by_seed * counts, 0).sum(-2) / counts.sum(-2)  # (..., B)
     return np.moveaxis(means, -1, 0)
+
+
+def _tables(values: ArrayLike | list[ArrayLike]) -> list[NDArray[np.float64]]:
+    """One table a benchmark."""
+    several = len(np.shape(values[0])) == 2
+    return [_as_table(of) for of in (values if several else [values])]
 
 
 def _as_table(values: ArrayLike) -> NDArray[np.float64]:

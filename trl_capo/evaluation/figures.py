@@ -121,13 +121,16 @@ def draw_selection(axes: Axes, runs: dict[str, SampleSet], max_prompts: int = 50
     _finish(axes, "accuracy of the chosen answer", "samples a question", "accuracy")
 
 
-def draw_training(axes: Sequence[Axes], histories: dict[str, list[dict]], runs: Sequence[str]) -> None:
+def draw_training(
+    axes: Sequence[Axes], histories: dict[str, list[dict]], runs: Sequence[str], *, x: str = "optimizer step"
+) -> None:
     """Accuracy and AUC within prompts along training, on two axes.
 
     Args:
         axes: Two.
         histories: `log_history` of the trainer states of some runs.
         runs: Names of all runs, by which each has its colour.
+        x: What `step` counts.
     """
     for axis, metric, title in (
         (axes[0], "reward", "training reward"),
@@ -138,13 +141,20 @@ def draw_training(axes: Sequence[Axes], histories: dict[str, list[dict]], runs: 
             points = [(entry["step"], entry[metric]) for entry in history if entry.get(metric) is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), color=color, label=name, linewidth=2)
-        _finish(axis, title, "optimizer step", "")
+        _finish(axis, title, x, "")
 
 
-def draw_frontier(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
-    """AUC within prompts against accuracy, a point a run."""
-    for color, (name, (accuracy, auc)) in zip(_colors(points), points.items(), strict=True):
-        axes.plot(accuracy, auc, "o", color=color, markersize=8, label=name)
+def draw_frontier(axes: Axes, points: dict[str, list[tuple[float, float]]]) -> None:
+    """AUC within prompts against accuracy: a faint point a seed, a strong one for their mean.
+
+    Args:
+        axes: One.
+        points: Accuracy and AUC of each seed by run.
+    """
+    for color, (name, seeds) in zip(_colors(points), points.items(), strict=True):
+        accuracy, auc = zip(*seeds, strict=True)
+        axes.plot(accuracy, auc, "o", color=color, markersize=4, alpha=0.35, markeredgewidth=0)
+        axes.plot(sum(accuracy) / len(seeds), sum(auc) / len(seeds), "o", color=color, markersize=8, label=name)
     _finish(axes, "AUC within prompts against accuracy", "accuracy", "AUC within prompts")
 
 

@@ -53,7 +53,11 @@ METRICS = {
 
 
 def write_report(
-    runs: dict[str, list[SampleSet]], path: str | Path, *, histories: dict[str, list[dict]] | None = None
+    runs: dict[str, list[SampleSet]],
+    path: str | Path,
+    *,
+    histories: dict[str, list[dict]] | None = None,
+    first_section: str = "",
 ) -> Path:
     """Write the page, and beside it its figures and `<name>.md`, the block for a model card.
 
@@ -61,6 +65,7 @@ def write_report(
         runs: Samples of each run by benchmark, from `read_samples`.
         path: Where the page goes.
         histories: `log_history` of the trainer state of each run that was trained.
+        first_section: HTML above all others, from `html_section`.
 
     Returns:
         Path of the page.
@@ -81,7 +86,7 @@ def write_report(
     check_output_dir(str(path.parent))
     if path.is_dir():
         raise ValueError(f"{path} is a folder. Name the page, e.g. {path / 'report.html'}.")
-    sections, tables = [], []
+    sections, tables = [first_section], []
     for number, benchmark in enumerate(shared, 1):
         of = {name: next(s for s in sets if s.benchmark == benchmark) for name, sets in runs.items()}
         header, rows = metric_rows(of)
@@ -102,6 +107,12 @@ def write_report(
     path.write_text(page)
     path.with_suffix(".md").write_text("\n\n".join([MARKDOWN_HEAD, *tables]) + "\n")
     return path
+
+
+def html_section(title: str, text: str, table: tuple[list[str], list[list[str]]], png: bytes) -> str:
+    """A section of the page: a sentence, a table (header and rows) and a picture."""
+    title, text = html.escape(title), html.escape(text)
+    return f"<h2>{title}</h2><p>{text}</p>{_html_table(*table)}{_image(png, title)}"
 
 
 def metric_rows(runs: dict[str, SampleSet]) -> tuple[list[str], list[list[str]]]:

@@ -6,27 +6,32 @@
 The YAML names what all share, what each method changes, the seeds, the benchmarks, and the one configuration that the
 others are compared with, which is to be chosen beforehand. Each run is a `trl-capo train` and a `trl-capo evaluate` in
 a folder of its own: stopped at any point, the same command goes on; a run that fails is named and leaves the others
-alone. What is there is then compared in `comparison.md`, `comparison.json`, `comparison.png` and `report.html`.
+alone. What is there is then compared in `comparison.md`, `.json`, `.npz` and `.png` and in `report.html`.
+
+Runs at a time share the cores: each gets its part as `OMP_NUM_THREADS`, unless that is set.
 """
 
 import argparse
 import fcntl
 import json
+import os
+import statistics
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import yaml
 
 from trl_capo.cli import main as cli_main
 from trl_capo.extras import require
-from trl_capo.folders import remember_settings, write_json
+from trl_capo.folders import check_settings, remember_settings, write_json
 
 
 BASE = "base"
+WORK = "work.json"  # whether a run is trained, and the seconds that it took
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=int, help="run only these of its seeds")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time (default: %(default)s)")
     parser.add_argument(
-        "--minutes", type=float, help="start no run after so many minutes, less the longest training so far"
+        "--minutes", type=float, help="start no run that would end later, by what the runs before took"
     )
     return parser
 
@@ -105,18 +110,18 @@ def main(argv: list[str] | None = None) -> None:
     from trl_capo.evaluation.comparison import evaluation_folder, write_comparison
 
     plan = read_plan(args.plan)
-    check_output_dir(plan.output_dir)
-    folder = Path(plan.output_dir)
-    shared = {"baseline": plan.baseline, "train": plan.train, "benchmarks": plan.benchmarks, "evaluate": plan.evaluate}
-    remember_settings(folder, shared, "a comparison")
-    for name in plan.methods:  # all before the first run: what is there must be of the same options
-        for seed in plan.seeds:
-            remember_settings(run_folder(plan, name, seed), recipe(plan, name, seed), "a run")
     for option, wanted, known in (("methods", args.methods, plan.methods), ("seeds", args.seeds, plan.seeds)):
         if missing := [str(name) for name in wanted or [] if name not in known]:
             raise ValueError(f"--{option} {', '.join(missing)}: {args.plan} has {', '.join(map(str, known))}.")
+    check_output_dir(plan.output_dir)
+    folder = Path(plan.output_dir)
+    for name in plan.methods:  # all before the first run: what is there must be of the same options
+        for seed in plan.seeds:
+            check_settings(run_folder(plan, name, seed), recipe(plan, name, seed), "a run")
+    shared = {"baseline": plan.baseline, "train": plan.train, "benchmarks": plan.benchmarks, "evaluate": plan.evaluate}
+    remember_settings(folder, shared, "a comparison")
     jobs = [(name, seed) for seed in args.seeds or plan.seeds for name in args.methods or plan.methods]
-    failed = run_all(plan, [(BASE, None)], 1, None) or run_all(plan, jobs, args.workers, args.minutes)
+    failed = run_all(plan, [(BASE, None)], 1, None) + run_all(plan, jobs, args.workers, args.minutes)
 
     done = {
         name: {seed: run_folder(plan, name, seed) for seed in seeds if evaluation_folder(run_folder(plan, name, seed))}
@@ -126,7 +131,8 @@ def main(argv: list[str] | None = None) -> None:
     if not done[BASE] or not done[plan.baseline]:
         print(f"Nothing to compare yet: {BASE} and {plan.baseline} are needed.")
     else:
-        print(write_comparison(folder, {name: runs for name, runs in done.items() if runs}, plan.baseline))
+        runs = {name: of for name, of in done.items() if of}
+        print(write_comparison(folder, runs, plan.baseline, asdict(plan) | {"missing": missing}))
     if missing:
         print(f"\n{len(missing)} of {len(plan.methods) * len(plan.seeds)} runs are missing: {', '.join(missing)}.")
     if failed:
@@ -150,13 +156,14 @@ def run_all(plan: Plan, jobs: list[tuple], workers: int, minutes: float | None) 
     from trl_capo.evaluation.comparison import evaluation_folder
 
     jobs = [job for job in jobs if evaluation_folder(run_folder(plan, *job)) is None]
-    started, failed = time.time(), []
+    started, failed, postponed = time.time(), [], []
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // workers))
 
     def work(job: tuple) -> Path | None:
-        known = [json.loads(path.read_text())["seconds"] for path in Path(plan.output_dir).glob("*/trained.json")]
-        if minutes is not None and time.time() - started + max(known, default=0) > 60 * minutes:
+        if minutes is not None and time.time() - started + seconds_of_a_run(plan) > 60 * minutes:
+            postponed.append(job)
             return None
-        return run(plan, *job)
+        return run(plan, *job, threads)
 
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), unit="run", desc="compare") as bar:
         futures = [pool.submit(work, job) for job in jobs]
@@ -164,15 +171,25 @@ def run_all(plan: Plan, jobs: list[tuple], workers: int, minutes: float | None) 
             for future in as_completed(futures):
                 if (log := future.result()) is not None:
                     failed.append(log)
-                    bar.write(f"failed: {log}")
+                    bar.write(f"failed: {log}: {(log.read_text().splitlines() or ['it says nothing'])[-1]}")
                 bar.update()
+                bar.set_postfix_str(f"{len(postponed)} postponed" if postponed else "")
         except BaseException:  # Ctrl-C, a full disk: start nothing more
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    if postponed:
+        print(f"{len(postponed)} runs were not started: they would have ended after --minutes {minutes:g}.")
     return failed
 
 
-def run(plan: Plan, name: str, seed: int | None) -> Path | None:
+def seconds_of_a_run(plan: Plan) -> float:
+    """How long the next one may take: half as long again as the median of those that are done; 0 while none is."""
+    works = [json.loads(path.read_text()) for path in Path(plan.output_dir).glob(f"*/{WORK}")]
+    known = [sum(work["seconds"].values()) for work in works if len(work["seconds"]) == 2]
+    return 1.5 * statistics.median(known) if known else 0.0
+
+
+def run(plan: Plan, name: str, seed: int | None, threads: int) -> Path | None:
     """Train and evaluate, each as a process of its own; returns the log of the one that failed."""
     folder = run_folder(plan, name, seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,18 +199,31 @@ def run(plan: Plan, name: str, seed: int | None) -> Path | None:
         except BlockingIOError:
             print(f"{folder} is being worked on by another process: left to it.")
             return None
-        begin, model, trained = time.time(), str(folder / "model"), folder / "trained.json"
+        evaluation = [*_evaluation_options(plan.benchmarks, plan.evaluate), "--output_dir", str(folder / "evaluation")]
         if name == BASE:
-            model = plan.train["model_name_or_path"]
-        elif not trained.exists():
-            (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(plan, name, seed), sort_keys=False))
-            options = ["--config", str(folder / "recipe.yaml"), "--resume_from_checkpoint", "true"]
-            if not _succeeds("train", options, folder / "train.log", lock):
-                return folder / "train.log"
-            write_json(trained, {"seconds": round(time.time() - begin)})
-        options = [model, *_evaluation_options(plan.benchmarks, plan.evaluate)]
-        options += ["--output_dir", str(folder / "evaluation")]
-        return None if _succeeds("evaluate", options, folder / "evaluate.log", lock) else folder / "evaluate.log"
+            steps = {"evaluate": [plan.train["model_name_or_path"], *evaluation]}
+        else:
+            options = recipe(plan, name, seed)
+            remember_settings(folder, options, "a run")
+            (folder / "recipe.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
+            steps = {
+                "train": ["--config", str(folder / "recipe.yaml"), "--resume_from_checkpoint", "true"],
+                "evaluate": [str(folder / "model"), *evaluation],
+            }
+        path = folder / WORK
+        work = json.loads(path.read_text()) if path.exists() else {"trained": False, "threads": threads, "seconds": {}}
+        for command, options in steps.items():
+            if command == "train" and work["trained"]:
+                continue
+            begin, log = time.time(), folder / f"{command}.log"
+            succeeded = _succeeds(command, options, log, lock, threads)
+            seconds = work["seconds"].get(command, 0) + round(time.time() - begin)  # over all attempts
+            work["seconds"][command] = seconds
+            work["trained"] |= command == "train" and succeeded
+            write_json(path, work)
+            if not succeeded:
+                return log
+        return None
 
 
 def _evaluation_options(benchmarks: list[str], options: dict) -> list[str]:
@@ -203,11 +233,13 @@ def _evaluation_options(benchmarks: list[str], options: dict) -> list[str]:
     return words
 
 
-def _succeeds(command: str, options: list[str], log: Path, lock) -> bool:
+def _succeeds(command: str, options: list[str], log: Path, lock, threads: int) -> bool:
     """The child inherits the lock: should this process be killed, nobody else starts what the child still does."""
     with log.open("a") as file:
         call = [sys.executable, "-m", f"trl_capo.scripts.{command}", *options]
-        return subprocess.run(call, stdout=file, stderr=file, pass_fds=[lock.fileno()]).returncode == 0
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(call, stdout=file, stderr=file, pass_fds=[lock.fileno()], env=environment)
+        return done.returncode == 0
 
 
 if __name__ == "__main__":

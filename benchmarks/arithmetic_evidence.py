@@ -45,6 +45,7 @@ from trl_capo.evaluation.samples import SampleSet
 
 
 ROOT = Path(__file__).parent.parent
+COMPARISON = RESULTS.parent / "compare"  # what `trl-capo compare recipes/arithmetic/compare.yaml` wrote
 MAPPED = ("slips_flat", "clean")  # with few seeds: only in the table of regimes
 NAMES = {
     "base": "base",
@@ -557,30 +558,32 @@ def chosen_settings(world: str) -> tuple[str, str]:
     return grpo, max(capo, key=lambda setting: means[setting][1])
 
 
-def chosen_rivals(world: str) -> dict[str, str]:
-    """The setting of each rival for the comparison, by CAPO's rule, from the first tuning seed alone.
+def chosen_alike(world: str) -> dict[str, str]:
+    """The setting of each method for the comparison: CAPO's rule for all, from the first tuning seed alone.
 
-    Rivals whose settings were not all run have none yet. If all are more than two points less accurate than GRPO, it
+    Methods whose settings were not all run have none yet. If all are more than two points less accurate than GRPO, it
     is the most accurate.
     """
-    by_seed, (grpo, _) = tuned(world), chosen_settings(world)
-    first = min(by_seed[grpo])
+    by_seed = tuned(world)
+    first = min(seed for of in by_seed.values() for seed in of)
     found = {setting: of[first] for setting, of in by_seed.items() if first in of}
+    floor = max(numbers[0] for setting, numbers in found.items() if setting.startswith("grpo")) - 0.02
     chosen = {}
-    for rival in ("gspo", "codapo", "cde", "simko"):
-        settings = [setting for setting in TUNING[world] if setting.split()[0] == rival]
+    for method in dict.fromkeys(setting.split()[0] for setting in TUNING[world]):
+        settings = [setting for setting in TUNING[world] if setting.split()[0] == method]
         if not set(settings) <= set(found):
             continue
-        close = [setting for setting in settings if found[setting][0] >= found[grpo][0] - 0.02]
+        close = [setting for setting in settings if found[setting][0] >= floor]
         if close:
-            chosen[rival] = max(close, key=lambda setting: found[setting][1])
+            chosen[method] = max(close, key=lambda setting: found[setting][1])
         else:
-            chosen[rival] = max(settings, key=lambda setting: found[setting][0])
+            chosen[method] = max(settings, key=lambda setting: found[setting][0])
     return chosen
 
 
 def tuning_table(world: str) -> str:
-    chosen = [*chosen_settings(world), *chosen_rivals(world).values()]
+    """All settings; bold: chosen for the study or for the comparison."""
+    chosen = [*chosen_settings(world), *chosen_alike(world).values()]
     rows = [
         [f"**{setting}**" if setting in chosen else setting, seed, *(f"{number:.3f}" for number in numbers)]
         for setting, of in tuned(world).items()
@@ -789,6 +792,7 @@ def main() -> None:
         print(f"{world}:", {method: len(of.numbers) for method, of in runs.items()})
         tables |= {f"{world} {name}": content for name, content in world_tables(world, runs, figures).items()}
     tables["regimes"] = regime_table(worlds)
+    tables["rivals"] = (COMPARISON / "comparison.md").read_text().strip()
     draw_curves(shown, figures / "evidence_curves.png")
     (RESULTS / "tables.json").write_text(json.dumps(tables, indent=1))
     write_tables(ROOT / "docs" / "evidence.md", tables)

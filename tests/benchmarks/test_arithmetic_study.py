@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from trl_capo.calibration.metrics import precision_at_coverage
 from trl_capo.evaluation.grade import grade
@@ -225,9 +226,37 @@ def test_settings_are_chosen_by_the_rule(tmp_path, monkeypatch):
     write("simko", 10, 0.42, 0.9)  # its other setting was not run yet
     write("codapo", 10, 0.4, 0.7)
     assert evidence.chosen_settings("slips") == ("grpo std", "capo tau 0.25")
-    assert evidence.chosen_rivals("slips") == {"gspo": "gspo lr 1e-4", "codapo": "codapo", "cde": "cde omega 2"}
+    assert evidence.chosen_alike("slips") == {
+        "grpo": "grpo",
+        "capo": "capo lr 1e-4",
+        "gspo": "gspo lr 1e-4",
+        "codapo": "codapo",
+        "cde": "cde omega 2",
+    }
     assert "| **gspo lr 1e-4** | 10 |" in evidence.tuning_table("slips")
     assert "| **capo tau 0.25** | 11 | 0.401 | 0.800 |" in evidence.tuning_table("slips")
+
+
+def test_the_comparison_has_the_settings_that_were_chosen(repository):
+    """Those of the tuning, run with the same options: what was tuned is what is compared."""
+    plan = yaml.safe_load((repository / "recipes" / "arithmetic" / "compare.yaml").read_text())
+    chosen = evidence.chosen_alike("slips")
+    grpo, capo = evidence.chosen_settings("slips")
+    assert capo == chosen["capo"]
+    settings = chosen | {"grpo": grpo, "grpo_by_auc": chosen["grpo"]}
+    assert set(plan["methods"]) == {*settings, "capo_simko"}
+    for name, setting in settings.items():
+        tuned = study.options_of("slips", setting, 0, tune=True)
+        recipe = plan["train"] | plan["methods"][name]
+        ours = {"seed", "disable_tqdm", "logging_steps", "save_strategy", "save_steps", "save_total_limit"}
+        if name == "capo":  # it has no use for it
+            ours.add("scale_rewards")
+        assert {key: recipe.get(key) for key in tuned if key not in ours} == {
+            key: value for key, value in tuned.items() if key not in ours
+        }, name
+        assert recipe["method"] == study.TUNING["slips"][setting][0]
+    parts = plan["methods"]["simko"] | plan["methods"]["capo"] | {"method": "capo_simko"}
+    assert plan["methods"]["capo_simko"] == parts, "not tuned: the settings of its parts"
 
 
 def test_the_median_gap_is_over_pairs_of_one_prompt(results):

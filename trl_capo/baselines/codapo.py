@@ -13,7 +13,8 @@ Source: the released code, which CAPO's comparison may predate: its CoDaPO may b
 Departures: a completion without a token or a reward takes no part; right is a reward of at least `correct_threshold`,
 there exactly 1.
 
-Degenerate cases: all right or all wrong have V = 0, w = w0 and advantages 0. Where no prompt stands out, all are kept.
+Degenerate cases: all right or all wrong have V = 0, w = w0 and advantages 0. Where fewer prompts are mixed than the
+quantile would keep, it is w0 and all are kept, as in the released code.
 """
 
 import copy

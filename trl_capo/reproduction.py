@@ -51,6 +51,10 @@ def write_reproduction(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": _command(argv),
         "versions": versions(),
+        "git": {
+            "working_directory": git_state(Path.cwd()),
+            "package": git_state(Path(__file__).parent, of=Path(__file__).name),
+        },
     }
     if resumed_from is not None and (folder / RECORD).exists():
         record = json.loads((folder / RECORD).read_text())
@@ -59,10 +63,6 @@ def write_reproduction(
         return
     record = {
         **event,
-        "git": {
-            "working_directory": git_state(Path.cwd()),
-            "package": git_state(Path(__file__).parent, of=Path(__file__).name),
-        },
         "world_size": trainer.accelerator.num_processes,
         "device": _device_name(trainer.accelerator.device),
         "model": _model_record(trainer, options),

@@ -108,6 +108,14 @@ def test_benchmarks_are_averaged_with_one_draw_of_seeds():
     assert np.isnan(two_sided_p([ours[0], np.full((5, 3), np.nan)], [ours[0], np.zeros((5, 3))]))
     with pytest.raises(ValueError, match="same shape to be paired"):
         paired_difference(ours, ours[:1])
+    # Prompts of each benchmark are drawn on their own, so equal numbers do not move together: sqrt(2) narrower.
+    prompts = rng.normal(size=(1, 400))
+    width = {n: np.ptp(_ends(paired_difference([prompts] * n, [np.zeros_like(prompts)] * n))) for n in (1, 2)}
+    assert width[2] == pytest.approx(width[1] / np.sqrt(2), rel=0.1)
+
+
+def _ends(estimate):
+    return estimate.low, estimate.high
 
 
 def test_undefined_values_are_left_out():

@@ -79,11 +79,11 @@ def test_runs_then_compares_what_is_there(tmp_path, calls, capsys):
     assert cli.main(["compare", plan]) == 2
     captured = capsys.readouterr()
     assert "some runs failed" in captured.err and "broken-0/train.log" in captured.err
-    assert "2 of 6 runs are missing: broken 0, broken 1" in captured.out
+    assert "2 of 6 runs are missing: broken-0, broken-1" in captured.out
     assert [command for command, _ in calls].count("train") == 4 and not any("capo" in where for _, where in calls)
 
     rows = {row["method"]: row for row in json.loads((out / "comparison.json").read_text())["rows"]}
-    assert list(rows) == ["base", "grpo", "capo"] and rows["capo"]["seeds"] == 2
+    assert list(rows) == ["grpo", "base", "capo"] and rows["capo"]["seeds"] == 2
     sets = {
         name: {seed: read_samples(evaluation_folder(out / f"{name}-{seed}")) for seed in (0, 1)}
         for name in ("grpo", "capo")
@@ -99,18 +99,26 @@ def test_runs_then_compares_what_is_there(tmp_path, calls, capsys):
     assert rows["capo"]["accuracy"] == pytest.approx(correct.mean())
     text, page = (out / "comparison.md").read_text(), (out / "report.html").read_text()
     assert "| capo | 2 | " in text and "broken" not in text
-    assert "arithmetic_test_2 (5 questions x 4)" in text and "one versions" not in text
+    assert (
+        "arithmetic_test_2 (5 questions x 4)" in text
+        and "Not all runs" not in text
+        and "could not be graded" not in text
+    )
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "All seeds" in page and "capo, seed 0 - grpo, seed 0" in page and "- base" not in page
 
     written = json.loads((out / "comparison.json").read_text())
-    assert written["planned"]["missing"] == ["broken 0", "broken 1"] and written["planned"]["seeds"] == [0, 1]
+    assert written["planned"]["missing"] == ["broken-0", "broken-1"] and written["planned"]["seeds"] == [0, 1]
     made = written["runs"]["capo-1"]
-    assert made["versions"]["trl"] == version("trl") and set(made["seconds"]) == {"train", "evaluate"}
+    assert (
+        made["versions"][0]["trl"] == version("trl")
+        and len(made["versions"]) == 1
+        and set(made["seconds"]) == {"train", "evaluate"}
+    )
     assert made["threads"] >= 1 and made["date"]
     saved = np.load(out / "comparison.npz")
     for i, of in enumerate(sets["capo"][1]):
-        by_seed = rows["capo"]["by_seed"]["1"][of.benchmark]
+        by_seed = rows["capo"]["by_run"]["capo-1"][of.benchmark]
         assert by_seed["accuracy"] == pytest.approx(of.correct.mean())
         np.testing.assert_allclose(saved[f"capo-1/{of.benchmark}/accuracy"], of.correct.mean(axis=1))
         np.testing.assert_array_equal(
@@ -206,7 +214,7 @@ def test_other_questions_are_not_paired():
 
     check_same_questions({"grpo": {0: [samples("1+1", "2+2")], 1: [samples("1+1", "2+2")]}})
     for others in (samples("1+1", "2+3"), samples("1+1")):
-        with pytest.raises(ValueError, match="capo 0 answered other questions of b"):
+        with pytest.raises(ValueError, match="capo-0 answered other questions of b"):
             check_same_questions({"grpo": {0: [samples("1+1", "2+2")]}, "capo": {0: [others]}})
 
 

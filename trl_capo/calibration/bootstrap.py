@@ -113,14 +113,19 @@ def bootstrap_means(
 
 
 def _crossed_means(
-    values: NDArray[np.float64], num_resamples: int, seed: int
+    values: NDArray[np.float64], num_resamples: int, seed: int, benchmark: int = 0
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Means of drawn prompts over all seeds, and over drawn seeds, shape (B, ...) each."""
+    """Means of drawn prompts over all seeds, and over drawn seeds, shape (B, ...) each.
+
+    Benchmarks, by their number, have the same draws of seeds and their own of prompts.
+    """
     if num_resamples < 1:
         raise ValueError(f"`num_resamples` must be at least 1, got {num_resamples}.")
     num_seeds, num_prompts = values.shape[-2:]
     rng = np.random.default_rng(seed)
     seed_counts = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), num_resamples)  # (B, S)
+    if benchmark:
+        rng = np.random.default_rng([seed, benchmark])
     prompt_counts = rng.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), num_resamples)  # (B, P)
     of_all = _weighted_means(values, np.ones_like(seed_counts), prompt_counts)
     return of_all, _weighted_means(values, seed_counts, prompt_counts)
@@ -262,7 +267,7 @@ def paired_difference(
             defined prompts.
         baseline: The other's, same shapes: row s from the same training seed, column p from the same prompt.
         level: Share of the replicates inside the interval.
-        num_resamples: Number of replicates. Each has one draw of seeds for all benchmarks.
+        num_resamples: Number of replicates. Each has one draw of seeds for all benchmarks, and prompts of each.
         seed: Seed of the draws.
 
     Returns:
@@ -289,7 +294,9 @@ def _crossed_differences(
         )
     pairs = [np.stack(pair) for pair in zip(ours, theirs, strict=True)]
     measured = np.mean([mean_over_seeds_and_prompts(pair) for pair in pairs], axis=0)
-    means = np.mean([_crossed_means(pair, num_resamples, seed) for pair in pairs], axis=0)  # (2, B, 2)
+    means = np.mean(
+        [_crossed_means(pair, num_resamples, seed, i) for i, pair in enumerate(pairs)], axis=0
+    )  # (2, B, 2)
     return float(measured[0] - measured[1]), *(means[..., 0] - means[..., 1])
 
 

@@ -54,6 +54,7 @@ def write_comparison(
     """
     from trl_capo.evaluation.report import html_section, markdown, write_report
 
+    runs = {baseline: runs[baseline], **runs}  # first everywhere, so that it has one colour
     evaluated = {name: {seed: evaluation_folder(path) for seed, path in of.items()} for name, of in runs.items()}
     sets = {name: {seed: read_samples(path) for seed, path in of.items()} for name, of in evaluated.items()}
     check_same_questions(sets)
@@ -67,16 +68,17 @@ def write_comparison(
         for metric in OF_BENCHMARK:
             values = [benchmark[metric] for summary in of.values() for benchmark in summary.values()]
             row[metric] = nanmean([np.nan if value is None else value for value in values])
-        row["by_seed"] = {
-            str(seed): {name: numbers(of) for name, of in summary.items()} for seed, summary in of.items()
+        row["by_run"] = {
+            run_name(row["method"], seed): {name: numbers(of) for name, of in summary.items()}
+            for seed, summary in of.items()
         }
     histories = {
         name: mean_history([path / "model" for path in seeds.values()])
         for name, seeds in runs.items()
         if None not in seeds
     }
-    records = {f"{name}-{seed}": record(path) for name, of in runs.items() for seed, path in of.items()}
-    caption = describe(sets, baseline, records)
+    records = {run_name(name, seed): record(path) for name, of in runs.items() for seed, path in of.items()}
+    caption = describe(sets, baseline, records, rows)
     write_json(
         folder / "comparison.json",
         {
@@ -95,13 +97,16 @@ def write_comparison(
     draw(folder / "comparison.png", rows, histories, list(runs))
     picture = (folder / "comparison.png").read_bytes()
     section = html_section("All seeds", caption, (header, cells), picture)
-    seed = next(iter(sets[baseline]))  # below it, single models: those of one seed, the baseline first
-    shown = {
-        name: sets[name].get(None, sets[name].get(seed)) for name in (baseline, *(n for n in sets if n != baseline))
-    }
+    seed = next(iter(sets[baseline]))  # below it, single models: those of one seed
+    shown = {name: of.get(None, of.get(seed)) for name, of in sets.items()}
     shown = {name if None in sets[name] else f"{name}, seed {seed}": of for name, of in shown.items() if of}
     write_report(shown, folder / "report.html", first_section=section)
     return text
+
+
+def run_name(method: str, seed: int | None) -> str:
+    """`method-seed`, and the method alone where it was not trained."""
+    return method if seed is None else f"{method}-{seed}"
 
 
 def check_same_questions(sets: dict[str, dict[int | None, list[SampleSet]]]) -> None:
@@ -115,46 +120,55 @@ def check_same_questions(sets: dict[str, dict[int | None, list[SampleSet]]]) -> 
                 first = known.setdefault(samples.benchmark, asked)
                 if not all(np.array_equal(ours, theirs) for ours, theirs in zip(asked, first, strict=True)):
                     raise ValueError(
-                        f"{name} {seed} answered other questions of {samples.benchmark} than the runs before it. "
-                        "Evaluate all on one version of it: remove the evaluation folder of the runs that differ."
+                        f"{run_name(name, seed)} answered other questions of {samples.benchmark} than the runs before "
+                        "it. Evaluate all on one version of it: remove the evaluation folder of the runs that differ."
                     )
 
 
 def numbers(summary: dict[str, Any]) -> dict[str, float | None]:
     """What a summary of a benchmark says in the comparison."""
-    return {name: summary[name] for name in ("accuracy", "auc_within", *OF_BENCHMARK)}
+    return {name: summary[name] for name in ("accuracy", "auc_within", *OF_BENCHMARK, "grading_failed")}
 
 
 def record(run: Path) -> dict[str, Any]:
-    """How a run came to be: date, versions, commit and device from its model, and the seconds that it took."""
-    found = {}
+    """How a run came to be: dates, versions, commits and device from its model, and the seconds that it took."""
+    found: dict[str, Any] = {}
     for path in (run / "model" / "reproduction.json", run / "work.json"):
         if path.exists():
             found |= json.loads(path.read_text())
-    commit = (found.get("git") or {}).get("package")
-    kept = {name: found[name] for name in ("date", "versions", "device", "seconds", "threads") if name in found}
-    return kept | ({"commit": commit} if commit else {})
+    kept = {name: found[name] for name in ("date", "device", "seconds", "threads") if name in found}
+    events = [found, *found.get("resumed", [])] if "versions" in found else []
+    commits = [(of.get("git") or {}).get("package") for of in events]
+    return kept | {"versions": _distinct([of["versions"] for of in events]), "commits": _distinct(commits)}
 
 
-def describe(sets: dict, baseline: str, records: dict[str, dict]) -> str:
+def _distinct(values: list) -> list:
+    return [value for i, value in enumerate(values) if value not in values[:i]]
+
+
+def describe(sets: dict, baseline: str, records: dict[str, dict], rows: list[dict]) -> str:
     """What the table shows, and what would make its rows unlike."""
     benchmarks = next(iter(sets[baseline].values()))
     sizes = ", ".join(f"{of.benchmark} ({len(of.correct)} questions x {of.num_samples})" for of in benchmarks)
     lines = [
-        f"Means over benchmarks: {sizes}. Differences to {baseline}: 95% intervals over seeds and questions, one by "
-        "one; p after Holm's correction over all methods. Mixed for both: AUC within on the questions that the method "
-        f"and {baseline} both answered right and wrong. PC: the vote weighted by confidence."
+        f"Means over benchmarks: {sizes}. PC: accuracy of the vote weighted by confidence. Differences to {baseline} "
+        "with 95% intervals over seeds and questions, one by one, and p after Holm's correction over all methods, for "
+        "either metric; the difference in AUC within also on those questions alone that the method and "
+        f"{baseline} both answered right and wrong."
     ]
-    for what in ("commit", "versions"):
-        if len({json.dumps(of[what]) for of in records.values() if what in of}) > 1:
-            lines.append(f"Not all runs are of one {what}: see comparison.json.")
+    for what in ("commits", "versions"):
+        if len(_distinct([value for of in records.values() for value in of[what]])) > 1:
+            lines.append(f"Not all runs are of the same {what}: see comparison.json.")
+    failed = sum(of["grading_failed"] for row in rows for run in row["by_run"].values() for of in run.values())
+    if failed:
+        lines.append(f"{failed} answers could not be graded and count as wrong.")
     return " ".join(lines)
 
 
 def arrays(sets: dict[str, dict[int | None, list[SampleSet]]]) -> dict[str, np.ndarray]:
-    """Share of right samples and AUC of each question, by `method-seed/benchmark/name`: what the table is made of."""
+    """Share of right samples and AUC of each question, by `run/benchmark/metric`: what the table is made of."""
     return {
-        f"{name}-{seed}/{samples.benchmark}/{metric}": of_prompt(samples, metric).astype(np.float32)
+        f"{run_name(name, seed)}/{samples.benchmark}/{metric}": of_prompt(samples, metric).astype(np.float32)
         for name, of in sets.items()
         for seed, benchmarks in of.items()
         for samples in benchmarks
@@ -191,7 +205,7 @@ def compare(sets: dict[str, dict[int | None, list[SampleSet]]], baseline: str) -
             if shared:
                 both = [by_prompt(m, metric) for m in pair]
                 row[f"{metric}_difference"] = _numbers(paired_difference(*both))
-                row[f"{metric}_p_alone"] = two_sided_p(*both)
+                row[f"{metric}_p_alone"] = two_sided_p(*both, num_resamples=20_000)
         row["auc_common_difference"] = None
         if shared:
             row["auc_common_difference"] = _numbers(paired_difference(*_where_both(*(by_prompt(m) for m in pair))))
@@ -229,7 +243,7 @@ def of_prompt(samples: SampleSet, metric: str) -> np.ndarray:
 def table(rows: list[dict], baseline: str) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the table."""
     header = ["method", "seeds", "accuracy", "AUC within", "AUC pooled", "PC", f"AUC within minus {baseline}, p"]
-    header += ["mixed for both", f"accuracy minus {baseline}, p"]
+    header += ["where both are mixed", f"accuracy minus {baseline}, p"]
     cells = []
     for row in rows:
         auc, accuracy = (_with_p(row[f"{metric}_difference"], row[f"{metric}_p"]) for metric in METRICS)
@@ -250,10 +264,10 @@ def _with_p(gap: list[float] | None, p: float | None) -> str:
 
 def by_benchmark(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     """Accuracy and AUC within of each benchmark, averaged over seeds."""
-    names = list(next(iter(rows[0]["by_seed"].values())))
+    names = list(next(iter(rows[0]["by_run"].values())))
     cells = []
     for row in rows:
-        seeds = row["by_seed"].values()
+        seeds = row["by_run"].values()
         pairs = [
             [
                 nanmean([np.nan if of[name][m] is None else of[name][m] for of in seeds])
@@ -298,7 +312,7 @@ def draw(path: Path, rows: list[dict], histories: dict[str, list[dict]], runs: l
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     draw_training(axes[:2], histories, runs, x="share of the training")
-    points = {row["method"]: [_mean_numbers(of) for of in row["by_seed"].values()] for row in rows}
+    points = {row["method"]: [_mean_numbers(of) for of in row["by_run"].values()] for row in rows}
     draw_frontier(axes[2], points)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     require("report")
     from trl_capo.checks import check_output_dir
-    from trl_capo.evaluation.comparison import evaluation_folder, write_comparison
+    from trl_capo.evaluation.comparison import evaluation_folder, run_name, write_comparison
 
     plan = read_plan(args.plan)
     for option, wanted, known in (("methods", args.methods, plan.methods), ("seeds", args.seeds, plan.seeds)):
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
         name: {seed: run_folder(plan, name, seed) for seed in seeds if evaluation_folder(run_folder(plan, name, seed))}
         for name, seeds in {BASE: [None], **dict.fromkeys(plan.methods, plan.seeds)}.items()
     }
-    missing = [f"{name} {seed}" for name in plan.methods for seed in plan.seeds if seed not in done[name]]
+    missing = [run_name(name, seed) for name in plan.methods for seed in plan.seeds if seed not in done[name]]
     if not done[BASE] or not done[plan.baseline]:
         print(f"Nothing to compare yet: {BASE} and {plan.baseline} are needed.")
     else:
@@ -141,7 +141,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_folder(plan: Plan, name: str, seed: int | None) -> Path:
     """Where a run is."""
-    return Path(plan.output_dir) / (name if seed is None else f"{name}-{seed}")
+    from trl_capo.evaluation.comparison import run_name
+
+    return Path(plan.output_dir) / run_name(name, seed)
 
 
 def recipe(plan: Plan, name: str, seed: int) -> dict:
@@ -217,7 +219,9 @@ def run(plan: Plan, name: str, seed: int | None, threads: int) -> Path | None:
                 continue
             begin, log = time.time(), folder / f"{command}.log"
             succeeded = _succeeds(command, options, log, lock, threads)
-            seconds = work["seconds"].get(command, 0) + round(time.time() - begin)  # over all attempts
+            seconds = work["seconds"].get(command, 0) + round(
+                time.time() - begin
+            )  # over all attempts that were not killed
             work["seconds"][command] = seconds
             work["trained"] |= command == "train" and succeeded
             write_json(path, work)

@@ -6,6 +6,7 @@ import importlib.util
 MODULES = {
     "report": ("matplotlib", "sklearn", "scipy", "latex2mathml"),
     "vllm": ("vllm",),
+    "peft": ("peft",),
 }
 
 

@@ -60,7 +60,7 @@ def calls(monkeypatch):
     """Commands run in this process instead of in one of their own: faster by the imports."""
     made = []
 
-    def succeeds(command, options, log, lock, threads):
+    def succeeds(command, options, log, lock, share):
         log.touch()
         made.append((command, next((p for p in options if "recipe.yaml" in p or "model" in p), options[0])))
         return cli.main([command, *options]) == 0
@@ -132,16 +132,16 @@ def test_runs_then_compares_what_is_there(tmp_path, calls, capsys):
 
 def test_a_run_that_would_not_end_in_time_is_not_started(tmp_path, monkeypatch, capsys):
     plan, started = script.read_plan(plan_for(tmp_path)), []
-    monkeypatch.setattr(script, "run", lambda plan, name, seed, threads: started.append(name))
-    script.run_all(plan, [("grpo", 0)], 1, 5)
+    monkeypatch.setattr(script, "run", lambda plan, name, seed, share: started.append(name))
+    script.run_all(plan, [("grpo", 0)], [{}], 5)
     assert started == ["grpo"], "how long it takes is not known yet"
     for seed, seconds in enumerate((240, 10, 9000)):  # the median counts: a suspended laptop is no measure
         folder = script.run_folder(plan, "grpo", seed)
         folder.mkdir(parents=True)
         (folder / "work.json").write_text(json.dumps({"seconds": {"train": seconds, "evaluate": 1}}))
-    script.run_all(plan, [("capo", 0)], 1, 6)
+    script.run_all(plan, [("capo", 0)], [{}], 6)
     assert started == ["grpo"] and "1 runs were not started: they would have ended" in capsys.readouterr().out
-    script.run_all(plan, [("capo", 0)], 1, 7)
+    script.run_all(plan, [("capo", 0)], [{}], 7)
     assert started == ["grpo", "capo"]
 
 
@@ -160,7 +160,7 @@ def test_trained_and_killed_before_the_evaluation(tmp_path, calls):
 def test_processes_of_their_own_and_their_logs(tmp_path):
     log = tmp_path / "x.log"
     with (tmp_path / "lock").open("w") as lock:
-        assert not script._succeeds("train", ["--config", str(tmp_path / "none.yaml")], log, lock, 1)
+        assert not script._succeeds("train", ["--config", str(tmp_path / "none.yaml")], log, lock, {})
     assert "none.yaml" in log.read_text()
 
 
@@ -178,15 +178,37 @@ def test_runs_at_a_time_share_the_cores(tmp_path, monkeypatch, set_to, expected)
         return subprocess.CompletedProcess(words, 0)
 
     monkeypatch.setattr(script.subprocess, "run", called)
-    script.run_all(plan, [("grpo", 0)], 2, None)
+    script.run_all(plan, [("grpo", 0)], script.shares_of_the_machine(2), None)
     assert seen == [expected, expected]
     assert json.loads((tmp_path / "out" / "grpo-0" / "work.json").read_text())["threads"] == int(expected)
+
+
+def test_each_run_at_a_time_has_a_gpu_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    plan, used, together = script.read_plan(plan_for(tmp_path)), [], []
+
+    def run(plan, name, seed, share):
+        used.append(share["CUDA_VISIBLE_DEVICES"])
+        together.append(sorted(used))
+        time.sleep(0.1)
+        used.remove(share["CUDA_VISIBLE_DEVICES"])
+
+    monkeypatch.setattr(script, "run", run)
+    script.run_all(
+        plan, [(name, seed) for seed in (0, 1) for name in plan.methods], script.shares_of_the_machine(3), None
+    )
+    assert all(len(set(gpus)) == len(gpus) for gpus in together) and ["0", "1", "2"] in together
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in script.shares_of_the_machine(2)] == ["5", "7"]
+    with pytest.raises(ValueError, match="--workers 3: each run needs a GPU of its own, and 2 can be seen"):
+        script.shares_of_the_machine(3)
 
 
 def test_a_base_that_fails_leaves_the_others_alone(tmp_path, monkeypatch):
     tried = []
 
-    def run(plan, name, seed, threads):
+    def run(plan, name, seed, share):
         tried.append(name)
         log = tmp_path / "x.log"
         log.write_text("trl-capo evaluate: no such model\n")
@@ -229,7 +251,7 @@ def test_a_run_that_another_process_works_on_is_left_to_it(tmp_path, monkeypatch
     try:
         assert other.stdout.readline() == b"held\n"
         monkeypatch.setattr(script, "_succeeds", pytest.fail)
-        assert script.run(plan, "grpo", 0, 1) is None
+        assert script.run(plan, "grpo", 0, {}) is None
         assert "grpo-0 is being worked on by another process" in capsys.readouterr().out
     finally:
         other.kill()
@@ -239,14 +261,14 @@ def test_a_run_that_another_process_works_on_is_left_to_it(tmp_path, monkeypatch
 def test_an_interrupt_starts_nothing_more(tmp_path, monkeypatch):
     plan, started = script.read_plan(plan_for(tmp_path)), []
 
-    def interrupted(plan, name, seed, threads):
+    def interrupted(plan, name, seed, share):
         started.append(name)
         time.sleep(0.3)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(script, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        script.run_all(plan, [(name, seed) for seed in (0, 1) for name in plan.methods], 1, None)
+        script.run_all(plan, [(name, seed) for seed in (0, 1) for name in plan.methods], [{}], None)
     assert len(started) < 6
 
 

@@ -8,7 +8,8 @@ others are compared with, which is to be chosen beforehand. Each run is a `trl-c
 a folder of its own: stopped at any point, the same command goes on; a run that fails is named and leaves the others
 alone. What is there is then compared in `comparison.md`, `.json`, `.npz` and `.png` and in `report.html`.
 
-Runs at a time share the cores: each gets its part as `OMP_NUM_THREADS`, unless that is set.
+Runs at a time (`--workers`) share the machine: each has its part of the cores as `OMP_NUM_THREADS`, unless that is
+set, and, where there are GPUs, one of them. A run is one process, so its model must fit on one GPU.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from queue import SimpleQueue
 
 import yaml
 
@@ -113,6 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     for option, wanted, known in (("methods", args.methods, plan.methods), ("seeds", args.seeds, plan.seeds)):
         if missing := [str(name) for name in wanted or [] if name not in known]:
             raise ValueError(f"--{option} {', '.join(missing)}: {args.plan} has {', '.join(map(str, known))}.")
+    shares = shares_of_the_machine(args.workers)
     check_output_dir(plan.output_dir)
     folder = Path(plan.output_dir)
     for name in plan.methods:  # all before the first run: what is there must be of the same options
@@ -121,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     shared = {"baseline": plan.baseline, "train": plan.train, "benchmarks": plan.benchmarks, "evaluate": plan.evaluate}
     remember_settings(folder, shared, "a comparison")
     jobs = [(name, seed) for seed in args.seeds or plan.seeds for name in args.methods or plan.methods]
-    failed = run_all(plan, [(BASE, None)], 1, None) + run_all(plan, jobs, args.workers, args.minutes)
+    failed = run_all(plan, [(BASE, None)], shares[:1], None) + run_all(plan, jobs, shares, args.minutes)
 
     done = {
         name: {seed: run_folder(plan, name, seed) for seed in seeds if evaluation_folder(run_folder(plan, name, seed))}
@@ -151,23 +154,29 @@ def recipe(plan: Plan, name: str, seed: int) -> dict:
     return plan.train | plan.methods[name] | {"seed": seed, "output_dir": str(run_folder(plan, name, seed) / "model")}
 
 
-def run_all(plan: Plan, jobs: list[tuple], workers: int, minutes: float | None) -> list[Path]:
-    """Run what is not done; returns the logs of what failed."""
+def run_all(plan: Plan, jobs: list[tuple], shares: list[dict[str, str]], minutes: float | None) -> list[Path]:
+    """Run what is not done, one job a share of the machine at a time; returns the logs of what failed."""
     from tqdm import tqdm
 
     from trl_capo.evaluation.comparison import evaluation_folder
 
     jobs = [job for job in jobs if evaluation_folder(run_folder(plan, *job)) is None]
     started, failed, postponed = time.time(), [], []
-    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // workers))
+    free = SimpleQueue()
+    for share in shares:
+        free.put(share)
 
     def work(job: tuple) -> Path | None:
         if minutes is not None and time.time() - started + seconds_of_a_run(plan) > 60 * minutes:
             postponed.append(job)
             return None
-        return run(plan, *job, threads)
+        share = free.get()
+        try:
+            return run(plan, *job, share)
+        finally:
+            free.put(share)
 
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), unit="run", desc="compare") as bar:
+    with ThreadPoolExecutor(len(shares)) as pool, tqdm(total=len(jobs), unit="run", desc="compare") as bar:
         futures = [pool.submit(work, job) for job in jobs]
         try:
             for future in as_completed(futures):
@@ -184,6 +193,24 @@ def run_all(plan: Plan, jobs: list[tuple], workers: int, minutes: float | None) 
     return failed
 
 
+def shares_of_the_machine(workers: int) -> list[dict[str, str]]:
+    """Environment variables of each of the runs at a time.
+
+    Raises:
+        ValueError: There are GPUs, and fewer than workers.
+    """
+    import torch
+
+    share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    if not gpus:
+        return [share] * workers
+    if workers > len(gpus):
+        raise ValueError(f"--workers {workers}: each run needs a GPU of its own, and {len(gpus)} can be seen.")
+    return [share | {"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:workers]]
+
+
 def seconds_of_a_run(plan: Plan) -> float:
     """How long the next one may take: half as long again as the median of those that are done; 0 while none is."""
     works = [json.loads(path.read_text()) for path in Path(plan.output_dir).glob(f"*/{WORK}")]
@@ -191,8 +218,15 @@ def seconds_of_a_run(plan: Plan) -> float:
     return 1.5 * statistics.median(known) if known else 0.0
 
 
-def run(plan: Plan, name: str, seed: int | None, threads: int) -> Path | None:
-    """Train and evaluate, each as a process of its own; returns the log of the one that failed."""
+def run(plan: Plan, name: str, seed: int | None, share: dict[str, str]) -> Path | None:
+    """Train and evaluate, each as a process of its own; returns the log of the one that failed.
+
+    Args:
+        plan: The whole.
+        name: Of the method, or `BASE`.
+        seed: Of the training.
+        share: Environment variables that say which part of the machine is its own.
+    """
     folder = run_folder(plan, name, seed)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
@@ -213,12 +247,13 @@ def run(plan: Plan, name: str, seed: int | None, threads: int) -> Path | None:
                 "evaluate": [str(folder / "model"), *evaluation],
             }
         path = folder / WORK
-        work = json.loads(path.read_text()) if path.exists() else {"trained": False, "threads": threads, "seconds": {}}
+        work = json.loads(path.read_text()) if path.exists() else {"trained": False, "seconds": {}}
+        work["threads"] = int(share["OMP_NUM_THREADS"])
         for command, options in steps.items():
             if command == "train" and work["trained"]:
                 continue
             begin, log = time.time(), folder / f"{command}.log"
-            succeeded = _succeeds(command, options, log, lock, threads)
+            succeeded = _succeeds(command, options, log, lock, share)
             seconds = work["seconds"].get(command, 0) + round(
                 time.time() - begin
             )  # over all attempts that were not killed
@@ -237,12 +272,11 @@ def _evaluation_options(benchmarks: list[str], options: dict) -> list[str]:
     return words
 
 
-def _succeeds(command: str, options: list[str], log: Path, lock, threads: int) -> bool:
+def _succeeds(command: str, options: list[str], log: Path, lock, share: dict[str, str]) -> bool:
     """The child inherits the lock: should this process be killed, nobody else starts what the child still does."""
     with log.open("a") as file:
         call = [sys.executable, "-m", f"trl_capo.scripts.{command}", *options]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(call, stdout=file, stderr=file, pass_fds=[lock.fileno()], env=environment)
+        done = subprocess.run(call, stdout=file, stderr=file, pass_fds=[lock.fileno()], env=os.environ | share)
         return done.returncode == 0
 
 

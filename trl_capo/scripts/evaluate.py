@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -110,10 +111,11 @@ def check_model(model: str, data: dict, max_new_tokens: int | None) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     from trl_capo.data.arithmetic import model_path
+    from trl_capo.evaluation.adapter import base_of
     from trl_capo.evaluation.sample import check_lengths, tokenize
 
     path = model_path(model)
-    config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    config, tokenizer = AutoConfig.from_pretrained(base_of(path)), AutoTokenizer.from_pretrained(path)
     for name, rows in data.items():
         check_lengths(tokenize(tokenizer, list(rows["prompt"])), _limit(name, max_new_tokens), config)
 
@@ -132,7 +134,7 @@ def evaluate(
     """Sample what is missing, then merge and summarise.
 
     Args:
-        model: Folder, name on the Hub, or name of a shipped model.
+        model: Folder, with a model or an adapter, name on the Hub, or name of a shipped model.
         folder: Gets `samples.parquet` and `summary.json`.
         data: Questions by benchmark, from `load_benchmark`.
         state: accelerate's `PartialState`.
@@ -141,16 +143,21 @@ def evaluate(
         position: Line of the progress bar, where several are shown at once.
         sampling: See `load_engine`.
     """
+    from trl_capo.data.arithmetic import model_path
+    from trl_capo.evaluation.adapter import merged
     from trl_capo.evaluation.samples import FILE_NAME, merge_parts, write_part
 
     if (folder / FILE_NAME).exists():
         state.print(f"{folder / FILE_NAME} is there already: nothing was sampled.")
     else:
         mine = _missing_parts(folder, data, num_samples, state)[state.process_index :: state.num_processes]
+        if state.is_main_process:
+            merged(model_path(model), folder / "merged")
         state.wait_for_everyone()  # nobody writes before all have looked
         total = sum(stop - start for _, start, stop in mine) * num_samples
         if mine:
-            sample, close = load_engine(model, state, num_samples=num_samples, **sampling)
+            path = merged(model_path(model), folder / "merged")
+            sample, close = load_engine(path, state, num_samples=num_samples, **sampling)
             for name, start, stop in _with_progress(mine, total, num_samples, folder.name, state, position):
                 rows = data[name].select(range(start, stop))
                 limit = _limit(name, max_new_tokens)
@@ -160,6 +167,7 @@ def evaluate(
     state.wait_for_everyone()
     if state.is_main_process:
         merge_parts(folder)
+        shutil.rmtree(folder / "merged", ignore_errors=True)  # as large as the model, and quickly made again
         _summarize(model, folder)
     state.wait_for_everyone()
 

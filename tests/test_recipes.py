@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from tests.data.standins import make_repositories
+from trl_capo.scripts.compare import read_plan, recipe
 from trl_capo.scripts.demo import training_options
 from trl_capo.scripts.train import main, make_parser
 
@@ -140,6 +141,28 @@ def test_dry_run(path, stand_ins, repository, monkeypatch, capsys):
     told = Path(f"recipes/{folder}/README.md").read_text()
     if path.parent.name in ("capo", "simko"):
         assert f"{total:.0f} GiB" in told, total
+
+
+@pytest.mark.filterwarnings("ignore:.*rows, .* were expected", "ignore:Dropping")
+@pytest.mark.parametrize("method", ["grpo", "capo", "gspo", "codapo", "cde", "simko"])
+def test_dry_run_of_the_comparison(method, stand_ins, tmp_path, monkeypatch, capsys):
+    """One GPU a run: 32 prompts, two updates a generation, GSPO with its own bounds."""
+    monkeypatch.setenv("TRL_CAPO_DATA", str(stand_ins / "data"))
+    plan = read_plan("recipes/Qwen2.5-Math-1.5B/compare.yaml")
+    assert set(plan.methods) == {"grpo", "capo", "gspo", "codapo", "cde", "simko"}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(plan, method, 0), sort_keys=False))
+    main(
+        ["--config", str(path), "--model_name_or_path", str(stand_ins / "Qwen2.5-Math-1.5B"), "--dry-run"]
+        + ["--num_train_prompts", "40"]
+    )
+    printed = capsys.readouterr().out
+    assert "to each of 32 prompts" in printed and "= 200 rollout batches" in printed and "⚠️" not in printed
+    total = float(re.search(r"total +([\d.]+)", printed).group(1))
+    if method in ("capo", "simko"):
+        assert f"{total:.0f} GiB" in Path("recipes/Qwen2.5-Math-1.5B/README.md").read_text(), total
+    _, training, *_ = parse_all(path)
+    assert (training.epsilon, training.epsilon_high) == ((3e-4, 4e-4) if method == "gspo" else (0.2, None))
 
 
 @pytest.mark.parametrize("method", ["capo", "grpo"])

@@ -12,6 +12,9 @@ from trl_capo.reference_mask import ReferenceMaskConfig, ReferenceMaskTrainer
 from trl_capo.scripts.train import METHODS
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:every optimizer step takes whole generations")  # GSPO, on-policy
+
+
 @pytest.fixture(scope="module")
 def reference(tiny_model, tmp_path_factory) -> str:
     """Another model, so that its perplexities are not the policy's."""

@@ -237,8 +237,9 @@ def test_settings_are_chosen_by_the_rule(tmp_path, monkeypatch):
     assert "| **capo tau 0.25** | 11 | 0.401 | 0.800 |" in evidence.tuning_table("slips")
 
 
-def test_the_comparison_has_the_settings_that_were_chosen(repository):
+def test_the_comparison_has_the_settings_that_were_chosen(repository, monkeypatch):
     """Those of the tuning, run with the same options: what was tuned is what is compared."""
+    monkeypatch.setattr(evidence, "RESULTS", repository / "benchmarks" / "results" / "arithmetic_study")
     plan = yaml.safe_load((repository / "recipes" / "arithmetic" / "compare.yaml").read_text())
     chosen = evidence.chosen_alike("slips")
     grpo, capo = evidence.chosen_settings("slips")

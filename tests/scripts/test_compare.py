@@ -80,6 +80,7 @@ def test_runs_then_compares_what_is_there(tmp_path, calls, capsys):
     captured = capsys.readouterr()
     assert "some runs failed" in captured.err and "broken-0/train.log" in captured.err
     assert "2 of 6 runs are missing: broken-0, broken-1" in captured.out
+    assert f"What to type next: trl-capo compare {plan} " in captured.out and "report.html" in captured.out
     assert [command for command, _ in calls].count("train") == 4 and not any("capo" in where for _, where in calls)
 
     rows = {row["method"]: row for row in json.loads((out / "comparison.json").read_text())["rows"]}

@@ -136,8 +136,10 @@ def main(argv: list[str] | None = None) -> None:
     else:
         runs = {name: of for name, of in done.items() if of}
         print(write_comparison(folder, runs, plan.baseline, asdict(plan) | {"missing": missing}))
+        print(f"\nPicture and answers: {folder / 'comparison.png'}, {folder / 'report.html'}")
     if missing:
         print(f"\n{len(missing)} of {len(plan.methods) * len(plan.seeds)} runs are missing: {', '.join(missing)}.")
+        print(f"What to type next: trl-capo compare {args.plan}    # it goes on with these")
     if failed:
         raise ValueError("some runs failed, see the end of their logs: " + ", ".join(map(str, failed)))
 
@@ -254,10 +256,8 @@ def run(plan: Plan, name: str, seed: int | None, share: dict[str, str]) -> Path 
                 continue
             begin, log = time.time(), folder / f"{command}.log"
             succeeded = _succeeds(command, options, log, lock, share)
-            seconds = work["seconds"].get(command, 0) + round(
-                time.time() - begin
-            )  # over all attempts that were not killed
-            work["seconds"][command] = seconds
+            seconds = round(time.time() - begin)
+            work["seconds"][command] = work["seconds"].get(command, 0) + seconds  # of attempts that were not killed
             work["trained"] |= command == "train" and succeeded
             write_json(path, work)
             if not succeeded:

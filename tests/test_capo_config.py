@@ -91,7 +91,6 @@ def test_bad_options_are_refused(tmp_path, options, message):
         ({"ref_ppl_quantiles": [0.8, 0.2]}, "ref_ppl_quantiles are 0.8 and 0.2"),
         ({"temperature": 0.7}, "temperature=0.7"),
         ({"loss_type": "dapo"}, "loss_type='dapo'"),
-        ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation=.* has no effect"),
     ],
 )
 def test_doubtful_options_are_warned_of(tmp_path, options, message):

@@ -123,9 +123,17 @@ def test_without_the_mask_it_costs_and_logs_nothing(tiny_model, tmp_path):
     assert not any("mask" in name or "ref_ppl" in name for entry in trainer.state.log_history for name in entry)
 
 
-def test_rewards_normalised_one_by_one_cannot_be_masked(tiny_model, tmp_path):
-    config = ReferenceMaskConfig(
-        **config_kwargs(tmp_path, ref_ppl_mask=True, multi_objective_aggregation="normalize_then_sum")
-    )
-    with pytest.raises(ValueError, match="multi_objective_aggregation='normalize_then_sum': set it to"):
-        ReferenceMaskTrainer(tiny_model, parity_reward, config, prompt_dataset())
+@pytest.mark.parametrize("method", METHODS)
+def test_rewards_normalised_one_by_one_are_for_advantages_that_trl_computes(method, tiny_model, tmp_path):
+    config_class, trainer_class = (resolve_name(path) for path in METHODS[method])
+    has_its_own = method in ("capo", "capo_simko", "codapo", "cde")
+    for mask in (False, True):
+        options = dict(
+            ref_ppl_mask=mask, multi_objective_aggregation="normalize_then_sum", per_device_train_batch_size=16
+        )
+        config = config_class(**config_kwargs(tmp_path, **options))
+        if mask or has_its_own:
+            with pytest.raises(ValueError, match="multi_objective_aggregation='normalize_then_sum'.*: set it to"):
+                trainer_class(tiny_model, parity_reward, config, prompt_dataset())
+        else:
+            trainer_class(tiny_model, parity_reward, config, prompt_dataset())

@@ -18,8 +18,8 @@ class CAPOConfig(ReferenceMaskConfig):
 
     Four defaults of `GRPOConfig` are set to the paper's: `loss_type="grpo"` (the mean over each sequence: the
     gradient of the mean token log-prob, which is the score that CAPO ranks), `beta=0.0`, `epsilon=0.2`,
-    `temperature=1.0`; `num_generations=8` and `learning_rate=1e-6` are TRL's own. `scale_rewards` and
-    `multi_objective_aggregation` have no effect: CAPO replaces the advantages that they shape.
+    `temperature=1.0`; `num_generations=8` and `learning_rate=1e-6` are TRL's own. `scale_rewards` has no
+    effect: CAPO replaces the advantages that it shapes.
 
     Parameters:
         > Parameters that control the comparison of completions
@@ -141,11 +141,6 @@ class CAPOConfig(ReferenceMaskConfig):
 
     def _warn_about_departures(self) -> None:
         """Settings that run but do not mean what the paper's numbers mean."""
-        if self.multi_objective_aggregation != "sum_then_normalize":
-            _warn(
-                f"multi_objective_aggregation={self.multi_objective_aggregation!r} has no effect: CAPO adds the other "
-                "rewards to its own advantages, see auxiliary_rewards."
-            )
         if self.loss_type not in SEQUENCE_MEAN_LOSSES:
             _warn(
                 f"loss_type={self.loss_type!r} does not follow the gradient of the mean token log-prob, the score "

@@ -132,10 +132,11 @@ class ReferenceMaskTrainer(GroupAdvantageTrainer):
             self._estimated_thresholds = PerplexityThresholds(
                 tuple(config.ref_ppl_quantiles), config.ref_ppl_quantiles_by_class, config.ref_ppl_quantile_samples
             )
-        if config.ref_ppl_mask and self._is_grpo and config.multi_objective_aggregation != "sum_then_normalize":
+        if config.multi_objective_aggregation != "sum_then_normalize" and (config.ref_ppl_mask or not self._is_grpo):
             raise ValueError(
-                f"ref_ppl_mask=True works on the weighted sum of the rewards, not with multi_objective_aggregation="
-                f"{config.multi_objective_aggregation!r}: set it to 'sum_then_normalize'."
+                f"multi_objective_aggregation={config.multi_objective_aggregation!r} turns rewards into advantages in "
+                f"TRL's way, where {'the mask needs' if self._is_grpo else f'{self._name} has'} its own: set it to "
+                "'sum_then_normalize'."
             )
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -151,3 +152,9 @@ def test_bad_input_is_one_message(tmp_path, capsys, arguments, message):
     assert cli.main(["abstain", str(make_samples(tmp_path)), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_a_missing_library_is_named_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert cli.main(["abstain", str(make_samples(tmp_path)), "--precision", "0.7"]) == 2
+    assert "scipy must be installed for this" in capsys.readouterr().err

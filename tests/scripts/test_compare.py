@@ -206,6 +206,15 @@ def test_each_run_at_a_time_has_a_gpu_of_its_own(tmp_path, monkeypatch):
         script.shares_of_the_machine(3)
 
 
+def test_a_plan_for_the_cpu_leaves_the_gpus_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    seen = []
+    monkeypatch.setattr(script, "run_all", lambda plan, jobs, shares, minutes: seen.append(shares) or [])
+    assert cli.main(["compare", plan_for(tmp_path), "--workers", "3"]) == 0
+    assert [len(shares) for shares in seen] == [1, 3]
+    assert {share["CUDA_VISIBLE_DEVICES"] for shares in seen for share in shares} == {""}
+
+
 def test_a_base_that_fails_leaves_the_others_alone(tmp_path, monkeypatch):
     tried = []
 

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from trl_capo.cli import main as cli_main
+from trl_capo.extras import require
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -30,6 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Choose, print, save."""
     args = make_parser().parse_args(argv)
+    require("report")
     from trl_capo.evaluation.predictor import choose_abstention
     from trl_capo.evaluation.samples import read_samples
 

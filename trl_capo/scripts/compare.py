@@ -9,7 +9,8 @@ a folder of its own: stopped at any point, the same command goes on; a run that 
 alone. What is there is then compared in `comparison.md`, `.json`, `.npz` and `.png` and in `report.html`.
 
 Runs at a time (`--workers`) share the machine: each has its part of the cores as `OMP_NUM_THREADS`, unless that is
-set, and, where there are GPUs, one of them. A run is one process, so its model must fit on one GPU.
+set, and, where there are GPUs and the plan does not say `use_cpu`, one of them. A run is one process, so its model
+must fit on one GPU.
 """
 
 import argparse
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     for option, wanted, known in (("methods", args.methods, plan.methods), ("seeds", args.seeds, plan.seeds)):
         if missing := [str(name) for name in wanted or [] if name not in known]:
             raise ValueError(f"--{option} {', '.join(missing)}: {args.plan} has {', '.join(map(str, known))}.")
-    shares = shares_of_the_machine(args.workers)
+    shares = shares_of_the_machine(args.workers, plan.train.get("use_cpu", False))
     check_output_dir(plan.output_dir)
     folder = Path(plan.output_dir)
     for name in plan.methods:  # all before the first run: what is there must be of the same options
@@ -195,15 +196,21 @@ def run_all(plan: Plan, jobs: list[tuple], shares: list[dict[str, str]], minutes
     return failed
 
 
-def shares_of_the_machine(workers: int) -> list[dict[str, str]]:
+def shares_of_the_machine(workers: int, use_cpu: bool = False) -> list[dict[str, str]]:
     """Environment variables of each of the runs at a time.
 
+    Args:
+        workers: How many these are.
+        use_cpu: Leave the GPUs alone.
+
     Raises:
-        ValueError: There are GPUs, and fewer than workers.
+        ValueError: GPUs are to be used, and there are fewer than workers.
     """
     import torch
 
     share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))}
+    if use_cpu:
+        return [share | {"CUDA_VISIBLE_DEVICES": ""}] * workers
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     if not gpus:

@@ -551,14 +551,28 @@ def test_unknown_correctness_beside_another_reward_is_counted(tiny_model, tmp_pa
     assert entry["capo/frac_unscorable"] == 1.0
 
 
-def test_scores_are_without_dropout(tiny_model, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"steps_per_generation": 2},
+        {"steps_per_generation": 2, "repack": False},
+        {"steps_per_generation": 2, "loss_type": "bnpo"},
+        {"steps_per_generation": 2, "beta": 0.01},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:loss_type='bnpo'")
+def test_scores_are_without_dropout(tiny_model, tmp_path, options):
+    """Whoever computes them: with two updates a generation, some settings let TRL."""
     lora = LoraConfig(
         r=4, lora_alpha=32, lora_dropout=0.5, init_lora_weights=False, target_modules=["q_proj", "v_proj"]
     )
-    trainer = make_trainer(tiny_model, tmp_path, peft_config=lora, ref_ppl_mask=False)
+    trainer = make_trainer(tiny_model, tmp_path, peft_config=lora, ref_ppl_mask=False, **options)
     trainer.train()
     generation = trainer.generations[0]
     expected = policy_logps(trainer, generation, tiny_model)
+    assert trainer.model.training
     np.testing.assert_allclose(generation["groups"].mean_logps.flatten().numpy(), expected, atol=1e-4)
 
 

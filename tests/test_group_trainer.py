@@ -112,6 +112,60 @@ def test_hooks_reach_the_loss(tiny_model, tmp_path):
     assert (trainer.groups.extras["lowest"] <= trainer.groups.mean_logps).all()
 
 
+def test_a_method_may_change_grpos_advantages_by_token_alone(tiny_model, tmp_path):
+    class Method(GroupAdvantageTrainer):
+        def _token_advantages(self, advantages, inputs):
+            self.of_trl = advantages
+            return advantages.unsqueeze(1) * inputs["completion_mask"]
+
+        def _compute_loss(self, model, inputs):
+            self.batch = inputs
+            return super()._compute_loss(model, inputs)
+
+    trainer = Method(tiny_model, parity_reward, GroupAdvantageConfig(**config_kwargs(tmp_path)), prompt_dataset())
+    trainer.train()
+    assert trainer.batch["advantages"].shape == trainer.batch["completion_mask"].shape
+    assert set(trainer.batch["advantages"][:, 0].tolist()) == set(trainer.of_trl.tolist()) != {0.0}
+
+
+def test_an_evaluation_without_a_mixed_prompt_is_not_the_best(tiny_model, tmp_path):
+    def always_right_later(completion_ids, trainer_state, **kwargs):
+        return parity_reward(completion_ids) if trainer_state.global_step < 2 else [1.0] * len(completion_ids)
+
+    options = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, max_steps=3)
+    options |= dict(load_best_model_at_end=True, metric_for_best_model="eval_capo/auc_within")
+    trainer = GroupAdvantageTrainer(
+        tiny_model,
+        always_right_later,
+        GroupAdvantageConfig(**config_kwargs(tmp_path, **options)),
+        prompt_dataset(),
+        eval_dataset=prompt_dataset(4),
+    )
+    trainer.train()
+    evaluations = [e["eval_capo/auc_within"] for e in trainer.state.log_history if "eval_capo/auc_within" in e]
+    assert evaluations[0] is not None and evaluations[1:] == [None, None]
+    assert trainer.state.best_metric == evaluations[0] and trainer.state.best_global_step == 1
+
+
+def test_curves_of_the_pooled_auc_do_not_depend_on_what_else_was_scored(tiny_model, tmp_path):
+    class ScoresAll(GroupAdvantageTrainer):
+        def _rows_needing_logps(self, groups):
+            self.has_a_group_of_one_kind = not groups.mixed.all()
+            return groups.valid
+
+    def half_of_the_first_group(completion_ids, **kwargs):
+        return [float(i < 2) for i in range(len(completion_ids))]
+
+    curves = []
+    for trainer_class in (GroupAdvantageTrainer, ScoresAll):
+        config = GroupAdvantageConfig(**config_kwargs(tmp_path))
+        trainer = trainer_class(tiny_model, half_of_the_first_group, config, prompt_dataset())
+        trainer.train()
+        curves.append([e["capo/auc_pooled"] for e in trainer.state.log_history if "capo/auc_pooled" in e])
+    assert trainer.has_a_group_of_one_kind
+    assert curves[0] == curves[1] != [None]
+
+
 def test_a_method_with_wrong_shape_is_told(tiny_model, tmp_path):
     class Method(GroupAdvantageTrainer):
         def _compute_advantages(self, groups):
@@ -490,6 +544,20 @@ def test_resuming_in_the_middle_of_a_generation_is_warned_of(tiny_model, tmp_pat
 
     make(3).train()  # transformers saves after the last step, wherever that is
     make(6).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert "lies in the middle of a generation" in capsys.readouterr().out
+
+
+def test_an_epoch_may_end_within_a_generation(tiny_model, tmp_path, capsys):
+    """Its last optimizer step takes fewer micro-batches, so where generations end is not a multiple of steps."""
+
+    def make(**options):
+        layout = dict(per_device_train_batch_size=4, steps_per_generation=4, gradient_accumulation_steps=3)
+        options |= dict(save_strategy="steps", save_steps=4, max_steps=9, learning_rate=0.03, optim="sgd")
+        config = GroupAdvantageConfig(**config_kwargs(tmp_path, **layout, **options))
+        return GroupAdvantageTrainer(tiny_model, parity_reward, config, prompt_dataset(8))
+
+    make().train()
+    make().train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert "lies in the middle of a generation" in capsys.readouterr().out
 
 

@@ -16,7 +16,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -271,7 +271,8 @@ class GroupAdvantageTrainer(GRPOTrainer):
         """What the metrics need to keep of a generation; each array starts with the prompt axis."""
         return {
             "correct": groups.correct,
-            "mean_logps": groups.mean_logps,
+            # What else is scored in training depends on method and settings, and curves should be comparable.
+            "mean_logps": groups.mean_logps.masked_fill(self.model.training & ~groups.mixed, torch.nan),
             "valid": groups.valid,
             "in_mixed_group": groups.mixed & groups.valid,
         }
@@ -336,6 +337,7 @@ class GroupAdvantageTrainer(GRPOTrainer):
         if advantages is not None:
             self._check_advantages(advantages, groups)
             self._replace_advantages(output, advantages.flatten())
+        output["advantages"] = self._token_advantages(output["advantages"], output)
         if self._old_logps_deferred:
             missing = has_gradient(output) & ~scored
             output["old_per_token_logps"] = per_token_logps + self._policy_logps(output, missing)
@@ -438,7 +440,7 @@ class GroupAdvantageTrainer(GRPOTrainer):
 
     def _replace_advantages(self, output: dict[str, Tensor], advantages: Tensor) -> None:
         local = advantages[self._local_slice(output["advantages"].size(0))].to(output["advantages"])
-        output["advantages"] = self._token_advantages(local, output)
+        output["advantages"] = local
         logged = self._logs["advantages"]  # as long as a training generation; an evaluation batch may be longer
         for _ in range(min(len(advantages), len(logged))):
             logged.pop()
@@ -459,13 +461,14 @@ class GroupAdvantageTrainer(GRPOTrainer):
         if self._reads_logits and self._loss_inputs is not None and self.model.training:
             return self._unfused_logps(model, input_ids, attention_mask, logits_to_keep)
         # TRL names a batch size where it passes over a whole generation, for the log-probs alone.
-        for_logps_alone = not (
-            torch.is_grad_enabled() or any(kwargs.get(f"compute_{x}") for x in ("entropy", "aux_loss"))
-        )
-        if batch_size is None or not for_logps_alone or not self._repacking.trim:
-            return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size, **kwargs
-            )
+        passes_over_all = batch_size is not None and not torch.is_grad_enabled()
+        for_logps_alone = not any(kwargs.get(f"compute_{x}") for x in ("entropy", "aux_loss"))
+        if not (passes_over_all and for_logps_alone and self._repacking.trim):
+            # TRL's pass would have dropout, and scores would be noise: the seam's own have none.
+            with _in_eval_mode(model) if passes_over_all else nullcontext():
+                return super()._get_per_token_logps_and_entropies(
+                    model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size, **kwargs
+                )
         prompt_width = input_ids.size(1) - logits_to_keep
         batch = {
             "prompt_ids": input_ids[:, :prompt_width],
@@ -473,7 +476,8 @@ class GroupAdvantageTrainer(GRPOTrainer):
             "completion_ids": input_ids[:, prompt_width:],
             "completion_mask": attention_mask[:, prompt_width:],
         }
-        return self._logps_of_rows(model, batch, None, batch_size), None, None
+        with _in_eval_mode(model):
+            return self._logps_of_rows(model, batch, None, batch_size), None, None
 
     def _unfused_logps(self, model, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int):
         """Log-probs for the loss from all logits, which TRL's fused head never holds at once; and their entropies."""
@@ -492,14 +496,12 @@ class GroupAdvantageTrainer(GRPOTrainer):
     @torch.no_grad()
     def _policy_logps(self, output: Batch, rows: Tensor) -> Tensor:
         """Log-probs of the completion tokens under the policy without dropout, shape (B, T); 0 outside `rows`."""
-        was_training = self.model.training
         batch_size = self._no_grad_batch_size()
-        self.model.eval()
-        try:
-            with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-                return self._logps_of_rows(self.model, output, rows, batch_size)
-        finally:
-            self.model.train(was_training)
+        with (
+            _in_eval_mode(self.model),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+        ):
+            return self._logps_of_rows(self.model, output, rows, batch_size)
 
     @torch.no_grad()
     def _logps_of_rows(self, model, batch: Batch, rows: Tensor | None, batch_size: int) -> Tensor:
@@ -635,6 +637,11 @@ class GroupAdvantageTrainer(GRPOTrainer):
             window.clear()
         super().log(logs, start_time)
 
+    def _determine_best_metric(self, metrics, trial):
+        # An undefined metric is logged as None, which compares with nothing; NaN does, and is never the best.
+        defined = {name: math.nan if value is None else value for name, value in metrics.items()}
+        return super()._determine_best_metric(defined, trial)
+
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def create_model_card(self, *args, **kwargs) -> None:
@@ -674,7 +681,7 @@ class GroupAdvantageTrainer(GRPOTrainer):
             raise ValueError(f"There is no complete checkpoint in {self.args.output_dir!r} to resume from.")
         if resume_from_checkpoint:
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
-            if state.global_step % steps_between_generations(self.args) != 0:
+            if self._lies_within_a_generation(resume_from_checkpoint, state):
                 self.accelerator.print(
                     f"⚠️ {resume_from_checkpoint} lies in the middle of a generation, whose completions are not saved: "
                     "the resumed run will not be exactly the uninterrupted one."
@@ -685,6 +692,12 @@ class GroupAdvantageTrainer(GRPOTrainer):
         if self.is_world_process_zero():
             forget_calibration(self.args.output_dir)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _lies_within_a_generation(self, checkpoint: str, state: TrainerState) -> bool:
+        path = Path(checkpoint, STATE_FILE)
+        saved = json.loads(path.read_text()) if path.exists() else {}
+        by_the_count = state.global_step % steps_between_generations(self.args) != 0
+        return saved.get("within_a_generation", by_the_count)
 
     def _restore_finished_run(self, checkpoint: str, state: TrainerState) -> TrainOutput:
         # From the checkpoint of the last step transformers would train one step more.
@@ -714,10 +727,12 @@ class GroupAdvantageTrainer(GRPOTrainer):
     def _save_checkpoint(self, model, trial):
         # Written first: a checkpoint counts as complete once the trainer state, which TRL writes last, is there.
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        # Not by the count of optimizer steps: the last one of an epoch may take fewer micro-batches.
+        within = self._step % (self.args.steps_per_generation * self.args.num_iterations) != 0
         if self.args.should_save:
             os.makedirs(folder, exist_ok=True)
             with open(os.path.join(folder, STATE_FILE), "w") as file:
-                json.dump(self._method_state(), file)
+                json.dump(self._method_state() | {"within_a_generation": within}, file)
             if self._saves_reference():
                 self.accelerator.unwrap_model(self.ref_model).save_pretrained(os.path.join(folder, REFERENCE_DIR))
         super()._save_checkpoint(model, trial)
@@ -770,6 +785,16 @@ class _EpochRepeatSampler(RepeatSampler):
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over the unmasked positions of each row, shape (B,); NaN for a row without any."""
     return (values.float() * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+@contextmanager
+def _in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @contextmanager

@@ -424,6 +424,15 @@ def test_reward_only_equals_numpy(seed, scale_rewards):
     np.testing.assert_allclose(actual, expected, atol=1e-9)
 
 
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+@pytest.mark.parametrize("reward", [0.1, 0.3, 0.7, 1.2, -2.4])
+def test_equal_rewards_have_no_advantage(reward, scale_rewards):
+    """Not even that of a rounded mean over a tiny deviation, which CoDaPO's eps of 1e-6 would make 0.1."""
+    rewards = torch.full((3, 7), reward)
+    rewards[1, 2] = torch.nan
+    assert torch.equal(reward_only_advantages(rewards, scale_rewards=scale_rewards, eps=1e-6), torch.zeros(3, 7))
+
+
 # The mask
 
 LOW, HIGH = 1.25, 2.5  # exact in binary

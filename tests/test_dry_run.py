@@ -48,6 +48,12 @@ def test_a_batch_that_is_drawn_twice_has_half_as_many_prompts(dry_run):
     assert "12 rollout batches = 96 prompts = 1.50" in dry_run("codapo", **options, replay="false")
 
 
+def test_an_evaluation_has_as_many_completions_as_training_unless_said_otherwise(dry_run):
+    options = dict(num_validation_prompts=16, dataset_test_split="validation", eval_strategy="steps", eval_steps=4)
+    assert "Evaluation: 16 prompts x 8 = 2 batches, 3 times." in dry_run(**options)
+    assert "Evaluation: 16 prompts x 4 = 1 batches, 3 times." in dry_run(**options, num_generations_eval=4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -172,7 +172,8 @@ def reward_only_advantages(
         eps: Keeps the division finite; TRL's.
 
     Returns:
-        Advantages, shape (P, G), float32 (float64 for float64 rewards); 0 where not valid.
+        Advantages, shape (P, G), float32 (float64 for float64 rewards); 0 where not valid, and exactly 0 in groups of
+        equal rewards, where rounding of the mean over a tiny deviation would leave something.
 
     Raises:
         ValueError: `scale_rewards` is unknown.
@@ -189,7 +190,9 @@ def reward_only_advantages(
     valid = torch.isfinite(rewards) if valid is None else valid & torch.isfinite(rewards)
     counts = valid.sum(dim=1, keepdim=True).clamp(min=1)
     mean = rewards.masked_fill(~valid, 0.0).sum(dim=1, keepdim=True) / counts
-    advantages = (rewards - mean).masked_fill(~valid, 0.0)
+    lowest = rewards.masked_fill(~valid, torch.inf).cummin(dim=1).values[:, -1:]  # amin refuses groups of no members
+    varied = ((rewards != lowest) & valid).any(dim=1, keepdim=True)
+    advantages = (rewards - mean).masked_fill(~(valid & varied), 0.0)
     if scale_rewards == "group":
         advantages = advantages / (_group_std(rewards, valid) + eps)
     elif scale_rewards == "batch":

@@ -101,9 +101,10 @@ def batch_lines(method_class: type, args, num_processes: int, num_prompts: int, 
     if num_eval_prompts and args.eval_strategy != "no":
         times = steps // int(args.eval_steps) if args.eval_strategy == "steps" and args.eval_steps >= 1 else 1
         rows = args.per_device_eval_batch_size * num_processes
-        parts = math.ceil(num_eval_prompts * args.num_generations_eval / rows)
+        num_generations = args.num_generations_eval or args.num_generations
+        parts = math.ceil(num_eval_prompts * num_generations / rows)
         lines.append(
-            f"Evaluation: {num_eval_prompts:,} prompts x {args.num_generations_eval} = {parts:,} batches, {times} "
+            f"Evaluation: {num_eval_prompts:,} prompts x {num_generations} = {parts:,} batches, {times} "
             f"times. A batch waits for its longest answer: {parts * times:,} such waits, beside {batches:,.0f} in "
             "training."
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.baselines.test_codapo import make_groups
-from tests.helpers import config_kwargs, parity_reward, prompt_dataset
+from tests.helpers import config_kwargs, length_reward, parity_reward, prompt_dataset
 from trl_capo.baselines.cde import CDEConfig, CDETrainer, bonus_weight, curious_rewards
 
 
@@ -89,3 +89,13 @@ def test_the_bonus_decays_while_training(tiny_model, tmp_path, monkeypatch):
 def test_bad_options(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         CDEConfig(str(tmp_path), **options)
+
+
+def test_a_sum_of_rewards_is_neither_0_and_1_nor_signed(tiny_model, tmp_path):
+    def make(**options):
+        config = CDEConfig(**config_kwargs(tmp_path, correctness_reward="parity_reward", **options))
+        return CDETrainer(tiny_model, [parity_reward, length_reward], config, prompt_dataset())
+
+    with pytest.raises(ValueError, match="keep one reward function, or let right answers have sums above 0"):
+        make()
+    make(signed_rewards=True)

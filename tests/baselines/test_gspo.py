@@ -60,3 +60,10 @@ def test_the_gradient_is_that_of_the_formula(tiny_model, tmp_path):
 def test_without_mini_batches_it_says_that_it_is_grpo(tmp_path, recwarn, accumulated, warns):
     GSPOConfig(str(tmp_path), gradient_accumulation_steps=accumulated, bf16=False)
     assert any("GSPO is GRPO" in str(warning.message) for warning in recwarn) == warns
+
+
+def test_a_generation_batch_size_takes_the_place_of_mini_batches(tmp_path):
+    layout = dict(per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    options = {k: v for k, v in config_kwargs(tmp_path).items() if k not in (*layout, "steps_per_generation")}
+    assert GSPOConfig(**options, **layout).steps_per_generation == 4
+    assert GSPOConfig(**options, **layout, generation_batch_size=32).steps_per_generation == 8

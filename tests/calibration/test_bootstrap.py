@@ -180,7 +180,7 @@ def test_few_seeds_do_not_make_small_p_values():
         methods = rng.normal(0, 1, (8, 5, 1)) + rng.normal(0, 0.3, (8, 5, 12))
         p_values = [two_sided_p(of, methods[0], num_resamples=400, seed=family) for of in methods[1:]]
         false += holm(p_values).min() < 0.05
-    assert false <= 22  # 11%; read at the widening of 95%, it was 17%
+    assert false <= 16  # 8%, two standard errors; read at the widening of 95%, it was 17%
 
 
 def test_holm_by_its_definition():

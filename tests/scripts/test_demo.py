@@ -6,6 +6,7 @@ import pytest
 
 from trl_capo import cli
 from trl_capo.evaluation.samples import read_samples
+from trl_capo.scripts.demo import _say_what_to_look_at
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +75,13 @@ def test_bad_numbers(capsys):
     with pytest.raises(SystemExit):
         cli.main(["demo", "--steps", "0"])
     assert "must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_an_undefined_auc_does_not_end_the_demo(finished, capsys):
+    """With one sample a prompt there is no pair."""
+    folder, _ = finished
+    results = json.loads((folder / "results.json").read_text())
+    for benchmark in results["models"]["capo"].values():
+        benchmark["auc_within"] = None
+    _say_what_to_look_at(results, folder)
+    assert "AUC within undefined, accuracy " in capsys.readouterr().out

@@ -7,8 +7,9 @@ Of two wrong answers the surer one is punished more, which is calibration; of tw
 less, which is the opposite.
 
 Assumes rewards of +1 and -1: with 0 and 1 a wrong answer would have |r| = 0 and no bonus. So rewards are mapped by
-2r - 1, unless `signed_rewards` says that they are signed already. The paper finds a staircase best and does not give
-its steps: they are options here, unverified. The critic's bonus needs a value model and is not part of this.
+2r - 1, unless `signed_rewards` says that they are signed already; a sum of several is neither, and refused. The paper
+finds a staircase best and does not give its steps: they are options here, unverified. The critic's bonus needs a value
+model and is not part of this.
 
 Degenerate case: unlike GRPO's, a group of equal rewards has advantages, by its bonuses; without any bonus they are 0.
 """
@@ -126,6 +127,14 @@ class CDETrainer(ReferenceMaskTrainer):
     _tag_names = ["trl", "trl-capo", "cde"]
     _name = "CDE"
     _paper = {"title": "CDE: Curiosity-Driven Exploration for Efficient RL in LLMs", "id": "2509.09675"}
+
+    def _setup_method(self) -> None:
+        super()._setup_method()
+        if len(self.reward_funcs) > 1 and not self.args.signed_rewards:
+            raise ValueError(
+                "CDE maps rewards of 0 and 1 to -1 and 1, and a sum of several is neither: keep one reward function, "
+                "or let right answers have sums above 0 and wrong ones below, and set signed_rewards=True."
+            )
 
     def _compute_advantages(self, groups: RolloutGroups) -> Tensor:
         args = self.args

@@ -28,7 +28,7 @@ class GSPOConfig(ReferenceMaskConfig):
             The ratio is clipped below 1 - epsilon: a mean over tokens moves far less than one token.
         epsilon_high (`float`, *optional*, defaults to `4e-4`):
             And above 1 + this.
-        steps_per_generation (`int`, *optional*, defaults to `4`):
+        steps_per_generation (`int`, *optional*, defaults to `4`, or what `generation_batch_size` makes it):
             Mini-batches a generation: with one, nothing is ever clipped.
         gradient_accumulation_steps (`int`, *optional*, defaults to `1`):
             As in TRL's reproduction.
@@ -38,10 +38,14 @@ class GSPOConfig(ReferenceMaskConfig):
     loss_type: str = field(default="grpo", metadata={"help": "Mean over each sequence."})
     epsilon: float = field(default=3e-4, metadata={"help": "The ratio is clipped below 1 - epsilon."})
     epsilon_high: float | None = field(default=4e-4, metadata={"help": "The ratio is clipped above 1 + this."})
-    steps_per_generation: int | None = field(default=4, metadata={"help": "Mini-batches a generation."})
+    steps_per_generation: int | None = field(
+        default=None, metadata={"help": "Mini-batches a generation: 4, unless generation_batch_size says otherwise."}
+    )
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Mini-batches an optimizer step."})
 
     def __post_init__(self):
+        if self.steps_per_generation is None and self.generation_batch_size is None:
+            self.steps_per_generation = 4
         super().__post_init__()
         if self.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations) == 0:
             warnings.warn(

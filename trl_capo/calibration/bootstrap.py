@@ -199,7 +199,8 @@ def two_sided_p(values: ArrayLike, baseline: ArrayLike, *, num_resamples: int = 
     """p-value of a difference: one minus the highest level whose `paired_difference` interval leaves 0 out.
 
     Each level has its own widening: far out, few seeds have much heavier tails than at 95%, and Holm's correction
-    reads far out.
+    reads far out. Farther than 1% it is too sure all the same: of five normal seeds without a difference, 0.24% have a
+    p below 0.1% (20,000 simulated), so take no notice of digits out there.
 
     Args:
         values: The method's numbers, as for `paired_difference`.

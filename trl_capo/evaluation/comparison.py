@@ -258,7 +258,7 @@ def table(rows: list[dict], baseline: str) -> tuple[list[str], list[list[str]]]:
 def _with_p(gap: list[float] | None, p: float | None) -> str:
     if gap is None or np.isnan(gap[0]):
         return "" if gap is None else "undefined"
-    shown = "" if np.isnan(p) else ", <0.001" if p < 0.001 else f", {p:.3f}"
+    shown = "" if np.isnan(p) else ", <0.01" if p < 0.01 else f", {p:.3f}"  # see two_sided_p
     return f"{gap[0]:+.3f} [{gap[1]:+.3f}, {gap[2]:+.3f}]{shown}"
 
 

@@ -212,7 +212,7 @@ def shares_of_the_machine(workers: int, use_cpu: bool = False) -> list[dict[str,
     if use_cpu:
         return [share | {"CUDA_VISIBLE_DEVICES": ""}] * workers
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    gpus = visible.split(",") if visible and visible != "-1" else [str(i) for i in range(torch.cuda.device_count())]
     if not gpus:
         return [share] * workers
     if workers > len(gpus):

@@ -214,8 +214,11 @@ def _say_what_to_look_at(results: dict, folder: Path) -> None:
     print("\nCAPO minus GRPO, one seed:")
     for benchmark in BENCHMARKS:
         grpo, capo = (results["models"][model][benchmark] for model in ("grpo", "capo"))
-        gap = {name: capo[name] - grpo[name] for name in ("auc_within", "accuracy")}
-        print(f"  {benchmark}: AUC within {gap['auc_within']:+.3f}, accuracy {gap['accuracy']:+.3f}")
+        gap = {
+            name: "undefined" if None in (capo[name], grpo[name]) else f"{capo[name] - grpo[name]:+.3f}"
+            for name in ("auc_within", "accuracy")
+        }
+        print(f"  {benchmark}: AUC within {gap['auc_within']}, accuracy {gap['accuracy']}")
     command = "trl-capo" if shutil.which("trl-capo") else os.path.relpath(Path(sys.executable).parent / "trl-capo")
     seed = results["settings"]["seed"] + 1
     print(

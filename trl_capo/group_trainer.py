@@ -11,6 +11,7 @@ then advantages are computed from global tensors, identically on every rank, and
 straddle ranks. Last, the generation is cut into micro-batches anew (`trl_capo.repack`).
 """
 
+import inspect
 import json
 import math
 import os
@@ -73,20 +74,10 @@ RewardFunctions = Callable | str | PreTrainedModel | list[Callable | str | PreTr
 STATE_FILE = "trl_capo_state.json"
 REFERENCE_DIR = "reference"
 
-# Inputs of a vision-language model. They are not one row a completion, so its batches pass the reference whole.
-MULTIMODAL_INPUTS = (
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_tiles",
-    "image_sizes",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "image_position_ids",
-)
-
+# Inputs of a vision-language model: what TRL's forward takes beside tokens. They are not one row a completion, so such
+# batches pass the reference whole.
+_FORWARD = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies)
+MULTIMODAL_INPUTS = [p.name for p in _FORWARD.parameters.values() if p.default is None and p.name != "batch_size"]
 
 # What a text model's forward needs of a batch.
 TOKENS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")

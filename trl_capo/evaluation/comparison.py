@@ -64,14 +64,12 @@ def write_comparison(
     }
     rows = compare(sets, baseline)
     for row in rows:
-        of = summaries[row["method"]]
-        for metric in OF_BENCHMARK:
-            values = [benchmark[metric] for summary in of.values() for benchmark in summary.values()]
-            row[metric] = nanmean([np.nan if value is None else value for value in values])
         row["by_run"] = {
             run_name(row["method"], seed): {name: numbers(of) for name, of in summary.items()}
-            for seed, summary in of.items()
+            for seed, summary in summaries[row["method"]].items()
         }
+        for metric in OF_BENCHMARK:
+            row[metric] = nanmean([of[metric] for run in row["by_run"].values() for of in run.values()])
     histories = {
         name: mean_history([path / "model" for path in seeds.values()])
         for name, seeds in runs.items()
@@ -125,9 +123,10 @@ def check_same_questions(sets: dict[str, dict[int | None, list[SampleSet]]]) -> 
                     )
 
 
-def numbers(summary: dict[str, Any]) -> dict[str, float | None]:
-    """What a summary of a benchmark says in the comparison."""
-    return {name: summary[name] for name in ("accuracy", "auc_within", *OF_BENCHMARK, "grading_failed")}
+def numbers(summary: dict[str, Any]) -> dict[str, float]:
+    """What a summary of a benchmark says in the comparison; NaN where that is nothing."""
+    named = {name: summary[name] for name in (*METRICS, *OF_BENCHMARK, "grading_failed")}
+    return {name: np.nan if value is None else value for name, value in named.items()}
 
 
 def record(run: Path) -> dict[str, Any]:
@@ -268,13 +267,7 @@ def by_benchmark(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     cells = []
     for row in rows:
         seeds = row["by_run"].values()
-        pairs = [
-            [
-                nanmean([np.nan if of[name][m] is None else of[name][m] for of in seeds])
-                for m in ("accuracy", "auc_within")
-            ]
-            for name in names
-        ]
+        pairs = [[nanmean([of[name][m] for of in seeds]) for m in ("accuracy", "auc_within")] for name in names]
         cells.append([row["method"], *(f"{accuracy:.3f} / {auc:.3f}" for accuracy, auc in pairs)])
     return ["method", *names], cells
 
@@ -312,15 +305,13 @@ def draw(path: Path, rows: list[dict], histories: dict[str, list[dict]], runs: l
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     draw_training(axes[:2], histories, runs, x="share of the training")
-    points = {row["method"]: [_mean_numbers(of) for of in row["by_run"].values()] for row in rows}
+    points = {
+        row["method"]: [
+            tuple(float(np.mean([of[name] for of in run.values()])) for name in ("accuracy", "auc_within"))
+            for run in row["by_run"].values()
+        ]
+        for row in rows
+    }
     draw_frontier(axes[2], points)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def _mean_numbers(of: dict[str, dict]) -> tuple[float, float]:
-    """Accuracy and AUC within of a seed, averaged over benchmarks."""
-    accuracy, auc = (
-        [np.nan if n[name] is None else n[name] for n in of.values()] for name in ("accuracy", "auc_within")
-    )
-    return float(np.mean(accuracy)), float(np.mean(auc))

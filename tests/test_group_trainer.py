@@ -87,10 +87,29 @@ def test_used_as_it_is_it_is_grpo(tiny_model, tmp_path, loss_type):
     assert any("capo/auc_within" in entry for entry in trainers[1].state.log_history)
 
 
+class ByToken(GroupAdvantageTrainer):
+    """GRPO's advantages a token; remembers the batch that the loss sees."""
+
+    def _token_advantages(self, advantages, inputs):
+        self.a_completion = advantages
+        return advantages.unsqueeze(1) * inputs["completion_mask"]
+
+    def _compute_loss(self, model, inputs):
+        self.batch = inputs
+        return super()._compute_loss(model, inputs)
+
+
+def test_a_method_may_change_grpos_advantages_by_token_alone(tiny_model, tmp_path):
+    trainer = ByToken(tiny_model, parity_reward, GroupAdvantageConfig(**config_kwargs(tmp_path)), prompt_dataset())
+    trainer.train()
+    assert trainer.batch["advantages"].shape == trainer.batch["completion_mask"].shape
+    assert set(trainer.batch["advantages"][:, 0].tolist()) == set(trainer.a_completion.tolist()) != {0.0}
+
+
 def test_hooks_reach_the_loss(tiny_model, tmp_path):
     """A method may return advantages a token and ask for more numbers a completion."""
 
-    class Method(GroupAdvantageTrainer):
+    class Method(ByToken):
         def _sequence_statistics(self, per_token_logps, mask):
             return {"lowest": (per_token_logps * mask).min(dim=1).values}
 
@@ -98,34 +117,11 @@ def test_hooks_reach_the_loss(tiny_model, tmp_path):
             self.groups = groups
             return 1 + torch.arange(groups.rewards.numel(), dtype=torch.float32).view_as(groups.rewards)
 
-        def _token_advantages(self, advantages, inputs):
-            return advantages.unsqueeze(1) * inputs["completion_mask"]
-
-        def _compute_loss(self, model, inputs):
-            self.batch = inputs
-            return super()._compute_loss(model, inputs)
-
     trainer = Method(tiny_model, parity_reward, GroupAdvantageConfig(**config_kwargs(tmp_path)), prompt_dataset())
     trainer.train()
     assert trainer.batch["advantages"].shape == trainer.batch["completion_mask"].shape
     assert sorted(trainer.batch["advantages"].max(dim=1).values.tolist()) == list(range(1, 9))
     assert (trainer.groups.extras["lowest"] <= trainer.groups.mean_logps).all()
-
-
-def test_a_method_may_change_grpos_advantages_by_token_alone(tiny_model, tmp_path):
-    class Method(GroupAdvantageTrainer):
-        def _token_advantages(self, advantages, inputs):
-            self.of_trl = advantages
-            return advantages.unsqueeze(1) * inputs["completion_mask"]
-
-        def _compute_loss(self, model, inputs):
-            self.batch = inputs
-            return super()._compute_loss(model, inputs)
-
-    trainer = Method(tiny_model, parity_reward, GroupAdvantageConfig(**config_kwargs(tmp_path)), prompt_dataset())
-    trainer.train()
-    assert trainer.batch["advantages"].shape == trainer.batch["completion_mask"].shape
-    assert set(trainer.batch["advantages"][:, 0].tolist()) == set(trainer.of_trl.tolist()) != {0.0}
 
 
 def test_an_evaluation_without_a_mixed_prompt_is_not_the_best(tiny_model, tmp_path):

@@ -34,9 +34,11 @@ from trl_capo.calibration.bootstrap import (
     Estimate,
     bootstrap_means,
     bootstrap_statistic,
+    holm,
     interval,
     mean_over_seeds_and_prompts,
     paired_difference,
+    two_sided_p,
 )
 from trl_capo.calibration.metrics import nanmean, precision_coverage
 from trl_capo.calibration.selection import Selection, majority_vote, perplexity_consistency, weighted_vote
@@ -46,6 +48,7 @@ from trl_capo.evaluation.samples import SampleSet
 
 ROOT = Path(__file__).parent.parent
 COMPARISON = RESULTS.parent / "compare"  # what `trl-capo compare recipes/arithmetic/compare.yaml` wrote
+LOOKS = (range(20, 25), range(25, 30))  # its seeds: those that were planned, and those that were added
 MAPPED = ("slips_flat", "clean")  # with few seeds: only in the table of regimes
 NAMES = {
     "base": "base",
@@ -430,6 +433,29 @@ def main_table(runs: dict[str, Runs]) -> str:
     return table([*header, "AUC within minus GRPO", "accuracy minus GRPO"], rows)
 
 
+def looks_table() -> str:
+    """AUC within of each rival minus CAPO's, of the planned and of the added seeds alone; p by Holm."""
+    runs = np.load(COMPARISON / "comparison.npz")
+    rivals = [
+        m for m in dict.fromkeys(name.split("/")[0].rsplit("-", 1)[0] for name in runs) if m not in ("base", "capo")
+    ]
+
+    def auc(method: str, seeds: range) -> list[np.ndarray]:
+        return [
+            np.stack([runs[f"{method}-{seed}/arithmetic_{split}/auc_within"] for seed in seeds])
+            for split in TEST_SPLITS
+        ]
+
+    columns = [rivals]
+    for seeds in LOOKS:
+        both = [(auc(method, seeds), auc("capo", seeds)) for method in rivals]
+        p_values = holm([two_sided_p(*pair, num_resamples=20_000) for pair in both])
+        gaps = [signed(paired_difference(*pair)) for pair in both]
+        columns.append([f"{gap}, {p:.2f}" for gap, p in zip(gaps, p_values, strict=True)])
+    header = ["AUC within minus CAPO, p", *(f"seeds {seeds[0]} to {seeds[-1]}" for seeds in LOOKS)]
+    return table(header, list(zip(*columns, strict=True)))
+
+
 def pairs_table(runs: dict[str, Runs], pairs: list[tuple[str, str]]) -> str:
     """One method minus another at the end, all splits."""
     rows = []
@@ -793,6 +819,7 @@ def main() -> None:
         tables |= {f"{world} {name}": content for name, content in world_tables(world, runs, figures).items()}
     tables["regimes"] = regime_table(worlds)
     tables["rivals"] = (COMPARISON / "comparison.md").read_text().strip()
+    tables["rivals looks"] = looks_table()
     draw_curves(shown, figures / "evidence_curves.png")
     (RESULTS / "tables.json").write_text(json.dumps(tables, indent=1))
     write_tables(ROOT / "docs" / "evidence.md", tables)

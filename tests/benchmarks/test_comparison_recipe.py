@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 
@@ -32,3 +33,19 @@ def test_the_comparison_has_the_settings_that_were_chosen(repository):
         assert set(plan["methods"][name]) - {"method"} - ours <= set(study.TUNING["slips"][setting][1])
     loss = {name: value for name, value in plan["methods"]["simko"].items() if name.startswith("simko_")}
     assert plan["methods"]["capo_simko"] == plan["methods"]["capo"] | loss | {"method": "capo_simko"}
+
+
+def test_the_seeds_that_were_added_are_told_apart(repository):
+    """Differences of means, by loops over the committed numbers."""
+    runs = np.load(repository / "benchmarks" / "results" / "compare" / "comparison.npz")
+    rows = [line.split(" | ") for line in evidence.looks_table().splitlines()[2:]]
+    assert len(rows) == 7
+
+    def mean(method, seeds):
+        splits = ("arithmetic_test_2", "arithmetic_test_3", "arithmetic_test_4")
+        of_runs = [[np.nanmean(runs[f"{method}-{seed}/{split}/auc_within"]) for seed in seeds] for split in splits]
+        return np.mean(of_runs)
+
+    for name, *cells in rows:
+        for cell, seeds in zip(cells, ([20, 21, 22, 23, 24], [25, 26, 27, 28, 29]), strict=True):
+            assert abs(float(cell.split(" ")[0]) - (mean(name[2:], seeds) - mean("capo", seeds))) <= 5.1e-4

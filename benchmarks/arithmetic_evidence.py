@@ -433,7 +433,7 @@ def main_table(runs: dict[str, Runs]) -> str:
     return table([*header, "AUC within minus GRPO", "accuracy minus GRPO"], rows)
 
 
-def looks_table() -> str:
+def looks_table(num_resamples: int = 20_000) -> str:
     """AUC within of each rival minus CAPO's, of the planned and of the added seeds alone; p by Holm."""
     runs = np.load(COMPARISON / "comparison.npz")
     rivals = [
@@ -449,7 +449,7 @@ def looks_table() -> str:
     columns = [rivals]
     for seeds in LOOKS:
         both = [(auc(method, seeds), auc("capo", seeds)) for method in rivals]
-        p_values = holm([two_sided_p(*pair, num_resamples=20_000) for pair in both])
+        p_values = holm([two_sided_p(*pair, num_resamples=num_resamples) for pair in both])
         gaps = [signed(paired_difference(*pair)) for pair in both]
         columns.append([f"{gap}, {p:.2f}" for gap, p in zip(gaps, p_values, strict=True)])
     header = ["AUC within minus CAPO, p", *(f"seeds {seeds[0]} to {seeds[-1]}" for seeds in LOOKS)]

@@ -124,25 +124,6 @@ def test_hooks_reach_the_loss(tiny_model, tmp_path):
     assert (trainer.groups.extras["lowest"] <= trainer.groups.mean_logps).all()
 
 
-def test_an_evaluation_without_a_mixed_prompt_is_not_the_best(tiny_model, tmp_path):
-    def always_right_later(completion_ids, trainer_state, **kwargs):
-        return parity_reward(completion_ids) if trainer_state.global_step < 2 else [1.0] * len(completion_ids)
-
-    options = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, max_steps=3)
-    options |= dict(load_best_model_at_end=True, metric_for_best_model="eval_capo/auc_within")
-    trainer = GroupAdvantageTrainer(
-        tiny_model,
-        always_right_later,
-        GroupAdvantageConfig(**config_kwargs(tmp_path, **options)),
-        prompt_dataset(),
-        eval_dataset=prompt_dataset(4),
-    )
-    trainer.train()
-    evaluations = [e["eval_capo/auc_within"] for e in trainer.state.log_history if "eval_capo/auc_within" in e]
-    assert evaluations[0] is not None and evaluations[1:] == [None, None]
-    assert trainer.state.best_metric == evaluations[0] and trainer.state.best_global_step == 1
-
-
 def test_curves_of_the_pooled_auc_do_not_depend_on_what_else_was_scored(tiny_model, tmp_path):
     class ScoresAll(GroupAdvantageTrainer):
         def _rows_needing_logps(self, groups):
@@ -238,9 +219,15 @@ def test_undefined_metrics_are_none_in_the_log(tiny_model, tmp_path):
     assert entry["capo/frac_all_wrong"] == 1.0 and entry["capo/frac_mixed"] == 0.0
 
 
-def test_best_model_by_calibration(tiny_model, tmp_path):
+def always_right_later(completion_ids, trainer_state, **kwargs):
+    return parity_reward(completion_ids) if trainer_state.global_step < 2 else [1.0] * len(completion_ids)
+
+
+@pytest.mark.parametrize("reward_func", [parity_reward, always_right_later])
+def test_best_model_by_calibration(tiny_model, tmp_path, reward_func):
+    """An evaluation without a mixed prompt has no AUC: it is not the best, and does not end the run."""
     options = dict(
-        max_steps=2,
+        max_steps=3,
         eval_strategy="steps",
         eval_steps=1,
         save_strategy="steps",
@@ -251,14 +238,15 @@ def test_best_model_by_calibration(tiny_model, tmp_path):
     )
     trainer = CAPOTrainer(
         tiny_model,
-        parity_reward,
+        reward_func,
         CAPOConfig(**config_kwargs(tmp_path, **options)),
         prompt_dataset(),
         eval_dataset=prompt_dataset(8),
     )
     trainer.train()
     values = [entry["eval_capo/auc_within"] for entry in trainer.state.log_history if "eval_capo/auc_within" in entry]
-    assert trainer.state.best_metric == max(values)
+    assert trainer.state.best_metric == max(value for value in values if value is not None)
+    assert [value is None for value in values] == [False, *[reward_func is always_right_later] * 2]
 
 
 class StopAt(Exception):
@@ -546,9 +534,9 @@ def test_resuming_in_the_middle_of_a_generation_is_warned_of(tiny_model, tmp_pat
 def test_an_epoch_may_end_within_a_generation(tiny_model, tmp_path, capsys):
     """Its last optimizer step takes fewer micro-batches, so where generations end is not a multiple of steps."""
 
-    def make(**options):
+    def make():
         layout = dict(per_device_train_batch_size=4, steps_per_generation=4, gradient_accumulation_steps=3)
-        options |= dict(save_strategy="steps", save_steps=4, max_steps=9, learning_rate=0.03, optim="sgd")
+        options = dict(save_strategy="steps", save_steps=4, max_steps=9)
         config = GroupAdvantageConfig(**config_kwargs(tmp_path, **layout, **options))
         return GroupAdvantageTrainer(tiny_model, parity_reward, config, prompt_dataset(8))
 

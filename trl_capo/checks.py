@@ -20,7 +20,8 @@ def steps_between_generations(args: GRPOConfig) -> int:
     """Optimizer steps after which a generation is used up, where training can be resumed exactly.
 
     A generation feeds `steps_per_generation x num_iterations` micro-steps, an optimizer step takes
-    `gradient_accumulation_steps` of them; this is the first number of optimizer steps at which both end.
+    `gradient_accumulation_steps` of them; this is the first number of optimizer steps at which both end. (Not counted:
+    the last step of an epoch may take fewer. Checkpoints know by themselves whether they lie within a generation.)
     """
     generate_every = args.steps_per_generation * args.num_iterations
     return generate_every // math.gcd(generate_every, args.gradient_accumulation_steps)

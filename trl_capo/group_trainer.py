@@ -3,7 +3,8 @@
 TRL computes advantages inline and offers no hook for them. `GroupAdvantageTrainer` lets TRL do all its work, then
 shows the whole batch as groups to one pure function and puts the result in place of TRL's advantages. Nothing of TRL
 is copied: every method here calls `super()` and changes one thing. A method subclasses it and defines
-`_compute_advantages(groups) -> (P, G)`; used as it is, it is GRPO with calibration metrics.
+`_compute_advantages(groups) -> (P, G)`; used as it is, it is GRPO with calibration metrics. Log-probs that need no
+gradient are taken without dropout, which TRL leaves on.
 
 Order of a generation, the same on every rank since each gather is a collective: TRL generates, scores and gathers the
 rewards; the policy passes over the rows whose log-probs the method reads, then the reference over those that need it;
@@ -451,15 +452,19 @@ class GroupAdvantageTrainer(GRPOTrainer):
         # In evaluation the surrogate has the value of the log-probs, and its batches are larger.
         if self._reads_logits and self._loss_inputs is not None and self.model.training:
             return self._unfused_logps(model, input_ids, attention_mask, logits_to_keep)
-        # TRL names a batch size where it passes over a whole generation, for the log-probs alone.
+        # TRL names a batch size where it passes over a whole generation, for the log-probs alone. It leaves dropout on
+        # there: scores would be noise.
         passes_over_all = batch_size is not None and not torch.is_grad_enabled()
         for_logps_alone = not any(kwargs.get(f"compute_{x}") for x in ("entropy", "aux_loss"))
-        if not (passes_over_all and for_logps_alone and self._repacking.trim):
-            # TRL's pass would have dropout, and scores would be noise: the seam's own have none.
-            with _in_eval_mode(model) if passes_over_all else nullcontext():
-                return super()._get_per_token_logps_and_entropies(
-                    model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size, **kwargs
-                )
+        with _in_eval_mode(model) if passes_over_all else nullcontext():
+            if passes_over_all and for_logps_alone and self._repacking.trim:
+                return self._sorted_logps(model, input_ids, attention_mask, logits_to_keep, batch_size), None, None
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size, **kwargs
+            )
+
+    def _sorted_logps(self, model, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int):
+        """Log-probs of TRL's own pass over a generation, in the seam's sorted and trimmed batches."""
         prompt_width = input_ids.size(1) - logits_to_keep
         batch = {
             "prompt_ids": input_ids[:, :prompt_width],
@@ -467,8 +472,7 @@ class GroupAdvantageTrainer(GRPOTrainer):
             "completion_ids": input_ids[:, prompt_width:],
             "completion_mask": attention_mask[:, prompt_width:],
         }
-        with _in_eval_mode(model):
-            return self._logps_of_rows(model, batch, None, batch_size), None, None
+        return self._logps_of_rows(model, batch, None, batch_size)
 
     def _unfused_logps(self, model, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int):
         """Log-probs for the loss from all logits, which TRL's fused head never holds at once; and their entropies."""

@@ -14,6 +14,7 @@ from trl_capo.calibration.bootstrap import (
     prompt_difference,
     prompt_interval,
     two_sided_p,
+    widening,
 )
 from trl_capo.calibration.metrics import auc_within
 
@@ -181,6 +182,22 @@ def test_few_seeds_do_not_make_small_p_values():
         p_values = [two_sided_p(of, methods[0], num_resamples=400, seed=family) for of in methods[1:]]
         false += holm(p_values).min() < 0.05
     assert false <= 16  # 8%, two standard errors; read at the widening of 95%, it was 17%
+
+
+def test_how_far_out_p_values_hold():
+    """Five normal seeds without a difference: 5% have p below 5%, little more than 1% below 1%; 0.1% is too few."""
+    rng, num_seeds = np.random.default_rng(0), 5
+    counts = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), 2000) / num_seeds
+    rejected = dict.fromkeys((0.05, 0.01, 0.001), 0)
+    for _ in range(40):
+        seeds = rng.normal(size=(500, num_seeds))
+        means = seeds.mean(axis=1, keepdims=True)
+        for p in rejected:
+            replicates = means + widening(num_seeds, 1 - p) * (seeds @ counts.T - means)
+            low, high = np.quantile(replicates, [p / 2, 1 - p / 2], axis=1)
+            rejected[p] += int(((low > 0) | (high < 0)).sum())
+    rates = {p: number / 20_000 for p, number in rejected.items()}
+    assert 0.045 < rates[0.05] < 0.065 and 0.008 < rates[0.01] < 0.018 and 0.0015 < rates[0.001] < 0.0035, rates
 
 
 def test_holm_by_its_definition():

@@ -172,7 +172,7 @@ def test_runs_at_a_time_share_the_cores(tmp_path, monkeypatch, set_to, expected)
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     else:
         monkeypatch.setenv("OMP_NUM_THREADS", set_to)
-    monkeypatch.setattr(script.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(script, "num_cores", lambda: 2)
 
     def called(words, env, **kwargs):
         seen.append(env["OMP_NUM_THREADS"])
@@ -204,6 +204,9 @@ def test_each_run_at_a_time_has_a_gpu_of_its_own(tmp_path, monkeypatch):
     assert [share["CUDA_VISIBLE_DEVICES"] for share in script.shares_of_the_machine(2)] == ["5", "7"]
     with pytest.raises(ValueError, match="--workers 3: each run needs a GPU of its own, and 2 can be seen"):
         script.shares_of_the_machine(3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # hides them all
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert not any("CUDA_VISIBLE_DEVICES" in share for share in script.shares_of_the_machine(3))
 
 
 def test_a_plan_for_the_cpu_leaves_the_gpus_alone(tmp_path, monkeypatch):
@@ -358,6 +361,8 @@ def test_many_differences_are_corrected():
     assert (few["seeds"], few["seeds_compared"]) == (3, 1) and np.isnan(few["accuracy_p"])
     assert table([few | dict(auc_pooled=0.5, perplexity_consistency=0.5)], "grpo")[1][0][1] == "3, 1 compared"
     assert together == pytest.approx(holm(alone).tolist()) and together[2] < 0.05 <= together[0]
+    far_out = few | dict(auc_pooled=0.5, perplexity_consistency=0.5, accuracy_p=0.0004)
+    assert table([far_out], "grpo")[1][0][-1].endswith("], <0.01")
 
 
 @pytest.mark.parametrize(

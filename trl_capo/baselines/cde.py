@@ -93,7 +93,7 @@ class CDEConfig(ReferenceMaskConfig):
         bonus_scale (`float`, *optional*, defaults to `1.0`):
             Alpha, the weight of the mean negative log-prob.
         signed_rewards (`bool`, *optional*, defaults to `False`):
-            The rewards are +1 and -1 already; otherwise r becomes 2r - 1.
+            The rewards are +1 and -1 already; otherwise r becomes 2r - 1. Needed with several reward functions.
     """
 
     bonus_weight: float = field(default=1.0, metadata={"help": "Weight of the bonus at the start (omega)."})

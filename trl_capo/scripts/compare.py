@@ -31,6 +31,7 @@ import yaml
 from trl_capo.cli import main as cli_main
 from trl_capo.extras import require
 from trl_capo.folders import check_settings, remember_settings, write_json
+from trl_capo.workers import num_cores
 
 
 BASE = "base"
@@ -208,7 +209,7 @@ def shares_of_the_machine(workers: int, use_cpu: bool = False) -> list[dict[str,
     """
     import torch
 
-    share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))}
+    share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, num_cores() // workers))}
     if use_cpu:
         return [share | {"CUDA_VISIBLE_DEVICES": ""}] * workers
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -21,6 +21,7 @@ from pathlib import Path
 from trl_capo.cli import main as cli_main
 from trl_capo.extras import require
 from trl_capo.folders import remember_settings, write_json
+from trl_capo.workers import num_cores
 
 
 BENCHMARKS = ("arithmetic_test_2", "arithmetic_test_3", "arithmetic_test_4", "arithmetic_test_5")
@@ -108,7 +109,7 @@ def _in_processes(function: Callable, jobs: list[tuple]) -> None:
 
     context = multiprocessing.get_context("spawn")
     lock = context.RLock()  # keeps the progress bars of the jobs from overwriting each other
-    workers = min(len(jobs), os.cpu_count() or 1)
+    workers = min(len(jobs), num_cores())
     with ProcessPoolExecutor(workers, context, initializer=tqdm.set_lock, initargs=(lock,)) as pool:
         for future in [pool.submit(function, position, *job) for position, job in enumerate(jobs)]:
             future.result()

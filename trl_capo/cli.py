@@ -11,6 +11,7 @@ import sys
 import traceback
 
 from trl_capo import __version__
+from trl_capo.errors import UserError
 
 
 # One line a command: the name of its module in `trl_capo.scripts`, and what `--help` says about it.
@@ -74,11 +75,11 @@ TRL_CAPO_TRACEBACK=1 shows the whole traceback of an error."""
 def _message_says_all(error: Exception) -> bool:
     """Whether the error is the user's to mend and a traceback would only bury its message.
 
-    So it is for files that cannot be read or written and models that cannot be found (`OSError`), for anything wrong
-    with arguments and recipe, and for a `ValueError` that our own code raised. A `ValueError` from inside torch or TRL
-    in the middle of a run is no such thing: it keeps its traceback.
+    This holds for `UserError`, for files that cannot be read or written and models that cannot be found (`OSError`),
+    for anything wrong with arguments and recipe, and for a `ValueError` that our own code raised. A `ValueError` from
+    inside torch or TRL in the middle of a run keeps its traceback.
     """
-    if isinstance(error, OSError):
+    if isinstance(error, (OSError, UserError)):
         return True
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     if any(frame.f_code.co_name == "parse_args_and_config" for frame in frames):  # TrlParser

@@ -17,9 +17,22 @@ def write_json(path: Path, content: Any) -> None:
         path: Where. A run that is killed meanwhile leaves the old file.
         content: Dictionaries, lists, text and numbers.
     """
-    partial = path.with_suffix(f".{os.getpid()}.partial")  # two processes may write the same
-    partial.write_text(json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
+    write_text(path, json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, all or nothing: a run that is killed meanwhile leaves the old file.
+
+    Args:
+        path: Where.
+        text: The whole content.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may write the same file
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _without_nan(content: Any) -> Any:

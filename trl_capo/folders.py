@@ -6,18 +6,20 @@ import os
 from pathlib import Path
 from typing import Any
 
+from trl_capo.redact import mask, redact
+
 
 SETTINGS = "settings.json"
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, all or nothing; NaN, which JSON does not know, becomes null.
+    """Write JSON, all or nothing; NaN, which JSON does not know, becomes null, and a secret's value stars.
 
     Args:
         path: Where. A run that is killed meanwhile leaves the old file.
         content: Dictionaries, lists, text and numbers.
     """
-    write_text(path, json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(_clean(content), indent=1, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -35,11 +37,13 @@ def write_text(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _without_nan(content: Any) -> Any:
+def _clean(content: Any) -> Any:
     if isinstance(content, dict):
-        return {name: _without_nan(value) for name, value in content.items()}
+        return {name: _clean(value) for name, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [_without_nan(value) for value in content]
+        return [_clean(value) for value in content]
+    if isinstance(content, str):
+        return mask(content)
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
@@ -54,6 +58,7 @@ def remember_settings(folder: Path, settings: dict, what: str) -> None:
     Raises:
         ValueError: The folder is of other settings.
     """
+    settings = redact(settings)
     check_settings(folder, settings, what)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / SETTINGS).exists():
@@ -66,7 +71,7 @@ def check_settings(folder: Path, settings: dict, what: str) -> None:
     if not path.exists():
         return
     known = json.loads(path.read_text())
-    wanted = json.loads(json.dumps(settings))  # tuples become lists
+    wanted = json.loads(json.dumps(redact(settings)))  # tuples become lists
     changed = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
     if changed:
         raise ValueError(

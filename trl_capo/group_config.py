@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass, field
 
+from transformers import TrainingArguments
 from trl import GRPOConfig
+
+from trl_capo.redact import is_secret_name, redact
 
 
 @dataclass
@@ -90,5 +93,15 @@ class GroupAdvantageConfig(GRPOConfig):
         super().__post_init__()
 
     def __getstate__(self):
-        # transformers pickles its arguments beside the model and uploads them with it: not the token, too.
-        return {**self.__dict__, "hub_token": None}
+        return without_secrets(self).__dict__  # transformers pickles its arguments beside the model
+
+    def to_dict(self):
+        return redact(super().to_dict())  # what trackers record
+
+
+def without_secrets(args: TrainingArguments) -> TrainingArguments:
+    """A copy of a configuration that may be written beside a model: secrets are None, left out, or stars."""
+    copy = object.__new__(type(args))
+    for name, value in vars(args).items():
+        copy.__dict__[name] = None if is_secret_name(name) else redact(value)
+    return copy

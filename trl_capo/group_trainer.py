@@ -48,9 +48,11 @@ from trl_capo.checks import (
     reward_names,
     steps_between_generations,
 )
-from trl_capo.evaluation.model_card import complete_card, forget_calibration
-from trl_capo.group_config import GroupAdvantageConfig
-from trl_capo.hub import push_command
+from trl_capo.evaluation.model_card import complete_card, example_question, forget_calibration
+from trl_capo.folders import write_text
+from trl_capo.group_config import GroupAdvantageConfig, without_secrets
+from trl_capo.hub import check_completions_repo, check_private, guarded_uploads, push_command, wants_private
+from trl_capo.redact import mask
 from trl_capo.reference import make_room_for_reference_adapter, reference_source
 from trl_capo.repack import (
     Batch,
@@ -136,7 +138,16 @@ class GroupAdvantageTrainer(GRPOTrainer):
 
     config_class = GroupAdvantageConfig
     _tag_names = ["trl", "trl-capo", "grpo"]
+    _defines_method = ("_name", "_compute_advantages", "_compute_loss", "_token_advantages", "_logps_from_logits")
     _reads_logits = False  # whether the loss takes its log-probs from `_logps_from_logits`
+
+    def __init_subclass__(cls, **kwargs):
+        """A method that names no paper of its own has none: its card must not credit that of its parent."""
+        super().__init_subclass__(**kwargs)
+        parent = next(base for base in cls.__mro__[1:] if issubclass(base, GroupAdvantageTrainer))
+        if any(getattr(cls, name) is not getattr(parent, name) for name in cls._defines_method):
+            cls._name = cls.__dict__.get("_name", cls.__name__.removesuffix("Trainer"))
+            cls._paper = cls.__dict__.get("_paper", {})
 
     def __init__(
         self,
@@ -156,6 +167,7 @@ class GroupAdvantageTrainer(GRPOTrainer):
         check_sampler_logps(args, has_rollout_func=kwargs.get("rollout_func") is not None)
         check_save_steps(args)
         check_output_dir(args.output_dir)
+        check_completions_repo(args)
         if kwargs.get("environment_factory") is None:  # an environment brings its own prompts, and perhaps a reward
             check_data(reward_funcs, train_dataset=train_dataset, eval_dataset=eval_dataset)
             find_correctness_reward(reward_names(reward_funcs), args.correctness_reward)
@@ -640,31 +652,66 @@ class GroupAdvantageTrainer(GRPOTrainer):
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """TRL's card, how it was trained, and what `trl-capo report` put there, which stays while the weights do."""
+        """TRL's card for this model: its repository, question, figures and recipe, and what `trl-capo report` put."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            Path(self.args.output_dir, "README.md").write_text(complete_card(self.args.output_dir))
+            card = complete_card(
+                self.args.output_dir,
+                repo_id=self.hub_model_id or self.args.hub_model_id,
+                question=example_question(self.train_dataset),
+                history=self.state.log_history,
+            )
+            write_text(Path(self.args.output_dir, "README.md"), card)
 
-    def init_hf_repo(self, *args, **kwargs) -> None:
-        """As transformers, which creates the repository before it trains; a failure says what to do, in one line."""
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As transformers, which creates the repository before it trains; one that must be private has to be.
+
+        A failure says what to do, in one line.
+        """
+        private = wants_private(self.args.hub_private_repo, private)
         try:
-            super().init_hf_repo(*args, **kwargs)
+            super().init_hf_repo(token, private)
+            self._check_private(private, token)
         except (HTTPError, OSError) as error:
+            reason = mask(" ".join(str(error).split()))
             raise OSError(
-                f"push_to_hub: the repository could not be created ({' '.join(str(error).split())}). Log in with `hf "
-                "auth login` or set HF_TOKEN; or train without push_to_hub and push afterwards: "
-                f"{push_command(self.args.output_dir, self.args.hub_model_id or 'NAME', self.args.hub_private_repo)}"
+                f"push_to_hub: the repository could not be created ({reason}). Log in with `hf auth login` or set "
+                "HF_TOKEN; or train without push_to_hub and push afterwards: "
+                f"{push_command(self.args.output_dir, self.args.hub_model_id or 'NAME', private)}"
             ) from error
 
     def push_to_hub(self, *args, **kwargs):
-        """As transformers; a failure says that the model is saved, and the command that uploads it."""
+        """As transformers, of what belongs on the Hub; a failure says where the model is, and how to upload it."""
+        given = inspect.signature(super().push_to_hub).bind(*args, **kwargs).arguments
+        private = wants_private(self.args.hub_private_repo, given.get("private"))
         try:
-            return super().push_to_hub(*args, **kwargs)
+            if self.hub_model_id is None:
+                self.init_hf_repo(given.get("token"), private)
+            else:
+                self._check_private(private, given.get("token"))
+            with guarded_uploads(private):
+                return super().push_to_hub(*args, **kwargs)
         except (HTTPError, OSError, RuntimeError) as error:
             repo_id = self.hub_model_id or self.args.hub_model_id or "NAME"
-            command = push_command(self.args.output_dir, repo_id, kwargs.get("private", self.args.hub_private_repo))
+            command = push_command(self.args.output_dir, repo_id, private)
             error.add_note(f"Nothing is lost: the model is in {self.args.output_dir}. To upload it: {command}")
             raise
+
+    def _check_private(self, private: bool | None, token: str | None) -> None:
+        if private and self.is_world_process_zero():
+            check_private(self.hub_model_id, token or self.args.hub_token)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        with guarded_uploads(self.args.hub_private_repo):
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, *args, **kwargs):
+        # The arguments are pickled beside the model, and go to the Hub with a checkpoint.
+        own, self.args = self.args, without_secrets(self.args)
+        try:
+            super()._save(*args, **kwargs)
+        finally:
+            self.args = own
 
     def train(self, resume_from_checkpoint: "str | bool | None" = None, **kwargs) -> TrainOutput:
         """As TRL, with `True` for the newest complete checkpoint; a finished run is restored and not trained on."""

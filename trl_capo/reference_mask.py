@@ -124,6 +124,7 @@ class ReferenceMaskTrainer(GroupAdvantageTrainer):
     """
 
     config_class = ReferenceMaskConfig
+    _name, _paper = GroupAdvantageTrainer._name, GroupAdvantageTrainer._paper  # still GRPO
 
     def _setup_method(self) -> None:
         config = self.args

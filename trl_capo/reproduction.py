@@ -5,7 +5,7 @@
 - `reproduction.json`: command, date, versions, commit, machine, and fingerprints of the data and the model. A run that
   is resumed adds an entry to its list `resumed` and changes nothing else.
 
-Neither ever holds a secret: options and variables named like one (`hub_token`, `..._API_KEY`) are left out.
+Neither ever holds a secret: what goes by a secret's name is left out, and its name noted; see `trl_capo.redact`.
 """
 
 import hashlib
@@ -19,16 +19,17 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from trl_capo import __version__
-from trl_capo.folders import write_json
+from trl_capo.folders import write_json, write_text
+from trl_capo.model_files import RECIPE, RECORD
+from trl_capo.redact import redact, redact_words
 
 
-RECIPE, RECORD = "recipe.yaml", "reproduction.json"
 PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "peft", "vllm")
-# A word of the name, so that `max_prompt_tokens` is none.
-SECRET_NAME = re.compile(r"(^|[-_])(token|key|secret|pass(wd|word)?|credentials?)($|[-_])", re.IGNORECASE)
-SECRET_VALUE = re.compile(r"\bhf_\w{16,}")  # an access token of the Hub, wherever it was typed
+# Fences of Markdown are longer than those in what they enclose.
+BACKTICKS = re.compile(r"`{3,}")
 
 
 def write_reproduction(
@@ -46,10 +47,11 @@ def write_reproduction(
     if not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir)
-    options = resolved_options(argv, method, config_path)
+    options, left_out = _options_and_secrets(argv, method, config_path)
     event = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": _command(argv),
+        "command": shlex.join(["trl-capo", "train", *redact_words(argv)]),
+        **({"left_out": left_out} if left_out else {}),
         "versions": versions(),
         "git": {
             "working_directory": git_state(Path.cwd()),
@@ -59,18 +61,18 @@ def write_reproduction(
     if resumed_from is not None and (folder / RECORD).exists():
         record = json.loads((folder / RECORD).read_text())
         entry = {**event, "from": Path(resumed_from).name, "changed_options": _changed(folder / RECIPE, options)}
-        write_json(folder / RECORD, {**record, "resumed": [*record.get("resumed", []), entry]})
+        write_json(folder / RECORD, {**redact(record), "resumed": [*record.get("resumed", []), entry]})
         return
     record = {
         **event,
         "world_size": trainer.accelerator.num_processes,
         "device": _device_name(trainer.accelerator.device),
-        "model": _model_record(trainer, options),
-        "data": _data_record(trainer, options),
+        "model": redact(_model_record(trainer, options)),
+        "data": redact(_data_record(trainer, options)),
     }
     if resumed_from is not None:  # the run began without these files
         record["resumed"] = [{**event, "from": Path(resumed_from).name}]
-    _write_recipe(folder / RECIPE, options, event["date"])
+    _write_recipe(folder / RECIPE, options, event["date"], left_out)
     write_json(folder / RECORD, record)
 
 
@@ -88,6 +90,11 @@ def resolved_options(argv: list[str], method: str, config_path: str | None = Non
     Returns:
         Options by name, `method` first, without secrets and without `resume_from_checkpoint`.
     """
+    return _options_and_secrets(argv, method, config_path)[0]
+
+
+def _options_and_secrets(argv: list[str], method: str, config_path: str | None) -> tuple[dict[str, Any], list[str]]:
+    """`resolved_options`, and the names of the secrets that were left out."""
     import yaml
 
     from trl_capo.scripts.train import make_parser
@@ -105,7 +112,8 @@ def resolved_options(argv: list[str], method: str, config_path: str | None = Non
     left_out = {"method", "resume_from_checkpoint"}
     options = {name: value for name, value in chosen.items() if value != defaults[name] and name not in left_out}
     options = {"method": method, **({"env": environment} if environment else {}), **options}
-    return _without_secrets(json.loads(json.dumps(options, default=str)))
+    left_out = []
+    return redact(json.loads(json.dumps(options, default=str)), left_out), left_out
 
 
 def versions() -> dict[str, str]:
@@ -163,6 +171,12 @@ def fingerprint(rows) -> str | None:
     return digest.hexdigest()
 
 
+def run_folder(folder: str | Path) -> Path:
+    """Where the recipe of a model is: beside it, or above if the folder is a checkpoint of a run."""
+    folder = Path(folder)
+    return folder.resolve().parent if folder.resolve().name.startswith("checkpoint-") else folder
+
+
 def hub_dataset(folder: str | Path) -> str | None:
     """The Hub's name of the dataset that a folder's model was trained on; None if it has none, or several."""
     path = Path(folder) / RECORD
@@ -185,8 +199,8 @@ def card_section(folder: str | Path) -> str | None:
     folder = Path(folder)
     if not (folder / RECIPE).exists() or not (folder / RECORD).exists():
         return None
-    record = json.loads((folder / RECORD).read_text())
-    recipe = _without_folders(yaml.safe_load((folder / RECIPE).read_text()))
+    record = redact(json.loads((folder / RECORD).read_text()))
+    recipe = _without_folders(redact(yaml.safe_load((folder / RECIPE).read_text())))
     lines = ["## How it was trained", "", f"With `trl-capo train --config {RECIPE}`, the recipe below.", ""]
     model = record["model"]
     lines.append(f"- Base model: {_base_model(model)}")
@@ -200,43 +214,18 @@ def card_section(folder: str | Path) -> str | None:
     if times := len(record.get("resumed", [])):
         lines.append(f"- Resumed {times} time{'s' * (times > 1)}, see `{RECORD}`")
     dumped = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100).strip()
-    return "\n".join([*lines, "", "```yaml", dumped, "```"])
+    fence = "`" * max([3, *(len(found) + 1 for found in BACKTICKS.findall(dumped))])
+    return "\n".join([*lines, "", f"{fence}yaml", dumped, fence])
 
 
-def _write_recipe(path: Path, options: dict, date: str) -> None:
+def _write_recipe(path: Path, options: dict, date: str, left_out: list[str]) -> None:
     import yaml
 
     text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True, width=100)
-    partial = path.with_suffix(".partial")
-    partial.write_text(f"# The run of {date}. Relative paths start where it was started.\n{text}")
-    partial.replace(path)
-
-
-def _command(argv: list[str]) -> str:
-    """The command line, with stars for secrets."""
-    words = []
-    for word in argv:
-        option, equals, _ = word.partition("=")
-        if words and words[-1].startswith("--") and SECRET_NAME.search(words[-1]):
-            word = "***"
-        elif equals and option.startswith("--") and SECRET_NAME.search(option):
-            word = f"{option}=***"
-        words.append(SECRET_VALUE.sub("***", word))
-    return shlex.join(["trl-capo", "train", *words])
-
-
-def _without_secrets(value: Any) -> Any:
-    if isinstance(value, dict):
-        kept = {name: content for name, content in value.items() if not SECRET_NAME.search(str(name))}
-        return {name: _without_secrets(content) for name, content in kept.items()}
-    if isinstance(value, list):
-        return [_without_secrets(content) for content in value]
-    if isinstance(value, str) and value.startswith("{"):  # options may be given as JSON
-        try:
-            value = json.dumps(_without_secrets(json.loads(value)))
-        except json.JSONDecodeError:
-            pass
-    return SECRET_VALUE.sub("***", value) if isinstance(value, str) else value
+    head = f"# The run of {date}. Relative paths start where it was started.\n"
+    if left_out:
+        head += f"# Secrets that were set and are not kept here: {' '.join(', '.join(left_out).split())}\n"
+    write_text(path, head + text)
 
 
 def _without_folders(value: Any) -> Any:
@@ -327,23 +316,30 @@ def _local_copy(name: str) -> dict[str, str]:
 
 def _base_model(model: dict) -> str:
     if model["config_sha256"]:
-        return (
-            f"{_without_folders(model['name'])}, a folder whose `config.json` has SHA-256 `{model['config_sha256']}`"
-        )
-    return f"[{model['name']}](https://huggingface.co/{model['name']}) at `{model['commit'] or model['revision']}`"
+        name = markdown_text(str(_without_folders(model["name"])))
+        return f"{name}, a folder whose `config.json` has SHA-256 `{model['config_sha256']}`"
+    return f"{_hub_link(model['name'])} at `{model['commit'] or model['revision']}`"
 
 
 def _data_line(split: dict) -> str:
     if split["hub"]:
-        links = (f"[{s['id']}](https://huggingface.co/datasets/{s['id']})" for s in split["hub"])
-        name = ", ".join(links)
+        name = ", ".join(_hub_link(source["id"], "datasets/") for source in split["hub"])
         revisions = [s["revision"] for s in split["hub"] if s["revision"]]
         name += f" at `{', '.join(revisions)}`" if revisions else ""
         name += ", read from a local copy" if any("local_copy" in s for s in split["hub"]) else ""
     else:
-        name = _without_folders(split["name"])
+        name = markdown_text(str(_without_folders(split["name"])))
     size = f"{split['rows']:,} rows with SHA-256 `{split['sha256_of_rows']}`" if split["rows"] else "a stream"
     return f"{name}, split `{split['split']}`, {size}"
+
+
+def markdown_text(text: str) -> str:
+    """Text that Markdown shows as it is: in one line, without tags, links, code or cells of its own."""
+    return re.sub(r"([\\`*\[\]|<>])", r"\\\1", " ".join(text.split()))
+
+
+def _hub_link(name: str, kind: str = "") -> str:
+    return f"[{markdown_text(str(name))}](https://huggingface.co/{kind}{quote(str(name))})"
 
 
 def _plain(value: Any) -> str:

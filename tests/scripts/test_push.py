@@ -303,4 +303,4 @@ def test_from_a_script(hub, tiny_model, tmp_path):
     assert hub.private == {"me/tiny-capo": True}
     assert files["model.safetensors"] == (tmp_path / "run" / "model.safetensors").read_bytes()
     assert "2604.12632" in files["README.md"].decode()
-    assert "training_args.bin" in files and not any(token.encode() in content for content in files.values())
+    assert "training_args.bin" not in files and not any(token.encode() in content for content in files.values())

@@ -15,34 +15,15 @@ from pathlib import Path
 from time import sleep
 
 from trl_capo.cli import main as cli_main
-from trl_capo.hub import push_command
+from trl_capo.errors import UserError
+from trl_capo.hub import check_private, push_command
+from trl_capo.model_files import CALIBRATION, CARD, RECIPE, RECORD, files_to_upload, left_behind
+from trl_capo.redact import mask, redact
+from trl_capo.reproduction import run_folder
 
 
 WAITS = (5, 20, 60)  # seconds between attempts
-# Not part of a model. Pickled arguments hold local paths, and with TRL's own configuration also the token.
-NOT_UPLOADED = (
-    "checkpoint-*/*",
-    "last-checkpoint/*",
-    "global_step*/*",
-    "reference/*",  # a moving reference, as a checkpoint keeps it
-    "optimizer*",
-    "scheduler.pt",
-    "scaler.pt",
-    "rng_state*",
-    "trainer_state.json",
-    "trl_capo_state.json",
-    "training_args.bin",
-    "completions/*",  # what `log_completions` writes
-    "runs/*",  # tensorboard's, named after the machine
-    "*.jsonl",
-    "*.parquet",
-    "*.log",
-    "*.out",
-    "*.err",
-    "*.partial",
-    "_*",
-    ".*",
-)
+SHOWN = 8  # names of what is left behind
 
 
 class PushError(Exception):
@@ -53,7 +34,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trl-capo push", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("folder", help="folder of the model: the output_dir of a run, or one of its checkpoints")
     parser.add_argument("--repo_id", required=True, help="name on the Hub: NAME, or OWNER/NAME")
-    parser.add_argument("--private", action="store_true", help="create the repository as a private one")
+    parser.add_argument(
+        "--private",
+        action=argparse.BooleanOptionalAction,
+        help="upload only into a private repository, created if there is none (default: hub_private_repo of the run)",
+    )
     parser.add_argument("--dataset", help="dataset on the Hub that the card names (default: that of the run)")
     parser.add_argument("--revision", help="branch to push to, which must exist (default: main)")
     return parser
@@ -66,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         push_folder(
             args.folder,
             args.repo_id,
-            private=args.private or None,
+            private=args.private,
             dataset=args.dataset,
             revision=args.revision,
         )
@@ -90,7 +75,8 @@ def push_folder(
     Args:
         folder: Folder of the model. Nothing in it is changed.
         repo_id: Name on the Hub. Created if it does not exist.
-        private: True: only into a private repository. None: a new one is what the account's default says.
+        private: True: only into a private repository. None: so if the recipe of the run has `hub_private_repo`, else a
+            new repository is what the account's default says. False: a new one is public.
         dataset: Dataset on the Hub that the card names (default: that of the run).
         revision: Branch, which must exist; None is main.
         token: Access token (default: that of the login or of HF_TOKEN).
@@ -105,8 +91,12 @@ def push_folder(
     from huggingface_hub.errors import HTTPError
 
     files = model_files(folder)
+    private = _private_by_recipe(Path(folder)) if private is None else private
     size = sum(path.stat().st_size for path in files.values()) / 1e6
     print(f"Uploading {folder} to {repo_id}: {len(files)} files, {size:,.1f} MB.")
+    if rest := left_behind(folder, list(files)):
+        shown = ", ".join(rest[:SHOWN]) + f" and {len(rest) - SHOWN} more" * (len(rest) > SHOWN)
+        print(f"Left behind, because a model repository does not need them: {shown}.")
     for wait in (*WAITS, None):
         try:
             address = _push(folder, files, repo_id, private, dataset, revision, token)
@@ -169,31 +159,50 @@ def model_files(folder: str | Path) -> dict[str, Path]:
     Raises:
         ValueError: The folder holds no weights.
     """
-    from huggingface_hub.utils import filter_repo_objects
-
-    from trl_capo.evaluation.model_card import FILE_NAME, IMAGE
-    from trl_capo.reproduction import RECIPE, RECORD
-
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder. Give the output_dir of a run.")
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    kept = list(filter_repo_objects(names, ignore_patterns=list(NOT_UPLOADED)))
-    if not any(name.endswith((".safetensors", ".bin")) for name in kept):
+        raise UserError(f"{folder} is no folder. Give the output_dir of a run.")
+    names = files_to_upload(folder)
+    if not any(name.endswith(".safetensors") for name in names):
         checkpoints = sorted(str(path) for path in folder.glob("checkpoint-*"))
         hint = f" Its checkpoints can be pushed one by one: {', '.join(checkpoints)}." if checkpoints else ""
-        raise ValueError(f"{folder} holds no weights (*.safetensors).{hint}")
-    for card in ("README.md", FILE_NAME):
-        for image in IMAGE.findall((folder / card).read_text()) if card in names else ():
-            if image in names and image not in kept:
-                kept.append(image)
-    files = {name: folder / name for name in kept}
-    run = _run_folder(folder)
+        if pickles := sorted(path.name for path in folder.glob("*.bin") if path.name != "training_args.bin"):
+            hint = (
+                f" {', '.join(pickles)} is a pickle, which is not uploaded: load the model with from_pretrained and "
+                "save it with save_pretrained first, which writes safetensors."
+            )
+        raise UserError(f"{folder} holds no weights (*.safetensors).{hint}")
+    files = {name: folder / name for name in names}
+    run = run_folder(folder)
     return files | {name: run / name for name in (RECIPE, RECORD) if (run / name).exists()}
 
 
-def _run_folder(folder: Path) -> Path:
-    return folder.resolve().parent if folder.resolve().name.startswith("checkpoint-") else folder
+def _private_by_recipe(folder: Path) -> bool | None:
+    """Whether the run asked for a private repository; None if it did not say so."""
+    import yaml
+
+    path = run_folder(folder) / RECIPE
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    wanted = str(recipe.get("hub_private_repo")).lower() in ("true", "1", "yes") if isinstance(recipe, dict) else False
+    if wanted:
+        print(f"{path} says hub_private_repo: true, so the repository must be private (--no-private: publish it).")
+    return True if wanted else None
+
+
+def _content(name: str, path: Path) -> bytes | str:
+    """A file as it is uploaded: of our own text files, which an earlier version may have written, without secrets."""
+    import yaml
+
+    if name == RECIPE:
+        text = path.read_text(encoding="utf-8")
+        options = yaml.safe_load(text)
+        clean = redact(options)
+        return (text if clean == options else yaml.safe_dump(clean, sort_keys=False, allow_unicode=True)).encode()
+    if name == RECORD:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        clean = redact(record)
+        return str(path) if clean == record else json.dumps(clean, indent=1).encode()
+    return mask(path.read_text(encoding="utf-8")).encode() if name == CALIBRATION else str(path)
 
 
 def _push(folder, files: dict[str, Path], repo_id: str, private, dataset, revision, token) -> str:
@@ -203,14 +212,11 @@ def _push(folder, files: dict[str, Path], repo_id: str, private, dataset, revisi
 
     api = HfApi(library_name="trl-capo", token=token)
     url = api.create_repo(repo_id, private=private, exist_ok=True)
-    if private and not api.model_info(url.repo_id).private:
-        raise ValueError(f"{url.repo_id} exists and is public. Make it private in its settings, or use another name.")
-    card = complete_card(folder, repo_id=url.repo_id, dataset=dataset, run_folder=_run_folder(Path(folder)))
-    contents = {**files, "README.md": card.encode()}
-    operations = [
-        CommitOperationAdd(path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content))
-        for name, content in contents.items()
-    ]
+    if private:
+        check_private(url.repo_id, api=api)
+    card = complete_card(folder, repo_id=url.repo_id, dataset=dataset)
+    contents = {**{name: _content(name, path) for name, path in files.items()}, CARD: card.encode()}
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()]
     api.create_commit(url.repo_id, operations, commit_message="Upload by trl-capo push", revision=revision)
     return str(url)
 
@@ -250,6 +256,7 @@ def _reason(error: Exception) -> str:
     status = next((status for cause in _causes(error) if (status := _status(cause)) is not None), None)
     shown = next((cause for cause in _causes(error) if _status(cause) is not None), root)
     text = " ".join(re.sub(r"For more information check: \S+", "", str(shown)).split()) or type(shown).__name__
+    text = mask(text)
     text = text if len(text) <= 300 else f"{text[:297]}..."
     text = text if text.endswith((".", "!", "?")) else f"{text}."
     return f"{text} Log in with `hf auth login`, or set HF_TOKEN." if status in (401, 403) else text

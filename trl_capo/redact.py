@@ -1,0 +1,166 @@
+"""Keeps secrets out of everything that is written beside a model, uploaded or shown: the one place that knows them.
+
+A secret is known by the name it goes by (`hub_token`, `PGPASSWORD`, `apiKey`), or by its shape (an access token of
+the Hub, of OpenAI, GitHub or AWS, a JSON web token, a private key, the password in a URL). Names are kept, values are
+not. `pad_token`, `max_prompt_tokens` or `num_key_value_heads` are no secrets.
+"""
+
+import json
+import re
+from typing import Any
+
+
+STARS = "***"
+
+# Anywhere in a name, without its separators and in lower case.
+_ALWAYS = re.compile(
+    r"passw(or)?d|passphrase|passcode|secret|credential|apikey|accesskey|privatekey|signingkey|encryptionkey|"
+    r"(api|auth|access|refresh|session|bearer|bot|hub|hf|github|id)tokens?$|connectionstring|webhook|authorization"
+)
+_WORDS = {"pwd", "bearer", "cookie", "cookies", "jwt", "auth", "dsn"}
+# A token is text of the tokenizer after one of these words, and a number of the trainer before one of those.
+_TEXT_TOKENS = set(
+    "pad eos bos unk mask sep cls image video audio boi eoi stop start end think first last per next new prefix "
+    "suffix middle fim object ref box vision extra forced decoder special additional fake by each".split()
+)
+_AFTER_TOKEN = set(
+    "id ids type types level count counts budget limit length index indices mask masks logp logps loss weight weights "
+    "entropy entropies advantages embedding embeddings dropout classification accuracy idx".split()
+)
+# A key names a column, or orders something, after one of these words.
+_PLAIN_KEYS = set(
+    "sort primary foreign prompt question answer label text dataset metric group cache completion image column query "
+    "value messages message json field dict reward solution gold tags".split()
+)
+
+# Shapes of secrets, wherever they stand. They start where no other word is in progress.
+_SHAPES = re.compile(
+    r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----.*?(?:-----END [A-Z0-9 ]*PRIVATE KEY-----|\Z)"
+    r"|(?<![A-Za-z0-9])(?:"
+    r"hf_(?:oauth_|jwt_)?[A-Za-z0-9]{16,}[\w.-]*|api_org_[A-Za-z0-9]{16,}"
+    r"|sk-[A-Za-z0-9_-]{16,}|[rsp]k_(?:live|test)_[A-Za-z0-9]{10,}|whsec_[A-Za-z0-9+/=]{16,}"
+    r"|gh[a-z]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|gl[a-z]{2,5}-[\w-]{16,}"
+    r"|xox[a-z](?:\.xox[a-z])?-[\w-]{8,}|xapp-[\w-]{8,}|hooks\.slack\.com/services/[\w/]+"
+    r"|(?:AKIA|ASIA|AGPA|AIDA|AROA|ANPA|ABIA|ACCA)[A-Z0-9]{12,}|AIza[\w-]{30,}|ya29\.[\w-]{16,}"
+    r"|eyJ[\w-]{6,}\.[\w-]{4,}(?:\.[\w-]*)?"
+    r"|wandb_v1_\w{16,}|npm_[A-Za-z0-9]{30,}|pypi-[\w-]{30,}|rpa_[A-Za-z0-9]{20,}|gsk_[A-Za-z0-9]{20,}"
+    r"|r8_[A-Za-z0-9]{30,}|nvapi-[\w-]{20,}|dckr_pat_[\w-]{16,}|dop_v1_[a-f0-9]{20,}|SG\.[\w-]{16,}\.[\w-]{16,}"
+    r")",
+    re.DOTALL,
+)
+_SCHEME = re.compile(r"\b(Bearer|Basic)(\s+)[\w.~+/=-]{8,}")
+_URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]{0,20}://)[^\s/'\"<>?#]+@")
+# `NAME=value`, `name: value`, `"name": "value"`: the value up to a space, or to the quote that ends it.
+_ASSIGNED = re.compile(r"(?P<name>(?<![\w])[A-Za-z_][\w.-]{0,80})(?P<between>\\?[\"']?[ \t]{0,20}[=:][ \t]{0,20})")
+_VALUE = re.compile(
+    r"(?P<quote>\\?\"|'|)(?:(?<=\")(?:[^\"\\\n]|\\[^\"\n])*(?:\\?\")?|(?<=')[^'\n]*'?|[^\s\"',;&}\])]*)"
+)
+_NOT_SECRET = {"", "none", "null", "true", "false", "~", "bearer", "basic", STARS}
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether what goes by this name is a secret.
+
+    Example:
+        >>> [is_secret_name(name) for name in ("hub_token", "PGPASSWORD", "apiKey", "AWS_ACCESS_KEY_ID")]
+        [True, True, True, True]
+        >>> [is_secret_name(name) for name in ("pad_token", "max_prompt_tokens", "num_key_value_heads", "tokenizer")]
+        [False, False, False, False]
+    """
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
+    if re.fullmatch(r"[A-Z0-9]+PASS", name):  # SSHPASS
+        return True
+    words = [word.lower() for word in words]
+    if not words:
+        return False
+    joined, last = "".join(words), words[-1]
+    if words[0] in _TEXT_TOKENS - {"ref"} and last in ("token", "tokens"):
+        return False
+    if _ALWAYS.search(joined) or _WORDS & set(words) or last == "pass":
+        return True
+    if "token" in words:
+        at = words.index("token")
+        before, after = words[at - 1] if at else "", words[at + 1] if at + 1 < len(words) else ""
+        return before not in _TEXT_TOKENS and after not in _AFTER_TOKEN
+    return last == "key" and (len(words) == 1 or words[-2] not in _PLAIN_KEYS)
+
+
+def mask(text: str) -> str:
+    """The text with stars for every secret in it that is known by its shape or by the name before it.
+
+    Example:
+        >>> mask("https://me:s3cret@example.com/?api_key=abc&tau=0.3")
+        'https://***@example.com/?api_key=***&tau=0.3'
+    """
+    text = _SHAPES.sub(STARS, text)
+    text = _URL.sub(rf"\1{STARS}@", text)
+    text = _SCHEME.sub(rf"\1\2{STARS}", text)
+    return _mask_assigned(text)
+
+
+def _mask_assigned(text: str) -> str:
+    parts, position = [], 0
+    while match := _ASSIGNED.search(text, position):
+        name, start = match["name"], match.end()
+        parts.append(text[position:start])
+        position = start
+        if match["between"].strip() == ":" and re.fullmatch(r"[A-Z]?[a-z]+", name) and name.lower() != "password":
+            continue  # prose: "The key: think first."
+        if is_secret_name(name):
+            value = _VALUE.match(text, start)
+            if value[0].strip("\\\"'").lower() not in _NOT_SECRET:
+                parts.append(f"{value['quote']}{STARS}{value['quote']}")
+                position = value.end()
+    return "".join([*parts, text[position:]])
+
+
+def redact(value: Any, left_out: list[str] | None = None, path: str = "") -> Any:
+    """The value without what goes by a secret's name, at any depth, and with stars for what has a secret's shape.
+
+    Args:
+        value: Dictionaries, lists, text (also JSON in it) and anything else, which stays as it is.
+        left_out: Gets the names of what was left out, such as `model_init_kwargs.token`.
+        path: Name of the value itself, for `left_out`.
+
+    Example:
+        >>> redact({"tau": 0.3, "hub_token": "x", "model_init_kwargs": '{"token": "y", "revision": "z"}'})
+        {'tau': 0.3, 'model_init_kwargs': '{"revision": "z"}'}
+    """
+    left_out = [] if left_out is None else left_out
+    if isinstance(value, dict):
+        kept = {}
+        for name, content in value.items():
+            name_path = f"{path}.{name}" if path else str(name)
+            if is_secret_name(str(name)) and not isinstance(content, (bool, type(None))):
+                left_out.append(mask(name_path))
+            else:
+                kept[mask(name) if isinstance(name, str) else name] = redact(content, left_out, name_path)
+        return kept
+    if type(value) in (list, tuple):
+        return type(value)(redact(content, left_out, path) for content in value)
+    if not isinstance(value, str):
+        return value
+    if value.lstrip()[:1] in ("{", "["):  # options may be given as JSON
+        try:
+            content = json.loads(value)
+        except json.JSONDecodeError:
+            return mask(value)
+        clean = redact(content, left_out, path)
+        return value if clean == content else json.dumps(clean)
+    return mask(value)
+
+
+def redact_words(words: list[str]) -> list[str]:
+    """Words of a command line, with stars for the values of secret options, alone, after `=` and inside JSON."""
+    shown, secret = [], False
+    for word in words:
+        option, equals, value = word.partition("=")
+        if word.startswith("--"):
+            secret = is_secret_name(option) and not equals
+            if equals:
+                value = STARS if is_secret_name(option) else redact(value)
+                word = f"{option}={value}"
+            shown.append(word)
+        else:
+            shown.append(STARS if secret else redact(word))
+    return shown

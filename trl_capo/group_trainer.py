@@ -654,14 +654,26 @@ class GroupAdvantageTrainer(GRPOTrainer):
     def create_model_card(self, *args, **kwargs) -> None:
         """TRL's card for this model: its repository, question, figures and recipe, and what `trl-capo report` put."""
         super().create_model_card(*args, **kwargs)
+        self._complete_card(self.args.output_dir)
+
+    def _complete_card(self, folder: str) -> None:
         if self.is_world_process_zero():
             card = complete_card(
-                self.args.output_dir,
+                folder,
                 repo_id=self.hub_model_id or self.args.hub_model_id,
                 question=example_question(self.train_dataset),
                 history=self.state.log_history,
             )
-            write_text(Path(self.args.output_dir, "README.md"), card)
+            write_text(Path(folder, "README.md"), card)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers, with a card: what is saved by hand may be uploaded later by `trl-capo push`."""
+        super().save_model(output_dir, _internal_call)
+        folder = output_dir or self.args.output_dir
+        if not _internal_call and Path(folder).resolve() != Path(self.args.output_dir).resolve():
+            self._complete_card(folder)
+        elif not _internal_call and not self.args.push_to_hub:
+            self.create_model_card(model_name=(self.args.hub_model_id or Path(folder).resolve().name).split("/")[-1])
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As transformers, which creates the repository before it trains; one that must be private has to be.

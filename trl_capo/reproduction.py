@@ -23,13 +23,12 @@ from urllib.parse import quote
 
 from trl_capo import __version__
 from trl_capo.folders import write_json, write_text
+from trl_capo.markdown import code_block, markdown_text
 from trl_capo.model_files import RECIPE, RECORD
 from trl_capo.redact import redact, redact_words
 
 
 PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "peft", "vllm")
-# Fences of Markdown are longer than those in what they enclose.
-BACKTICKS = re.compile(r"`{3,}")
 
 
 def write_reproduction(
@@ -214,8 +213,7 @@ def card_section(folder: str | Path) -> str | None:
     if times := len(record.get("resumed", [])):
         lines.append(f"- Resumed {times} time{'s' * (times > 1)}, see `{RECORD}`")
     dumped = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100).strip()
-    fence = "`" * max([3, *(len(found) + 1 for found in BACKTICKS.findall(dumped))])
-    return "\n".join([*lines, "", f"{fence}yaml", dumped, fence])
+    return "\n".join([*lines, "", code_block(dumped, "yaml")])
 
 
 def _write_recipe(path: Path, options: dict, date: str, left_out: list[str]) -> None:
@@ -331,11 +329,6 @@ def _data_line(split: dict) -> str:
         name = markdown_text(str(_without_folders(split["name"])))
     size = f"{split['rows']:,} rows with SHA-256 `{split['sha256_of_rows']}`" if split["rows"] else "a stream"
     return f"{name}, split `{split['split']}`, {size}"
-
-
-def markdown_text(text: str) -> str:
-    """Text that Markdown shows as it is: in one line, without tags, links, code or cells of its own."""
-    return re.sub(r"([\\`*\[\]|<>])", r"\\\1", " ".join(text.split()))
 
 
 def _hub_link(name: str, kind: str = "") -> str:

@@ -12,10 +12,11 @@ import shutil
 from pathlib import Path
 
 from trl_capo.folders import write_text
+from trl_capo.markdown import markdown_text
 from trl_capo.model_files import CALIBRATION as FILE_NAME
 from trl_capo.model_files import CARD, figures
 from trl_capo.redact import mask
-from trl_capo.reproduction import card_section, hub_dataset, markdown_text, run_folder
+from trl_capo.reproduction import card_section, hub_dataset, run_folder
 
 
 BEGIN, END = "<!-- trl-capo: calibration -->", "<!-- trl-capo: end of calibration -->"
@@ -26,7 +27,7 @@ FIGURES_BEGIN, FIGURES_END = "<!-- trl-capo: figures -->", "<!-- trl-capo: end o
 # What TRL's template writes, and what we write in its place.
 QUESTION = re.compile(r'^question = ("(?:[^"\\\n]|\\.)*")$', re.MULTILINE)
 TIME_MACHINE = "If you had a time machine"
-PIPELINE = 'pipeline("text-generation", model='
+PIPELINE = re.compile(r'^generator = pipeline\("text-generation", model="[^"\n]*"', re.MULTILINE)
 PEFT_TEMPLATE = "# Model Card for Model ID"  # of PEFT, with nothing filled in
 LONGEST_QUESTION = 500
 
@@ -129,8 +130,8 @@ def complete_card(
         text = _short_card(folder, name, question)
     # TRL's template when the base model is a folder, and when there was no repository yet.
     text = text.replace("[None](https://huggingface.co/None)", "a local model")
-    for placeholder in ("None", folder.resolve().name):
-        text = text.replace(f'{PIPELINE}"{placeholder}"', f'{PIPELINE}"{name}"')
+    text = PIPELINE.sub(lambda _: _pipeline(name), text)
+    text = re.sub(r"(## Training procedure)\s+", r"\1\n\n", text)  # room for the links of trackers
     if question is not None:
         text = QUESTION.sub(lambda _: f"question = {_python_text(question)}", text)
     elif TIME_MACHINE in text:
@@ -258,13 +259,17 @@ def _shell_word(text: str) -> str:
     return "$'" + re.sub(r"[\x00-\x1f\x7f`<]", lambda match: f"\\x{ord(match[0]):02x}", escaped) + "'"
 
 
+def _pipeline(name: str) -> str:
+    return f'generator = pipeline("text-generation", model={_python_text(name)}'
+
+
 def _short_card(folder: Path, name: str, question: str | None) -> str:
     library = "peft" if (folder / "adapter_config.json").exists() else "transformers"
     asked = "YOUR QUESTION" if question is None else question
     return (
         f"---\nlibrary_name: {library}\ntags:\n- trl\n- trl-capo\n---\n\n# {markdown_text(name.split('/')[-1])}\n\n"
         f"```python\nfrom transformers import pipeline\n\nquestion = {_python_text(asked)}\n"
-        f'generator = {PIPELINE}"{name}", device_map="auto")\n'
+        f'{_pipeline(name)}, device_map="auto")\n'
         'output = generator([{"role": "user", "content": question}], return_full_text=False)[0]\n'
         'print(output["generated_text"])\n```\n'
     )

@@ -24,6 +24,7 @@ from trl_capo.calibration import metrics
 from trl_capo.calibration.bootstrap import prompt_difference, prompt_interval
 from trl_capo.calibration.metrics import nanmean
 from trl_capo.calibration.selection import SELECTORS, choose_all
+from trl_capo.markdown import markdown_text
 
 
 if TYPE_CHECKING:
@@ -92,9 +93,10 @@ def write_report(
         header, rows = metric_rows(of)
         figure = draw_benchmark(of)
         # Not quoted with %, which a link in Markdown would read as an escape; numbered, as two may then be equal.
-        picture = path.parent / f"{path.stem}-{number}-{re.sub(r'[^0-9A-Za-z._-]', '_', benchmark)}.png"
+        picture = path.parent / f"{re.sub(r'[^0-9A-Za-z._-]', '_', f'{path.stem}-{number}-{benchmark}')}.png"
         picture.write_bytes(figure)
-        tables.append(f"### {benchmark}\n\n{markdown(header, rows)}\n\n![figures of {benchmark}]({picture.name})")
+        title = markdown_text(benchmark)
+        tables.append(f"### {title}\n\n{markdown(header, rows)}\n\n![figures of {title}]({picture.name})")
         sections.append(
             f"<h2>{html.escape(benchmark)}</h2>{_html_table(header, rows)}{_image(figure, f'figures of {benchmark}')}"
         )
@@ -289,8 +291,9 @@ def with_formulas(text: str) -> list[str | list[str]]:
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A table for a model card."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    lines = [" | ".join(map(markdown_text, cells)) for cells in (header, *rows)]
+    lines = [f"| {line} |" for line in lines]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
 def _html_table(header: list[str], rows: list[list[str]]) -> str:

@@ -156,11 +156,9 @@ def redact_words(words: list[str]) -> list[str]:
     for word in words:
         option, equals, value = word.partition("=")
         if word.startswith("--"):
-            secret = is_secret_name(option) and not equals
-            if equals:
-                value = STARS if is_secret_name(option) else redact(value)
-                word = f"{option}={value}"
-            shown.append(word)
+            secret = is_secret_name(option.lstrip("-"))
+            shown.append(f"{option}={STARS if secret else redact(value)}" if equals else word)
+            secret = secret and not equals
         else:
             shown.append(STARS if secret else redact(word))
     return shown

@@ -15,7 +15,9 @@ class FakeHub:
 
     Attributes:
         repositories: Files by name, by repository.
-        private: Visibility of each repository, as the client asked for it when it was created.
+        private: Visibility of each repository, as the client asked for it when it was created; None is not told.
+        commits: Repository and names of the files of each commit.
+        datasets: Visibility of repositories of data, by their names.
         requests: How often each kind of request was answered with success.
         failing: Kinds of request that are answered with `status`, each as many times as it says; "all" for every kind.
         status: HTTP status of a failure.
@@ -23,7 +25,9 @@ class FakeHub:
 
     def __init__(self):
         self.repositories: dict[str, dict[str, bytes]] = {}
-        self.private: dict[str, bool] = {}
+        self.private: dict[str, bool | None] = {}
+        self.commits: list[tuple[str, list[str]]] = []
+        self.datasets: dict[str, bool] = {}
         self.stored: dict[str, bytes] = {}  # what was PUT, by SHA-256
         self.requests: Counter = Counter()
         self.failing: Counter = Counter()
@@ -56,6 +60,10 @@ class FakeHub:
         files = [{"rfilename": name} for name in self.repositories[repo_id]]
         return {"id": repo_id, "sha": "0" * 40, "private": self.private[repo_id], "tags": [], "siblings": files}
 
+    def dataset(self, match, body):
+        repo_id = match["repo"]
+        return {"id": repo_id, "sha": "0" * 40, "private": self.datasets[repo_id], "tags": [], "siblings": []}
+
     def validate(self, match, body):
         return {"errors": [], "warnings": []}
 
@@ -87,7 +95,9 @@ class FakeHub:
 
     def commit(self, match, body):
         files = self.repositories[match["repo"]]
-        for line in map(json.loads, body.splitlines()):
+        lines = [json.loads(line) for line in body.splitlines()]
+        self.commits.append((match["repo"], [line["value"]["path"] for line in lines if "path" in line["value"]]))
+        for line in lines:
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
@@ -103,6 +113,7 @@ ROUTES = [
     ("preupload", "POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/main"),
     ("commit", "POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/main"),
     ("info", "GET", r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/main)?"),
+    ("dataset", "GET", r"/api/datasets/(?P<repo>[^/]+/[^/]+)"),
     ("batch", "POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch"),
     ("store", "PUT", r"/store/(?P<oid>\w+)"),
 ]

@@ -17,9 +17,10 @@ from trl_capo.scripts.train import METHODS, make_parser
 
 SECRET_NAMES = (
     "hub_token HF_TOKEN HF_TOKEN_2 token TOKEN PGPASSWORD PGPASS SSHPASS DB_PASS apikey api_key APIKEY apiKey "
-    "API_KEYS OPENAI_KEY AWS_SECRET_ACCESS_KEY AWS_ACCESS_KEY_ID private_key ssh-key access_token refreshToken client_secret "
-    "Authorization bearer password passwd user_pwd credentials HUGGING_FACE_HUB_TOKEN use_auth_token WANDB_API_KEY "
-    "SLACK_WEBHOOK_URL MYSQL_PWD key secrets push_to_hub_token db.password x-api-key AZURE_STORAGE_CONNECTION_STRING"
+    "API_KEYS OPENAI_KEY AWS_SECRET_ACCESS_KEY AWS_ACCESS_KEY_ID private_key ssh-key access_token refreshToken "
+    "client_secret Authorization bearer password passwd user_pwd credentials HUGGING_FACE_HUB_TOKEN use_auth_token "
+    "WANDB_API_KEY SLACK_WEBHOOK_URL MYSQL_PWD key secrets push_to_hub_token db.password "
+    "x-api-key AZURE_STORAGE_CONNECTION_STRING"
 ).split()
 PLAIN_NAMES = (
     "pad_token eos_token bos_token unk_token image_token mask_token pad_token_id eos_token_id max_prompt_tokens "

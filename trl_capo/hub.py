@@ -134,18 +134,17 @@ class GuardedApi:
             options["ignore_patterns"] = [".*", "*/.*"]
         if not run_as_future:
             return self._upload(options)
-        future = self._api.run_as_future(self._upload, options)
-        future.add_done_callback(_say_if_it_failed)
-        return future
+        return self._api.run_as_future(self._upload_in_background, options)
 
     def _upload(self, options: dict) -> Any:
         if self._private:
             check_private(options["repo_id"], options.get("token"), api=self._api)
         return self._api.upload_folder(**options)
 
-
-def _say_if_it_failed(future) -> None:
-    error = None if future.cancelled() else future.exception()
-    if error is not None:
-        reason = mask(" ".join(str(error).split()))
-        logger.warning(f"⚠️ An upload to the Hub in the background failed; the files are still here: {reason}")
+    def _upload_in_background(self, options: dict) -> Any:
+        try:
+            return self._upload(options)
+        except Exception as error:  # whatever it is, nobody may ever ask for the result
+            reason = mask(" ".join(str(error).split()))
+            logger.warning(f"⚠️ An upload to the Hub in the background failed; the files are still here: {reason}")
+            raise

@@ -95,8 +95,8 @@ def write_report(
         # Not quoted with %, which a link in Markdown would read as an escape; numbered, as two may then be equal.
         picture = path.parent / f"{re.sub(r'[^0-9A-Za-z._-]', '_', f'{path.stem}-{number}-{benchmark}')}.png"
         picture.write_bytes(figure)
-        title = markdown_text(benchmark)
-        tables.append(f"### {title}\n\n{markdown(header, rows)}\n\n![figures of {title}]({picture.name})")
+        figures = f"![figures of {re.sub(r'[^0-9A-Za-z._ -]', '_', benchmark)}]({picture.name})"
+        tables.append(f"### {markdown_text(benchmark)}\n\n{markdown(header, rows)}\n\n{figures}")
         sections.append(
             f"<h2>{html.escape(benchmark)}</h2>{_html_table(header, rows)}{_image(figure, f'figures of {benchmark}')}"
         )

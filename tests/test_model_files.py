@@ -22,14 +22,15 @@ NEEDED = (
 NOT_NEEDED = (
     "train.csv train.json data.arrow data.jsonl data.parquet dataset_info.json state.json .env .gitattributes "
     "sub/.env sub/.git/config .git/config .ssh/id_rsa id_rsa secrets.yaml config.yaml notes.md notes.txt "
-    "events.out.tfevents.1.h logs/events.out.tfevents.1.h wandb/run-1/files/config.yaml wandb/run-1/model.safetensors "
-    "sub/optimizer.pt optimizer.pt optimizer.bin scheduler.pt rng_state.pth scaler.pt training_args.bin "
-    "sub/training_args.bin pytorch_model.bin model.pkl model.pt model.pth weights.ckpt reward.joblib trainer_state.json "
-    "trl_capo_state.json all_results.json checkpoint-3/model.safetensors checkpoint-3/README.md checkpoint-3/adapter_config.json "
+    "events.out.tfevents.1.h logs/events.out.tfevents.1.h wandb/run-1/files/config.yaml "
+    "wandb/run-1/model.safetensors sub/optimizer.pt optimizer.pt optimizer.bin scheduler.pt rng_state.pth "
+    "scaler.pt training_args.bin sub/training_args.bin pytorch_model.bin model.pkl model.pt model.pth "
+    "weights.ckpt reward.joblib trainer_state.json trl_capo_state.json all_results.json "
+    "checkpoint-3/model.safetensors checkpoint-3/README.md checkpoint-3/adapter_config.json "
     "global_step3/mp_rank_00_model_states.pt ref/adapter_config.json ref/adapter_model.safetensors samples.npz "
     "reference/model.safetensors completions/completions_00001.parquet slurm-1.out run.log train.py my.ipynb "
     "photo.png curve.svg README.md.bak model.safetensors.123.partial sub/config.json sub/model.safetensors "
-    "additional_chat_templates/x.txt zero_to_fp32.py settings.json"
+    "additional_chat_templates/x.txt zero_to_fp32.py settings.json "
 ).split()
 
 

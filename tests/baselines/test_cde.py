@@ -59,6 +59,7 @@ def test_schedules_start_and_end_where_they_should():
     assert bonus_weight(0.25, "cosine", 1.0, 0.0) == pytest.approx((1 + math.sqrt(0.5)) / 2)
     stairs = {round(bonus_weight(p / 100, "staircase", 1.0, 0.0, 4), 9) for p in range(101)}
     assert stairs == {1.0, round(2 / 3, 9), round(1 / 3, 9), 0.0}
+    assert [bonus_weight(p, "staircase", 0.8, 0.0, 2) for p in (0.0, 0.49, 0.5, 1.0)] == [0.8, 0.8, 0.0, 0.0]
 
 
 def test_the_bonus_decays_while_training(tiny_model, tmp_path, monkeypatch):

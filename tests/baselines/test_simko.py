@@ -21,9 +21,9 @@ def released_loss(logits, old_logps, tokens, mask, advantages, top_k, mix, quant
     for b in range(len(tokens)):
         steps = [t for t in range(tokens.shape[1]) if mask[b, t]]
         entropies = {t: -(logps[b, t].exp() * logps[b, t]).sum().item() for t in steps}
-        threshold = torch.tensor(list(entropies.values())).quantile(quantile).item()
+        threshold = torch.tensor(list(entropies.values()), dtype=torch.double).quantile(quantile).item()
         for t in steps:
-            y, fork = tokens[b, t].item(), entropies[t] >= threshold
+            y, fork = tokens[b, t].item(), entropies[t] > threshold
             gamma = (logps[b, t] - old_logps[b, t]).exp()
             ratio, advantage = gamma[y], advantages[b].item()
             if fork and advantage > 0:
@@ -60,6 +60,28 @@ def test_gradient_is_that_of_the_released_formula():
     grpo = (plain - old_logps.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)).exp()
     unchanged = torch.autograd.grad(-(grpo * advantages.unsqueeze(1) * mask).sum(), logits)[0]
     assert (found - unchanged).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("entropies", "forks"),
+    [
+        ([1.0], []),
+        ([0.1, 0.6, 0.2, 0.5, 0.3, 0.4], [1]),  # the quantile is 0.5 itself
+        ([0.1, 0.2, 0.3, 0.5, 0.4], [3]),
+        ([0.0] * 18 + [1.0, 2.0], [18, 19]),
+        ([0.7] * 4, []),
+        ([0.1 * i for i in range(11)], [9, 10]),
+    ],
+)
+def test_a_token_forks_above_the_quantile_of_its_completion(entropies, forks):
+    length = len(entropies)
+    logits = torch.randn(1, length, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    tokens, mask = torch.zeros(1, length + 2, dtype=torch.long), torch.tensor([[1.0] * length + [0.0] * 2])
+    padded = torch.cat([logits, torch.zeros(1, 2, 5)], dim=1).log_softmax(-1)
+    surrogate = surrogate_logps(padded, torch.tensor([entropies + [9.0] * 2]), tokens, mask, torch.ones(1), mix=0.5)
+    found = torch.autograd.grad((surrogate * mask).sum(), logits, retain_graph=True)[0]
+    plain = torch.autograd.grad((padded[..., 0] * mask).sum(), logits)[0]
+    assert (found - plain).abs().amax(-1)[0].gt(1e-4).nonzero().flatten().tolist() == forks
 
 
 SGD = dict(optim="sgd", learning_rate=0.05)  # Adam would blow rounding up

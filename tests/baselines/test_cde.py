@@ -41,7 +41,7 @@ def test_random_groups_by_loops(tiny_model, tmp_path):
         mean = sum(new.values()) / max(1, len(new))
         std = math.sqrt(sum((r - mean) ** 2 for r in new.values()) / (len(new) - 1)) if len(new) > 1 else 0.0
         expected = [(new[i] - mean) / (std + 1e-4) if i in new else 0.0 for i in range(5)]
-        assert found[p].tolist() == pytest.approx(expected, abs=1e-5)
+        assert found[p].tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_bonus_never_changes_a_sign_and_prefers_the_unsure():

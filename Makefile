@@ -18,7 +18,7 @@ STAMP := $(VENV)/.trl-capo-installed
 TOO_OLD = $(1) -c 'import sys; sys.exit(sys.version_info >= (3, 11))'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-browser test-vllm lint format clean
+.PHONY: help install demo test test-kernels test-browser test-vllm lint format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -30,6 +30,9 @@ demo: $(STAMP)  ## train GRPO and CAPO side by side on a tiny model and compare 
 
 test: $(STAMP)  ## run the tests and doctests
 	$(PY) -m pytest --dist loadfile --numprocesses $(WORKERS) $(ARGS)
+
+test-kernels: $(STAMP)  ## run the tests of numbers with other processors' kernels, on one and two threads
+	.ci/test-kernels $(PY)
 
 test-browser: $(STAMP)  ## run the tests of the report page, in Chromium
 	$(PY) -m pip install --quiet playwright

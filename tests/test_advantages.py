@@ -110,8 +110,8 @@ def test_vectors(tau, rewards, expected):
 
 def test_vectors_of_grpo_and_soft_misranking():
     rewards, scores = torch.tensor([[1.0, 1.0, 0.0, 0.0]]), torch.tensor([SCORES])
-    assert soft_misranking(rewards, scores, tau=0.6).item() == pytest.approx(0.540332, abs=1e-6)
-    np.testing.assert_allclose(reward_only_advantages(rewards).abs(), [[0.865875] * 4], atol=1e-6)
+    assert soft_misranking(rewards, scores, tau=0.6).item() == pytest.approx(0.540332, abs=1e-5)
+    np.testing.assert_allclose(reward_only_advantages(rewards).abs(), [[0.865875] * 4], atol=1e-5)
 
 
 def test_group_of_eight_is_larger_than_grpo():
@@ -482,6 +482,6 @@ def test_masked_members_may_stay_partners_or_leave():
     keep = torch.tensor([[True, False, True, True]])
     partner = pairwise_logistic_advantages(rewards, scores, 0.6).masked_fill(~keep, 0.0)
     left = pairwise_logistic_advantages(rewards, scores, 0.6, valid=keep)
-    np.testing.assert_allclose(partner, [[0.959000, 0, -0.959000, -1.202327]], atol=1e-6)
-    np.testing.assert_allclose(left, [[0.959000, 0, -sigmoid(-0.2 / 0.6), -sigmoid(0.1 / 0.6)]], atol=1e-6)
-    assert left.sum().abs() < 1e-6
+    np.testing.assert_allclose(partner, [[0.959000, 0, -0.959000, -1.202327]], atol=1e-5)
+    np.testing.assert_allclose(left, [[0.959000, 0, -sigmoid(-0.2 / 0.6), -sigmoid(0.1 / 0.6)]], atol=1e-5)
+    assert left.sum().abs() < 1e-5

@@ -102,7 +102,7 @@ def test_live_step_matches_literal_oracle(tiny_model, tmp_path, layout):
         np.testing.assert_array_equal(groups.correct.flatten().numpy(), rewards)
         for own_logps, scores, target in (
             (False, expected_logps.tolist(), 1e-4),
-            (True, groups.mean_logps.double().tolist(), 1e-6),
+            (True, groups.mean_logps.double().tolist(), 1e-5),
         ):
             literal = [
                 literal_capo_advantages(r, s, tau=0.6) for r, s in zip(groups.correct.tolist(), scores, strict=True)
@@ -151,7 +151,7 @@ def test_mask_partners_restores_zero_sums(tiny_model, tmp_path):
         trainer = make_trainer(tiny_model, tmp_path, mask_partners=mask_partners, **options)
         trainer.train()
         sums[mask_partners] = max(g["advantages"].sum(dim=1).abs().max().item() for g in trainer.generations)
-    assert sums[True] < 1e-6 < sums[False]
+    assert sums[True] < 1e-5 < sums[False]
 
 
 def test_no_reference_is_loaded_without_mask_and_kl(tiny_model, tmp_path):

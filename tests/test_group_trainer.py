@@ -71,7 +71,7 @@ def test_with_the_linear_surrogate_it_is_grpo(tiny_model, tmp_path, layout):
     )
     ours.train()
     assert largest_change(start, parameters(stock)) >= 1e-2
-    assert largest_change(parameters(stock), parameters(ours)) <= 1e-6
+    assert largest_change(parameters(stock), parameters(ours)) <= 1e-5
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo"])
@@ -83,7 +83,7 @@ def test_used_as_it_is_it_is_grpo(tiny_model, tmp_path, loss_type):
         start = parameters(trainers[-1])
         trainers[-1].train()
     assert largest_change(start, parameters(trainers[0])) >= 1e-2
-    assert largest_change(parameters(trainers[0]), parameters(trainers[1])) <= 1e-6
+    assert largest_change(parameters(trainers[0]), parameters(trainers[1])) <= 1e-5
     assert any("capo/auc_within" in entry for entry in trainers[1].state.log_history)
 
 
@@ -285,7 +285,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny_model, tmp_pat
         first.train()
     second = make("parts")
     second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
-    assert largest_change(parameters(whole), parameters(second)) <= 1e-6
+    assert largest_change(parameters(whole), parameters(second)) <= 1e-5
     assert second.tau == whole.tau and second.ref_ppl_thresholds == whole.ref_ppl_thresholds
 
 
@@ -325,7 +325,7 @@ def test_moving_reference_survives_a_restart(tiny_model, tmp_path):
     resumed = make("resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     expected, actual = whole.ref_model.state_dict(), resumed.ref_model.state_dict()
-    assert largest_change(expected, actual) <= 1e-6
+    assert largest_change(expected, actual) <= 1e-5
     assert largest_change(expected, parameters(whole)) > 1e-4
 
 

@@ -572,7 +572,11 @@ def change_by_padding(model) -> float:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_models_whose_log_probs_depend_on_padding_are_known(architecture):
     model = tiny_random_model(architecture)
-    assert positions_depend_on_padding(model) or change_by_padding(model) < 1e-5
+    change = change_by_padding(model)
+    # Rounding moves log-probs by up to 1e-5, more on one processor than on another; positions that are read, by 0.04
+    # and more.
+    assert not 1e-3 < change < 1e-2, "neither rounding nor clearly positions"
+    assert positions_depend_on_padding(model) or change < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,25 +17,25 @@ from trl_capo.scripts.train import make_parser
 
 SCRIPTS = sorted(Path("recipes/slurm").glob("*.slurm"))
 # srun runs its command once a task, each on a node of its own; accelerate and vllm write down what they were told.
-SRUN = """#!{python}
+SRUN = """
 import os, signal, subprocess, sys
 arguments = sys.argv[1:]
-options = {{}}
+options = {}
 while arguments[0].startswith("--"):
     name, _, value = arguments.pop(0).partition("=")
     options[name] = value
 hosts = options["--nodelist"].split(",")
 assert len(hosts) == int(options["--nodes"]) == int(options["--ntasks"])
 tasks = [
-    subprocess.Popen(arguments, env={{**os.environ, "SLURM_PROCID": str(rank), "HOST": host}})
+    subprocess.Popen(arguments, env={**os.environ, "SLURM_PROCID": str(rank), "HOST": host})
     for rank, host in enumerate(hosts)
 ]
 signal.signal(signal.SIGTERM, lambda *received: [task.kill() for task in tasks])
 sys.exit(max(abs(task.wait()) for task in tasks))
 """
-RECORDER = """#!{python}
+RECORDER = """
 import json, os, sys, time
-name = os.path.basename(sys.argv[0])
+name = os.path.basename(sys.argv[0]).removesuffix(".py")
 record = os.path.join(os.environ["RECORDS"], name + "-" + os.environ["HOST"] + ".json")
 with open(record + ".partial", "w") as file:
     json.dump(dict(arguments=sys.argv[1:], dev_mode=os.environ.get("VLLM_SERVER_DEV_MODE")), file)
@@ -54,8 +55,14 @@ for host in $SLURM_JOB_NODELIST; do echo $host; done
 
 def submit(script: Path, folder: Path, num_nodes: int, *options: str, **environment) -> tuple[int, str, dict]:
     """Exit code, what was said, and what each command on each host was told."""
-    for name, text in {"srun": SRUN, "accelerate": RECORDER, "vllm": RECORDER, "scontrol": SCONTROL}.items():
-        (folder / name).write_text(text.format(python=sys.executable) if "python" in text else text)
+    commands = {"scontrol": SCONTROL}
+    for name, program in {"srun": SRUN, "accelerate": RECORDER, "vllm": RECORDER}.items():
+        path = folder / f"{name}.py"
+        path.write_text(program)
+        # The interpreter's path may hold a space, which a script's first line cannot quote.
+        commands[name] = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(path))} "$@"\n'
+    for name, text in commands.items():
+        (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     variables = {
         **os.environ,

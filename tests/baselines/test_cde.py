@@ -41,7 +41,7 @@ def test_random_groups_by_loops(tiny_model, tmp_path):
         mean = sum(new.values()) / max(1, len(new))
         std = math.sqrt(sum((r - mean) ** 2 for r in new.values()) / (len(new) - 1)) if len(new) > 1 else 0.0
         expected = [(new[i] - mean) / (std + 1e-4) if i in new else 0.0 for i in range(5)]
-        assert found[p].tolist() == pytest.approx(expected, abs=1e-5)
+        assert found[p].tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_bonus_never_changes_a_sign_and_prefers_the_unsure():
@@ -59,6 +59,7 @@ def test_schedules_start_and_end_where_they_should():
     assert bonus_weight(0.25, "cosine", 1.0, 0.0) == pytest.approx((1 + math.sqrt(0.5)) / 2)
     stairs = {round(bonus_weight(p / 100, "staircase", 1.0, 0.0, 4), 9) for p in range(101)}
     assert stairs == {1.0, round(2 / 3, 9), round(1 / 3, 9), 0.0}
+    assert [bonus_weight(p, "staircase", 0.8, 0.0, 2) for p in (0.0, 0.49, 0.5, 1.0)] == [0.8, 0.8, 0.0, 0.0]
 
 
 def test_the_bonus_decays_while_training(tiny_model, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ LOGPS = torch.tensor([[-0.2, -0.5, -0.4, -0.1]])
 def test_published_vectors(tiny_model, tmp_path, rewards, weight, advantages):
     rewards = torch.tensor([rewards], dtype=torch.float)
     everything = torch.ones(1, 4, dtype=torch.bool)
-    assert prompt_weights(rewards, LOGPS, everything).item() == pytest.approx(weight, abs=1e-6)
+    assert prompt_weights(rewards, LOGPS, everything).item() == pytest.approx(weight, abs=1e-5)
     trainer = make_trainer(tiny_model, tmp_path, replay=False)
     groups = make_groups(rewards, LOGPS, everything)
     assert trainer._compute_advantages(groups)[0].tolist() == pytest.approx(advantages, abs=1e-5)
@@ -109,7 +109,8 @@ def test_every_batch_is_used_twice_and_the_second_time_its_best(tiny_model, tmp_
         prompts = trainer.generated[i : i + 2]
         assert numbered(first) == numbered(second), "the sampler draws the batch again"
         assert 1 <= len(kept) <= 4 and after is None
-        expected = [prompts[0][4 * kept[n % len(kept)]] for n in range(4) for _ in range(4)]
+        order = ([row for row in kept for _ in range(4)] * 4)[:4]  # as the released code builds it
+        expected = [prompts[0][4 * row] for row in order for _ in range(4)]
         strip = [[[t for t in row if t] for row in rows] for rows in (prompts[1], expected)]
         assert strip[0] == strip[1]
     assert any(len(kept) < 4 for _, kept in trainer.seen[::2])
@@ -126,6 +127,25 @@ def test_replayed_rows_are_not_one_object(tiny_model, tmp_path):
     assert [row["prompt"][0]["content"] for row in chosen] == ["1"] * 8, "of the batch that was weighed"
     chosen[0]["prompt"].append("a tool's answer")
     assert all(len(row["prompt"]) == 1 for row in chosen[1:])
+
+
+@pytest.mark.parametrize(
+    ("repeats", "kept", "chosen"),
+    [
+        (4, [2, 5, 6, 7], [2] * 4 + [5] * 4 + [6] * 4 + [7] * 4),
+        (4, list(range(15)), [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4),
+        (4, [3, 9, 11], [3] * 4 + [9] * 4 + [11] * 4 + [3] * 4),
+        (4, [7], [7] * 16),
+        (1, [3, 9, 11], [3, 9, 11] * 5 + [3]),
+    ],
+)
+def test_kept_prompts_refill_the_batch_in_the_released_order(tiny_model, tmp_path, repeats, kept, chosen):
+    trainer = make_trainer(tiny_model, tmp_path, replay_repeats=repeats)
+    rows = [{"prompt": str(number)} for number in range(16) for _ in range(4)]
+    trainer._choose_prompts(rows)
+    trainer._replayed = kept
+    found = [row["prompt"] for row in trainer._choose_prompts(rows)]
+    assert found == [str(number) for number in chosen for _ in range(4)]
 
 
 def test_a_stream_cannot_be_replayed(tiny_model, tmp_path):
@@ -156,3 +176,5 @@ def test_a_resumed_run_answers_what_was_kept(tiny_model, tmp_path):
 def test_bad_quantile(tmp_path):
     with pytest.raises(ValueError, match="replay_quantile must lie in"):
         CoDaPOConfig(str(tmp_path), replay_quantile=1.5)
+    with pytest.raises(ValueError, match="replay_repeats must be at least 1"):
+        CoDaPOConfig(str(tmp_path), replay_repeats=0)

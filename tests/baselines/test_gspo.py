@@ -27,7 +27,7 @@ def test_defaults_are_the_published_setting(tiny_model, tmp_path):
         del options[name]
     ours = GSPOTrainer(tiny_model, parity_reward, GSPOConfig(**options), prompt_dataset(32))
     found = parameters(ours)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     clipped = [
         entry["clip_ratio/region_mean"] for entry in ours.state.log_history if "clip_ratio/region_mean" in entry
     ]
@@ -52,7 +52,7 @@ def test_the_gradient_is_that_of_the_formula(tiny_model, tmp_path):
     expected = torch.autograd.grad(loss, list(model.parameters()))
     found = torch.autograd.grad(trainer._compute_loss(model, batch), list(model.parameters()))
     for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
     assert min(ratios) < 0.98 and max(ratios) > 1.03, "both bounds matter"
 
 

@@ -14,7 +14,7 @@ import pytest
 
 
 def environment_of(repository: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(repository), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": str(repository), "ACCELERATE_USE_CPU": "true"}
 
 
 def launch(commands: list[list[str]], environment: dict[str, str]) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from trl import GRPOConfig, GRPOTrainer
@@ -189,7 +189,8 @@ def compare(scenario: Scenario, model: str, folder: str) -> dict:
     if scenario.stock:
         _, stock, _ = run(scenario, GRPOTrainer, GRPOConfig, model, f"{folder}/stock")
         results["difference_to_stock"] = largest(stock, actual)
-    results["repacked"], results["unpacked"] = vars(seen), vars(unpacked)
+    # Copies: CPython 3.13.0 empties the lists of `vars(seen)` when it collects the trainer, whose hooks hold `seen`.
+    results["repacked"], results["unpacked"] = asdict(seen), asdict(unpacked)
     results["checksum"] = sum(value.double().sum().item() for value in actual.values())
     return results
 

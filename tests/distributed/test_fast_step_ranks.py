@@ -29,9 +29,9 @@ def test_parameters_equal_those_without_repacking(ranks):
     for rank in ranks:
         print({name: rank[name] for name in rank if "difference" in name or name == "change"})  # noqa: T201
         assert rank["change"] >= 1e-2
-        assert rank["difference"] <= 1e-6
-        assert rank.get("difference_to_stock", 0.0) <= 1e-6
-    assert ranks[0]["checksum"] == pytest.approx(ranks[1]["checksum"], abs=1e-6)
+        assert rank["difference"] <= 1e-5
+        assert rank.get("difference_to_stock", 0.0) <= 1e-5
+    assert ranks[0]["checksum"] == pytest.approx(ranks[1]["checksum"], abs=1e-5)
 
 
 def test_ranks_do_the_same_calls_and_rows(ranks):

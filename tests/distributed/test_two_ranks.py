@@ -64,4 +64,4 @@ def test_ranks_call_a_reference_equally_often(ranks):
 def test_with_the_linear_surrogate_it_is_grpo_on_two_ranks(ranks):
     for rank in ranks:
         assert rank["linear_surrogate"]["change"] >= 1e-2
-        assert rank["linear_surrogate"]["difference"] <= 1e-6
+        assert rank["linear_surrogate"]["difference"] <= 1e-5

@@ -7,7 +7,8 @@ with s_i the mean token log-prob under the policy that sampled. One weight a pro
 confidently answered lead. It cannot change the order of answers to one prompt, which is what AUC within measures.
 
 Every batch of prompts is used twice: after the first generation the prompts with w at or above a quantile are kept,
-and the second generation answers these anew, repeated until the batch is full.
+and the second generation answers these anew: each of them four times in turn, from the first again until the batch is
+full, and cut there. So where many tie and most are kept, a batch has a quarter of its prompts, the first ones.
 
 Source: the released code, which CAPO's comparison may predate: its CoDaPO may be the workshop version, unverified.
 Departures: a completion without a token or a reward takes no part; right is a reward of at least `correct_threshold`,
@@ -67,6 +68,17 @@ def kept_prompts(weights: Tensor, quantile: float) -> list[int]:
     return (weights >= weights.quantile(quantile)).nonzero().squeeze(1).tolist()
 
 
+def refilled(kept: list[int], size: int, repeats: int) -> list[int]:
+    """A batch of `size` prompts made of those that were kept, each `repeats` times in turn.
+
+    Example:
+        >>> refilled([1, 4], 5, repeats=2), refilled([1, 4, 5], 5, repeats=2)
+        ([1, 1, 4, 4, 1], [1, 1, 4, 4, 5])
+    """
+    in_turn = [prompt for prompt in kept for _ in range(repeats)]
+    return [in_turn[i % len(in_turn)] for i in range(size)]
+
+
 @dataclass
 class CoDaPOConfig(ReferenceMaskConfig):
     """Configuration of `CoDaPOTrainer`.
@@ -79,6 +91,8 @@ class CoDaPOConfig(ReferenceMaskConfig):
             is the weighting alone.
         replay_quantile (`float`, *optional*, defaults to `0.75`):
             Prompts from this quantile of the weights on are answered again.
+        replay_repeats (`int`, *optional*, defaults to `4`):
+            How often in a row each of them enters the second batch; 4 in the released code.
     """
 
     base_weight: float = field(default=0.1, metadata={"help": "Added to every prompt's weight (w0)."})
@@ -86,10 +100,15 @@ class CoDaPOConfig(ReferenceMaskConfig):
     replay_quantile: float = field(
         default=0.75, metadata={"help": "Prompts from this quantile of the weights on are answered again."}
     )
+    replay_repeats: int = field(
+        default=4, metadata={"help": "How often in a row each of these prompts enters the second batch."}
+    )
 
     def __post_init__(self):
         if not 0 <= self.replay_quantile <= 1:
             raise ValueError(f"replay_quantile must lie in [0, 1], got {self.replay_quantile}.")
+        if self.replay_repeats < 1:
+            raise ValueError(f"replay_repeats must be at least 1, got {self.replay_repeats}.")
         super().__post_init__()
 
 
@@ -120,7 +139,7 @@ class CoDaPOTrainer(ReferenceMaskTrainer):
             self._batch = gather_object(inputs)[:: self.num_generations]
         if self._replayed is None:
             return inputs
-        chosen = [self._batch[self._replayed[i % len(self._replayed)]] for i in range(len(self._batch))]
+        chosen = [self._batch[i] for i in refilled(self._replayed, len(self._batch), self.args.replay_repeats)]
         rows = [row for row in chosen for _ in range(self.num_generations)][self._local_slice(len(inputs))]
         return [copy.deepcopy(row) for row in rows]  # tools and rollout functions write into them
 

@@ -1,6 +1,6 @@
 """SimKO, simple pass@K optimisation (arXiv 2510.14807): keeps a policy from betting all on its first token.
 
-It acts at forking tokens, those whose entropy is at or above the 0.8 quantile of their completion:
+It acts at forking tokens, those whose entropy is above the 0.8 quantile of their completion:
 
     right completion:  grad log pi(y)  becomes  (1 - a) grad log pi(y) + a/K sum over the top K of grad log pi(k)
     wrong completion:  grad log pi(y)  is multiplied by 1.1 where y is the likeliest token
@@ -10,13 +10,15 @@ surrogate for the log-prob of a token, with the right value and this gradient. T
 old policy; in the gradient the old top-K log-probs cancel, so only the current ones are needed. It works on any
 advantages, CAPO's too (`CAPOSimKOTrainer`).
 
-Source: the released code. Right and wrong are the signs of the advantage. Its configuration also has an entropy bonus
-of 0.001 that one script resets and another does not: left out here.
+Source: the released code, where a token at the quantile itself does not fork. Right and wrong are the signs of the
+advantage. The code's configuration also has an entropy bonus of 0.001 that one script
+resets and another does not. The bonus has no gradient in the released code, so it is left out here.
 
 Cost: top K needs all logits of a micro-batch at once, (B, T, vocabulary) in float32 and their gradient, where TRL's
 fused head never holds them. With a vocabulary of 152,000 that is 15 GB for 8 completions of 3,072 tokens, twice.
 
-Degenerate cases: with a = 0 and a penalty of 1 it is GRPO; a completion of one token forks there.
+Degenerate cases: with a = 0 and a penalty of 1 it is GRPO; a completion of one token, or whose entropies
+are all equal, does not fork.
 """
 
 from dataclasses import dataclass, field
@@ -50,7 +52,7 @@ def surrogate_logps(
         advantages: Advantage of each completion, shape (B,); its sign says whether it is right.
         top_k: K.
         mix: a, the share of the gradient that goes to the top K tokens.
-        quantile: Of the entropies of a completion, from which on a token forks.
+        quantile: Of the entropies of a completion, above which a token forks.
         penalty: Factor on the gradient of a likeliest token in a wrong completion.
 
     Returns:
@@ -60,16 +62,16 @@ def surrogate_logps(
 
     Example:
         >>> import torch
-        >>> logits = torch.zeros(1, 1, 2, requires_grad=True)
-        >>> tokens, mask = torch.tensor([[0]]), torch.ones(1, 1)
+        >>> logits = torch.zeros(1, 2, 2, requires_grad=True)
+        >>> entropies, tokens, mask = torch.tensor([[0.1, 0.6]]), torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2)
         >>> options = dict(top_k=2, mix=0.5)
-        >>> surrogate_logps(logits.log_softmax(-1), mask, tokens, mask, torch.ones(1), **options).sum().backward()
-        >>> logits.grad.flatten().tolist()  # half of (1 - 1/2, 0 - 1/2); the mean over both tokens has no gradient
-        [0.25, -0.25]
+        >>> surrogate_logps(logits.log_softmax(-1), entropies, tokens, mask, torch.ones(1), **options).sum().backward()
+        >>> logits.grad[0].tolist()  # the second token forks: half of it, for the mean over both has no gradient
+        [[0.5, -0.5], [0.25, -0.25]]
     """
     token_logps = logps.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     threshold = entropies.masked_fill(mask == 0, float("nan")).nanquantile(quantile, dim=1, keepdim=True)
-    forking = (entropies >= threshold) & (mask != 0)
+    forking = (entropies > threshold) & (mask != 0)
     likeliest = logps.argmax(-1) == tokens
     right, wrong = (advantages > 0).unsqueeze(1), (advantages < 0).unsqueeze(1)
 
@@ -89,14 +91,14 @@ class SimKOOptions:
         simko_mix (`float`, *optional*, defaults to `0.01`):
             Share of the gradient that they get.
         simko_quantile (`float`, *optional*, defaults to `0.8`):
-            A token forks from this quantile of its completion's entropies on.
+            A token forks above this quantile of its completion's entropies.
         simko_penalty (`float`, *optional*, defaults to `1.1`):
             Factor on a wrong completion's gradient where it took the likeliest token.
     """
 
     simko_top_k: int = field(default=3, metadata={"help": "Tokens that share a right completion's gradient."})
     simko_mix: float = field(default=0.01, metadata={"help": "Share of the gradient that they get."})
-    simko_quantile: float = field(default=0.8, metadata={"help": "Quantile of entropy from which on a token forks."})
+    simko_quantile: float = field(default=0.8, metadata={"help": "Quantile of entropy above which a token forks."})
     simko_penalty: float = field(default=1.1, metadata={"help": "Factor on likeliest tokens of wrong completions."})
 
     def __post_init__(self):

@@ -164,6 +164,7 @@ class CAPOTrainer(ReferenceMaskTrainer):
 
     def _load_method_state(self, state: dict) -> None:
         super()._load_method_state(state)
+        finite_number(state, "tau", above=0)
+        gaps = finite_numbers(state, "gaps", minimum=0)
         if self._gap_scale is not None:
-            finite_number(state, "tau", above=0)
-            self._gap_scale.gaps = finite_numbers(state, "gaps", minimum=0)
+            self._gap_scale.gaps = gaps

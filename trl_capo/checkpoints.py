@@ -292,6 +292,24 @@ def chosen_checkpoint(folder: str | Path, output_dir: str | Path) -> Checkpoint:
     return checkpoint
 
 
+def check_checkpoint_of(folder: str | Path, run: Run) -> None:
+    """Refuses a checkpoint, the best of a run, that is damaged or of another run.
+
+    Raises:
+        UserError: Says which and why.
+    """
+    try:
+        checkpoint = read_checkpoint(Path(folder))
+        verify(checkpoint)
+        if not run.owns(checkpoint):
+            raise Unusable("it belongs to another run that used this folder", lost=False)
+    except Unusable as error:
+        raise UserError(
+            f"the best checkpoint, {folder}, cannot be loaded: {error}. To save the last weights instead, resume from "
+            "the newest checkpoint with load_best_model_at_end off."
+        ) from None
+
+
 def current_run(output_dir: str | Path, checkpoints: Iterable[Checkpoint] = ()) -> Run:
     """The run that a folder belongs to: what it says, else the run of the checkpoint that was written last.
 

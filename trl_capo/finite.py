@@ -53,7 +53,7 @@ def check_parameters(
     found = [name for name in gather([bad]) if name] if gather else [bad] if bad else []
     if found:
         raise UserError(
-            f"step {step}: {found[0]} holds values that are not finite, so the model is not saved. {_advice(args)} "
+            f"step {step}: {found[0]} holds values that are not finite, so nothing is saved. {_advice(args)} "
             f"{_where(last())}"
         )
 

@@ -78,7 +78,7 @@ from trl_capo.repack import (
     trim,
     what_is_exact,
 )
-from trl_capo.resume import StreamPosition, agree, checkpoint_named, newest_checkpoint, what_differs
+from trl_capo.resume import StreamPosition, agree, check_best, checkpoint_named, newest_checkpoint, what_differs
 from trl_capo.resume_options import changed_options, hyperparameters, recorded_options, restore_hyperparameters
 from trl_capo.rewards import AccuracyReward
 from trl_capo.state_values import read_state, truth, whole_number
@@ -331,6 +331,7 @@ class GroupAdvantageTrainer(GRPOTrainer):
         return self._rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
+        self._check_parameters()  # sampling from such weights would crash, and say less
         if self.model.training:
             inputs = self._choose_prompts(inputs)
         self._generation_inputs = inputs
@@ -715,10 +716,11 @@ class GroupAdvantageTrainer(GRPOTrainer):
         self._resumed = None
         newest = wanted is True
         if newest:
-            wanted, _ = newest_checkpoint(self.args.output_dir, self.accelerator.print)
+            wanted, search = newest_checkpoint(self.args.output_dir, self.accelerator.print)
         check_same_checkpoint(gather_object([checkpoint_step(wanted)]))
         if newest and wanted is None:
-            raise ValueError(f"There is no complete checkpoint in {self.args.output_dir!r} to resume from.")
+            reasons = "".join(f" {line}" for line in search.lines)
+            raise UserError(f"There is no complete checkpoint in {self.args.output_dir!r} to resume from.{reasons}")
         if not wanted:
             return None
         self._resumed = checkpoint_named(wanted, self.args.output_dir)
@@ -734,7 +736,7 @@ class GroupAdvantageTrainer(GRPOTrainer):
     def _restore_finished_run(self, checkpoint: str, state: TrainerState) -> TrainOutput:
         # From the checkpoint of the last step transformers would train one step more.
         self.accelerator.print(f"{checkpoint} is the end of a run of {state.global_step} steps: nothing to train.")
-        self.state = state
+        self.state, self._run = state, self._resumed.run
         self._load_from_checkpoint(checkpoint)
         self._load_state_file(checkpoint)
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
@@ -794,9 +796,8 @@ class GroupAdvantageTrainer(GRPOTrainer):
         check_gradient_norm(norm, step, self.args, scaler, self._last_checkpoint)
         return norm
 
-    def _check_parameters(self) -> None:
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        gather = gather_object if sharded else None  # else `save_model` may be called on one rank alone
+    def _check_parameters(self, on_all_ranks: bool = True) -> None:
+        gather = gather_object if on_all_ranks else None
         check_parameters(self.model, self.state.global_step, self.args, self._last_checkpoint, gather)
 
     def _last_checkpoint(self) -> str | None:
@@ -804,7 +805,8 @@ class GroupAdvantageTrainer(GRPOTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers; weights that are not finite are refused."""
-        self._check_parameters()
+        # Unless the weights are sharded, it may be called on one rank alone.
+        self._check_parameters(on_all_ranks=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model, trial):
@@ -855,6 +857,10 @@ class GroupAdvantageTrainer(GRPOTrainer):
         if self.args.should_save and best is not None and self.args.save_total_limit == 1:
             remove_old_checkpoints(self.args.output_dir, self._run, 1, best, keep_newest=False)
         return result
+
+    def _load_best_model(self):
+        check_best(self.state.best_model_checkpoint, self._run)
+        super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None:
@@ -928,7 +934,7 @@ def _naming(path: str | Path) -> Iterator[None]:
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]} is missing. Resume from another checkpoint.") from None
     except UserError as error:
-        raise UserError(f"{path}: {error}. Correct it, or resume from another checkpoint.") from None
+        raise UserError(f"{path}: {error}. Resume from another checkpoint.") from None
 
 
 @contextmanager

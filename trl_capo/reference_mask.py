@@ -232,8 +232,9 @@ class ReferenceMaskTrainer(GroupAdvantageTrainer):
         }
 
     def _load_method_state(self, state: dict) -> None:
+        for key in ("ref_ppl_low", "ref_ppl_high"):
+            finite_number(state, key, above=0)
+        correct = finite_numbers(state, "ref_ppl_correct", minimum=0)
+        wrong = finite_numbers(state, "ref_ppl_wrong", minimum=0)
         if self._estimated_thresholds is not None:
-            for key in ("ref_ppl_low", "ref_ppl_high"):
-                finite_number(state, key, above=0)
-            self._estimated_thresholds.correct = finite_numbers(state, "ref_ppl_correct", minimum=0)
-            self._estimated_thresholds.wrong = finite_numbers(state, "ref_ppl_wrong", minimum=0)
+            self._estimated_thresholds.correct, self._estimated_thresholds.wrong = correct, wrong

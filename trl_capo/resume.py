@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from trl_capo.checkpoints import Checkpoint, Search, chosen_checkpoint, find_checkpoint
+from trl_capo.checkpoints import Checkpoint, Run, Search, check_checkpoint_of, chosen_checkpoint, find_checkpoint
 from trl_capo.errors import UserError
 from trl_capo.resume_options import changed_options
 
@@ -50,9 +50,10 @@ def newest_or_zero(output_dir: str, say: Callable[[str], None]) -> str | None:
     """
     newest, search = newest_checkpoint(output_dir, say)
     if newest is None and search.lost:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in search.skipped)
         raise UserError(
             f"resume_from_checkpoint=true: every checkpoint of the run in {output_dir!r} is damaged "
-            f"({', '.join(search.lost)}). Restore one, or leave resume_from_checkpoint out to start over."
+            f"({reasons}). Restore one, or leave resume_from_checkpoint out to start over."
         )
     if newest is None:
         say(f"ℹ️ There is no checkpoint of this run in {output_dir!r} yet: training starts from zero.")
@@ -62,6 +63,11 @@ def newest_or_zero(output_dir: str, say: Callable[[str], None]) -> str | None:
 def checkpoint_named(folder: str, output_dir: str) -> Checkpoint:
     """`chosen_checkpoint`, verified by the first process."""
     return agree(lambda: chosen_checkpoint(folder, output_dir))
+
+
+def check_best(folder: str, run: Run) -> None:
+    """Refuses a best checkpoint that was damaged meanwhile, or that another run left in the folder."""
+    agree(lambda: check_checkpoint_of(folder, run))
 
 
 def what_differs(checkpoint: Checkpoint, args, deepspeed: bool) -> list[str]:

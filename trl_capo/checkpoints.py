@@ -28,7 +28,7 @@ from trl_capo.folders import write_json
 
 MANIFEST = "trl_capo_manifest.json"  # of a checkpoint
 RUN_FILE = "trl_capo_run.json"  # of a run's folder
-STATE_FILE = "trl_capo_state.json"  # of a checkpoint: written first
+STATE_FILE = "trl_capo_state.json"  # of a checkpoint: written first, and says that a manifest follows
 TRAINER_STATE = "trainer_state.json"
 
 
@@ -108,7 +108,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             ours = json.loads((folder / STATE_FILE).read_text()) if (folder / STATE_FILE).exists() else {}
         except (OSError, ValueError):
             raise Unusable("it was not written to the end", lost=False) from None
-        if not isinstance(state, dict) or not isinstance(ours, dict) or "run" in ours:
+        if not isinstance(state, dict) or not isinstance(ours, dict) or "manifest" in ours:
             raise Unusable("it was not written to the end", lost=False)
         step = state.get("global_step", _step_in_name(folder))
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:

@@ -38,6 +38,7 @@ from trl.trainer.utils import RepeatSampler, get_config_model_id, use_adapter
 
 from trl_capo.calibration import metrics
 from trl_capo.checkpoints import (
+    MANIFEST,
     STATE_FILE,
     Run,
     begin_run,
@@ -815,7 +816,7 @@ class GroupAdvantageTrainer(GRPOTrainer):
         folder = os.path.join(run_dir, f"checkpoint-{self.state.global_step}")
         # Not by the count of optimizer steps: the last one of an epoch may take fewer micro-batches.
         within = self._step % (self.args.steps_per_generation * self.args.num_iterations) != 0
-        state = {**self._method_state(), "within_a_generation": within, "run": self._run.id}
+        state = {**self._method_state(), "within_a_generation": within, "manifest": MANIFEST}
         if isinstance(self.train_dataset, IterableDataset):
             state |= {"stream_pass": self._stream.number, "stream_batches": self._stream.batches}
         if self.args.should_save:

@@ -24,6 +24,7 @@ from trl_capo.capo_config import CAPOConfig
 from trl_capo.estimates import GapScale
 from trl_capo.group_trainer import RolloutGroups
 from trl_capo.reference_mask import ReferenceMaskTrainer
+from trl_capo.state_values import finite_number, finite_numbers
 
 
 class CAPOTrainer(ReferenceMaskTrainer):
@@ -163,5 +164,7 @@ class CAPOTrainer(ReferenceMaskTrainer):
 
     def _load_method_state(self, state: dict) -> None:
         super()._load_method_state(state)
+        finite_number(state, "tau", above=0)
+        gaps = finite_numbers(state, "gaps", minimum=0)
         if self._gap_scale is not None:
-            self._gap_scale.gaps = state["gaps"]
+            self._gap_scale.gaps = gaps

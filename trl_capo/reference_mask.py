@@ -23,6 +23,7 @@ from trl_capo.calibration import metrics
 from trl_capo.estimates import PerplexityThresholds
 from trl_capo.group_config import GroupAdvantageConfig
 from trl_capo.group_trainer import GroupAdvantageTrainer, RolloutGroups
+from trl_capo.state_values import finite_number, finite_numbers
 
 
 @dataclass
@@ -232,6 +233,9 @@ class ReferenceMaskTrainer(GroupAdvantageTrainer):
         }
 
     def _load_method_state(self, state: dict) -> None:
+        for key in ("ref_ppl_low", "ref_ppl_high"):
+            finite_number(state, key, above=0)
+        correct = finite_numbers(state, "ref_ppl_correct", minimum=0)
+        wrong = finite_numbers(state, "ref_ppl_wrong", minimum=0)
         if self._estimated_thresholds is not None:
-            self._estimated_thresholds.correct = state.get("ref_ppl_correct", [])
-            self._estimated_thresholds.wrong = state.get("ref_ppl_wrong", [])
+            self._estimated_thresholds.correct, self._estimated_thresholds.wrong = correct, wrong

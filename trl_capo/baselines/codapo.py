@@ -29,6 +29,7 @@ from torch import Tensor
 from trl_capo.advantages import reward_only_advantages
 from trl_capo.group_trainer import RolloutGroups
 from trl_capo.reference_mask import ReferenceMaskConfig, ReferenceMaskTrainer
+from trl_capo.state_values import whole_numbers
 
 
 def prompt_weights(correct: Tensor, mean_logps: Tensor, valid: Tensor, base_weight: float = 0.1) -> Tensor:
@@ -157,4 +158,5 @@ class CoDaPOTrainer(ReferenceMaskTrainer):
 
     def _load_method_state(self, state: dict) -> None:
         super()._load_method_state(state)
-        self._replayed = state["replayed"]
+        prompts = self.args.generation_batch_size // self.num_generations
+        self._replayed = whole_numbers(state, "replayed", limit=prompts)

@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from pkgutil import resolve_name
 
 from trl_capo.cli import main as cli_main
@@ -201,21 +202,20 @@ def _hint(name: str, known: set[str]) -> str:
 
 def _checkpoint_to_resume(training_args) -> str | None:
     """`--resume_from_checkpoint` takes a folder, or `true` for the newest complete checkpoint, if there is one."""
-    from trl_capo.checkpoints import last_complete_checkpoint
+    from trl_capo.resume import checkpoint_named, newest_or_zero
 
-    wanted = training_args.resume_from_checkpoint
-    newest = last_complete_checkpoint(training_args.output_dir)
+    wanted, output_dir = training_args.resume_from_checkpoint, training_args.output_dir
+    say = print if training_args.process_index == 0 else lambda line: None
     if str(wanted).lower() == "true":
-        return newest
+        return newest_or_zero(output_dir, say)
     if wanted is None or str(wanted).lower() == "false":
-        if newest is not None:
-            print(
-                f"ℹ️ Starting over in a folder with checkpoints, which may be overwritten or, with save_total_limit, "
-                f"removed. To go on from {newest} instead: --resume_from_checkpoint true"
+        if next(Path(output_dir).glob("checkpoint-*"), None) is not None:
+            say(
+                f"ℹ️ Starting over in a folder with checkpoints of an earlier run: {output_dir}. Each stays until this "
+                "run writes one of the same step. To continue from the newest instead: --resume_from_checkpoint true"
             )
         return None
-    if not os.path.isdir(wanted):
-        raise ValueError(f"resume_from_checkpoint={wanted!r} is not a folder. Use true for the newest checkpoint.")
+    checkpoint_named(wanted, output_dir)
     return wanted
 
 

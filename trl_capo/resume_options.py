@@ -1,0 +1,90 @@
+"""What holds after a resume: the options of the new command, not those that a checkpoint brings along.
+
+The states of optimizer and scheduler contain the learning rate, its base, weight decay, betas and eps of the old run.
+After they are loaded, the values that the configuration gives are put back. Where an option did not change, the value
+is the same to the last bit.
+"""
+
+import copy
+import json
+from typing import Any
+
+import torch
+
+
+# Options whose change makes a resumed run another one, for the message. All are used as given.
+RECORDED = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "warmup_ratio",
+    "max_steps",
+    "num_train_epochs",
+    "optim",
+    "optim_args",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "num_iterations",
+    "num_generations",
+    "seed",
+    "data_seed",
+    "metric_for_best_model",
+    "greater_is_better",
+)
+HYPERPARAMETERS = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
+
+
+def recorded_options(args) -> dict[str, Any]:
+    """The options that a checkpoint notes down, as JSON."""
+    return json.loads(json.dumps({name: getattr(args, name) for name in RECORDED if hasattr(args, name)}, default=str))
+
+
+def changed_options(before: dict[str, Any], args) -> dict[str, tuple]:
+    """Options that are not those of the checkpoint: name to old and new value."""
+    now = recorded_options(args)
+    return {name: (old, now[name]) for name, old in before.items() if name in now and old != now[name]}
+
+
+def hyperparameters(optimizer) -> list[dict[str, Any]]:
+    """What the configuration says of each parameter group. Taken before a checkpoint's state is loaded."""
+    groups = [{key: group[key] for key in HYPERPARAMETERS if key in group} for group in optimizer.param_groups]
+    return copy.deepcopy(groups)
+
+
+def restore_hyperparameters(optimizer, scheduler, configured: list[dict[str, Any]]) -> None:
+    """Puts the configured values in place of a checkpoint's, and the learning rate of the step that comes next.
+
+    Args:
+        optimizer: With the checkpoint's state.
+        scheduler: With the checkpoint's count of steps. One that reacts to metrics keeps its reductions.
+        configured: What `hyperparameters` returned.
+    """
+    groups = optimizer.param_groups
+    if len(groups) != len(configured):
+        return
+    rates = []
+    for group, values in zip(groups, configured, strict=True):
+        old, new = group.get("initial_lr"), values.get("initial_lr")
+        rates.append(_scaled(group["lr"], old, new))
+        group.update(values)
+    if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        scheduler.base_lrs = [group["initial_lr"] for group in groups]
+        factors = [function(scheduler.last_epoch) for function in scheduler.lr_lambdas]
+        rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+    for group, rate in zip(groups, rates, strict=True):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    scheduler._last_lr = rates
+
+
+def _scaled(rate, old, new):
+    return rate if old is None or new is None or not old or old == new else rate * (new / old)

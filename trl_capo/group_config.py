@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
+from trl_capo.preflight.batches import check_batches
+from trl_capo.preflight.best_metric import default_direction
+
 
 @dataclass
 class GroupAdvantageConfig(GRPOConfig):
@@ -87,7 +90,14 @@ class GroupAdvantageConfig(GRPOConfig):
                 f"sync_ref_model=True moves the reference by steps that {self.ref_model_dtype} rounds away: leave "
                 "ref_model_dtype unset."
             )
-        super().__post_init__()
+        set_by_user = self.generation_batch_size, self.steps_per_generation
+        if self.greater_is_better is None:
+            self.greater_is_better = default_direction(self.metric_for_best_model)
+        try:
+            super().__post_init__()
+        except ValueError:
+            check_batches(self, *set_by_user)  # in the options that were set; TRL's error if it is about another thing
+            raise
 
     def __getstate__(self):
         # transformers pickles its arguments beside the model and uploads them with it: not the token, too.

@@ -28,7 +28,7 @@ from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from huggingface_hub.errors import HTTPError
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
@@ -38,19 +38,21 @@ from trl.trainer.utils import RepeatSampler, get_config_model_id, use_adapter
 from trl_capo.calibration import metrics
 from trl_capo.checkpoints import checkpoint_step, last_complete_checkpoint
 from trl_capo.checks import (
-    check_data,
     check_launch,
     check_output_dir,
     check_same_checkpoint,
-    check_sampler_logps,
-    check_save_steps,
     find_correctness_reward,
-    reward_names,
+    reward_list,
     steps_between_generations,
 )
 from trl_capo.evaluation.model_card import complete_card, forget_calibration
 from trl_capo.group_config import GroupAdvantageConfig
 from trl_capo.hub import push_command
+from trl_capo.idle import IdleWatch
+from trl_capo.model_source import explained
+from trl_capo.preflight.model import check_engine, check_model
+from trl_capo.preflight.prompts import check_prompts
+from trl_capo.preflight.recipe import check_recipe
 from trl_capo.reference import make_room_for_reference_adapter, reference_source
 from trl_capo.repack import (
     Batch,
@@ -79,6 +81,10 @@ REFERENCE_DIR = "reference"
 # batches pass the reference whole.
 _FORWARD = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies)
 MULTIMODAL_INPUTS = [p.name for p in _FORWARD.parameters.values() if p.default is None and p.name != "batch_size"]
+
+# What TRL's constructor also takes by position, after the callbacks.
+_MORE_ARGUMENTS = list(inspect.signature(GRPOTrainer).parameters)
+_MORE_ARGUMENTS = _MORE_ARGUMENTS[_MORE_ARGUMENTS.index("callbacks") + 1 :]
 
 # What a text model's forward needs of a batch.
 TOKENS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
@@ -120,7 +126,7 @@ class RolloutGroups:
 
 
 class GroupAdvantageTrainer(GRPOTrainer):
-    """`GRPOTrainer` whose advantages may depend on whole groups. Takes the same arguments, the rest by keyword.
+    """`GRPOTrainer` whose advantages may depend on whole groups. Takes the same arguments.
 
     Hooks for a method, all optional: `_compute_advantages`, `_setup_method`, `needs_ref`, `_rows_needing_logps`,
     `_rows_needing_ref`, `_sequence_statistics`, `_token_advantages`, `_choose_prompts`, `_logps_from_logits`,
@@ -138,6 +144,11 @@ class GroupAdvantageTrainer(GRPOTrainer):
     _tag_names = ["trl", "trl-capo", "grpo"]
     _reads_logits = False  # whether the loss takes its log-probs from `_logps_from_logits`
 
+    # Before a generation. Of the class, for TRL's methods may be called on a trainer that was built without us.
+    _generation_inputs = _loss_inputs = None
+    _defers_old_logps = _old_logps_deferred = False
+    _repacking = Repacking(trim=False, sort=False, prune=False)
+
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -146,19 +157,35 @@ class GroupAdvantageTrainer(GRPOTrainer):
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        *more_args,
         **kwargs,
     ):
+        kwargs |= dict(zip(_MORE_ARGUMENTS, more_args, strict=False))
         if args is None:
             model_id = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self.config_class(f"{model_id.split('/')[-1]}-{self._name}")
         self._check_config(args)
         check_launch(args.world_size)
-        check_sampler_logps(args, has_rollout_func=kwargs.get("rollout_func") is not None)
-        check_save_steps(args)
+        check_recipe(
+            type(self),
+            args,
+            reward_funcs,
+            train_dataset,
+            eval_dataset,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            rollout_func=kwargs.get("rollout_func"),
+            environment_factory=kwargs.get("environment_factory"),
+        )
         check_output_dir(args.output_dir)
-        if kwargs.get("environment_factory") is None:  # an environment brings its own prompts, and perhaps a reward
-            check_data(reward_funcs, train_dataset=train_dataset, eval_dataset=eval_dataset)
-            find_correctness_reward(reward_names(reward_funcs), args.correctness_reward)
+        check_engine(args, grpo_trainer.VLLMGeneration)
+        model = check_model(model)
+        datasets = dict(train_dataset=train_dataset, eval_dataset=eval_dataset)
+        if kwargs.get("environment_factory") is not None:
+            datasets = {}  # an environment brings its own prompts
+        prompts_are_checked = check_prompts(model, processing_class, args, **datasets)
 
         beta = args.beta
         use_ref = self.needs_ref(args)
@@ -170,18 +197,36 @@ class GroupAdvantageTrainer(GRPOTrainer):
         if use_ref and beta == 0:
             args.beta = 1.0  # any nonzero value makes TRL build, wrap and shard its reference model
         try:
-            with _reference_from(reference, args.ref_model_dtype, policy_is_loaded=loaded):
+            names = [name for name in (model, reference, *reward_list(reward_funcs)) if isinstance(name, str)]
+            with explained(*names), _reference_from(reference, args.ref_model_dtype, policy_is_loaded=loaded):
                 super().__init__(
-                    model, reward_funcs, args, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
+                    model,
+                    reward_funcs,
+                    args,
+                    train_dataset,
+                    eval_dataset,
+                    processing_class=processing_class,
+                    reward_processing_classes=reward_processing_classes,
+                    callbacks=callbacks,
+                    **kwargs,
                 )
         finally:
             args.beta = beta
         self.beta = beta
+        if not prompts_are_checked:
+            check_prompts(self.model, self.processing_class, args, **datasets)
 
-        self._correctness_index = find_correctness_reward(self.reward_func_names, args.correctness_reward)
-        self._rewards_per_func = self._generation_inputs = None
-        self._defers_old_logps = self._old_logps_deferred = False
-        self._loss_inputs = None
+        self._correctness_index = find_correctness_reward(
+            self.reward_func_names, args.correctness_reward, needed=self.needs_correct(args)
+        )
+        if self._correctness_index is None:
+            self.accelerator.print(
+                f"ℹ️ {self._name} needs no label of what is correct, so it trains without the calibration metrics. For "
+                f"these, set correctness_reward to one of {', '.join(self.reward_func_names)}"
+                f"{'' if isinstance(args, GroupAdvantageConfig) else ' in a GroupAdvantageConfig'}."
+            )
+        self._idle_watch = IdleWatch()
+        self._rewards_per_func = None
         self._window = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._num_eval_prompts = None
         self._eval_prefix = "eval"
@@ -214,6 +259,11 @@ class GroupAdvantageTrainer(GRPOTrainer):
     def needs_ref(args: GroupAdvantageConfig) -> bool:
         """Whether the method reads `groups.ref_mean_logps`. Called before the parent's constructor."""
         return False
+
+    @classmethod
+    def needs_correct(cls, args: GroupAdvantageConfig) -> bool:
+        """Whether the method reads `groups.correct`: if not, it trains without a label, as TRL does."""
+        return cls._compute_advantages is not GroupAdvantageTrainer._compute_advantages
 
     @staticmethod
     def generations_per_batch(args: GroupAdvantageConfig) -> int:
@@ -292,8 +342,11 @@ class GroupAdvantageTrainer(GRPOTrainer):
         self._start_grading(completions=generated[3], extra_fields=generated[5])
         # Where rows without advantage are dropped, most log-probs of the old policy are never read. Which ones is
         # known when TRL is done, so its own pass is put off; under vLLM's correction TRL reads them all itself.
-        corrects_vllm = self.use_vllm and self.vllm_importance_sampling_correction
-        self._defers_old_logps = self.model.training and self._repacking.prune and not corrects_vllm
+        self._defers_old_logps = (
+            self._repacking.prune
+            and self.model.training
+            and not (self.use_vllm and self.vllm_importance_sampling_correction)
+        )
         return generated
 
     def _start_grading(self, completions: list, extra_fields: dict) -> None:
@@ -328,11 +381,15 @@ class GroupAdvantageTrainer(GRPOTrainer):
         advantages = self._compute_advantages(groups)
         if advantages is not None:
             self._check_advantages(advantages, groups)
+            if self.model.training:
+                self._watch_for_idleness(advantages, groups)
             self._replace_advantages(output, advantages.flatten())
         output["advantages"] = self._token_advantages(output["advantages"], output)
         if self._old_logps_deferred:
             missing = has_gradient(output) & ~scored
             output["old_per_token_logps"] = per_token_logps + self._policy_logps(output, missing)
+        if self._correctness_index is None:
+            return output
         window = self._window["train" if self.model.training else "eval"]
         for name, array in self._calibration_arrays(groups).items():
             window[name].append(array.float().cpu().numpy())
@@ -349,7 +406,10 @@ class GroupAdvantageTrainer(GRPOTrainer):
         weights = self.reward_weights.to(rewards_per_func.device)
         unscorable = rewards_per_func.isnan().all(dim=1)
         rewards = (rewards_per_func * weights).nansum(dim=1).masked_fill(unscorable, torch.nan)
-        label = rewards_per_func[:, self._correctness_index]
+        if self._correctness_index is None:
+            label = torch.full_like(rewards, torch.nan)
+        else:
+            label = rewards_per_func[:, self._correctness_index]
         correct = (label >= self.args.correct_threshold).float().masked_fill(label.isnan(), torch.nan)
         mask = output["completion_mask"] * output.get("tool_mask", 1)
         lengths = self.accelerator.gather(mask.sum(dim=1).float()).view(-1, num_generations)
@@ -429,6 +489,13 @@ class GroupAdvantageTrainer(GRPOTrainer):
                 "NaN where groups.valid is False and outside _rows_needing_logps, ref_mean_logps outside "
                 "_rows_needing_ref: give those completions advantage 0, or let the hooks name them."
             )
+
+    def _watch_for_idleness(self, advantages: Tensor, groups: RolloutGroups) -> None:
+        fractions = metrics.group_fractions(groups.correct.cpu().numpy(), valid=groups.valid.cpu().numpy())
+        learns = bool((advantages != 0).any())
+        line = self._idle_watch.update(learns, fractions["frac_all_correct"], fractions["frac_all_wrong"])
+        if line:
+            self.accelerator.print(line)
 
     def _replace_advantages(self, output: dict[str, Tensor], advantages: Tensor) -> None:
         local = advantages[self._local_slice(output["advantages"].size(0))].to(output["advantages"])
@@ -630,6 +697,11 @@ class GroupAdvantageTrainer(GRPOTrainer):
             for name, value in self._calibration_metrics(rows).items():
                 logs[prefix + name] = None if math.isnan(value) else value
             window.clear()
+        if not training and self._eval_prefix.startswith("eval_"):
+            # TRL's metrics would not say which of several sets they are of: each has them under its own name too.
+            of_set = self._eval_prefix.removeprefix("eval_")
+            own = self._metrics["eval"]
+            own.update({f"{of_set}_{name}": values for name, values in own.items()})
         super().log(logs, start_time)
 
     def _determine_best_metric(self, metrics, trial):
@@ -666,7 +738,7 @@ class GroupAdvantageTrainer(GRPOTrainer):
             error.add_note(f"Nothing is lost: the model is in {self.args.output_dir}. To upload it: {command}")
             raise
 
-    def train(self, resume_from_checkpoint: "str | bool | None" = None, **kwargs) -> TrainOutput:
+    def train(self, resume_from_checkpoint: "str | bool | None" = None, *args, **kwargs) -> TrainOutput:
         """As TRL, with `True` for the newest complete checkpoint; a finished run is restored and not trained on."""
         newest = resume_from_checkpoint is True
         if newest:
@@ -686,7 +758,7 @@ class GroupAdvantageTrainer(GRPOTrainer):
                 return self._restore_finished_run(resume_from_checkpoint, state)
         if self.is_world_process_zero():
             forget_calibration(self.args.output_dir)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
     def _lies_within_a_generation(self, checkpoint: str, state: TrainerState) -> bool:
         path = Path(checkpoint, STATE_FILE)
@@ -758,8 +830,8 @@ class GroupAdvantageTrainer(GRPOTrainer):
     # Checks ----------------------------------------------------------------------------------------------------------
 
     def _check_config(self, args: GRPOConfig) -> None:
-        if self.config_class is GroupAdvantageConfig and type(args) is GRPOConfig:
-            for option in fields(GroupAdvantageConfig):  # a plain GRPOConfig will do for GRPO
+        if self.config_class is GroupAdvantageConfig and isinstance(args, GRPOConfig):
+            for option in fields(GroupAdvantageConfig):  # TRL's own configuration will do for GRPO
                 if not hasattr(args, option.name):
                     setattr(args, option.name, option.default)
         elif not isinstance(args, self.config_class):

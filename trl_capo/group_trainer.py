@@ -38,8 +38,6 @@ from trl.trainer.utils import RepeatSampler, get_config_model_id, use_adapter
 from trl_capo.calibration import metrics
 from trl_capo.checkpoints import checkpoint_step, last_complete_checkpoint
 from trl_capo.checks import (
-    check_launch,
-    check_output_dir,
     check_same_checkpoint,
     find_correctness_reward,
     reward_list,
@@ -50,9 +48,8 @@ from trl_capo.group_config import GroupAdvantageConfig
 from trl_capo.hub import push_command
 from trl_capo.idle import IdleWatch
 from trl_capo.model_source import explained
-from trl_capo.preflight.model import check_engine, check_model
 from trl_capo.preflight.prompts import check_prompts
-from trl_capo.preflight.recipe import check_recipe
+from trl_capo.preflight.trainer import check_trainer
 from trl_capo.reference import make_room_for_reference_adapter, reference_source
 from trl_capo.repack import (
     Batch,
@@ -81,10 +78,6 @@ REFERENCE_DIR = "reference"
 # batches pass the reference whole.
 _FORWARD = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies)
 MULTIMODAL_INPUTS = [p.name for p in _FORWARD.parameters.values() if p.default is None and p.name != "batch_size"]
-
-# What TRL's constructor also takes by position, after the callbacks.
-_MORE_ARGUMENTS = list(inspect.signature(GRPOTrainer).parameters)
-_MORE_ARGUMENTS = _MORE_ARGUMENTS[_MORE_ARGUMENTS.index("callbacks") + 1 :]
 
 # What a text model's forward needs of a batch.
 TOKENS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
@@ -159,38 +152,38 @@ class GroupAdvantageTrainer(GRPOTrainer):
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        *more_args,
-        **kwargs,
+        optimizers: tuple = (None, None),
+        quantization_config=None,
+        peft_config=None,
+        tools: list[Callable] | None = None,
+        rollout_func: Callable | None = None,
+        environment_factory=None,
     ):
-        kwargs |= dict(zip(_MORE_ARGUMENTS, more_args, strict=False))
         if args is None:
             model_id = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self.config_class(f"{model_id.split('/')[-1]}-{self._name}")
         self._check_config(args)
-        check_launch(args.world_size)
-        check_recipe(
-            type(self),
-            args,
-            reward_funcs,
-            train_dataset,
-            eval_dataset,
+        given = dict(
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
             reward_processing_classes=reward_processing_classes,
             callbacks=callbacks,
-            rollout_func=kwargs.get("rollout_func"),
-            environment_factory=kwargs.get("environment_factory"),
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
         )
-        check_output_dir(args.output_dir)
-        check_engine(args, grpo_trainer.VLLMGeneration)
-        model = check_model(model)
-        datasets = dict(train_dataset=train_dataset, eval_dataset=eval_dataset)
-        if kwargs.get("environment_factory") is not None:
-            datasets = {}  # an environment brings its own prompts
-        prompts_are_checked = check_prompts(model, processing_class, args, **datasets)
+        model, prompts_are_checked = check_trainer(
+            type(self), model, reward_funcs, args, grpo_trainer.VLLMGeneration, given
+        )
 
         beta = args.beta
         use_ref = self.needs_ref(args)
         loaded = not isinstance(model, str)
-        policy_is_peft = kwargs.get("peft_config") is not None or (loaded and is_peft_model(model))
+        policy_is_peft = peft_config is not None or (loaded and is_peft_model(model))
         if use_ref and loaded and is_peft_model(model):
             make_room_for_reference_adapter(model)
         reference = reference_source(model, args, policy_is_peft) if use_ref or beta != 0 else None
@@ -199,22 +192,12 @@ class GroupAdvantageTrainer(GRPOTrainer):
         try:
             names = [name for name in (model, reference, *reward_list(reward_funcs)) if isinstance(name, str)]
             with explained(*names), _reference_from(reference, args.ref_model_dtype, policy_is_loaded=loaded):
-                super().__init__(
-                    model,
-                    reward_funcs,
-                    args,
-                    train_dataset,
-                    eval_dataset,
-                    processing_class=processing_class,
-                    reward_processing_classes=reward_processing_classes,
-                    callbacks=callbacks,
-                    **kwargs,
-                )
+                super().__init__(model, reward_funcs, args, **given)
         finally:
             args.beta = beta
         self.beta = beta
         if not prompts_are_checked:
-            check_prompts(self.model, self.processing_class, args, **datasets)
+            check_prompts(self.model, args, {**given, "processing_class": self.processing_class})
 
         self._correctness_index = find_correctness_reward(
             self.reward_func_names, args.correctness_reward, needed=self.needs_correct(args)

@@ -18,6 +18,16 @@ def check_model(model):
     return path
 
 
+def check_others(args, reward_funcs: list) -> None:
+    """Refuses a reference or a reward model whose folder is missing, also where the method does not need it.
+
+    Raises:
+        ModelNotFound: Says which folder.
+    """
+    for name in [getattr(args, "ref_model_name_or_path", None), *reward_funcs]:
+        check_model(name)
+
+
 def check_engine(args, engine: type) -> None:
     """Refuses vLLM where it is not installed.
 

@@ -61,31 +61,33 @@ def check_prompts_fit(tokenizer, vocabulary: int | None, chat_template_kwargs: d
             )
 
 
-def check_prompts(model, processing_class, args, **datasets) -> bool:
+def check_prompts(model, args, given: dict) -> bool:
     """`check_prompts_fit`, as far as it can be done without the Hub: also before the model is loaded.
 
     Args:
         model: A name, or a model.
-        processing_class: As given to the trainer; None for the model's own.
         args: The trainer's configuration.
-        datasets: See `check_prompts_fit`.
+        given: What else the trainer was given, by name.
 
     Returns:
         Whether the prompts were checked.
     """
-    config = getattr(model, "config", None)
+    if given["environment_factory"] is not None:
+        return True  # it brings its own prompts
+    config, tokenizer = getattr(model, "config", None), given["processing_class"]
     if isinstance(model, str):
         if not os.path.isdir(model):
             return False
         try:
             config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
-            if processing_class is None:
-                processing_class = AutoProcessor.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+            if tokenizer is None:
+                tokenizer = AutoProcessor.from_pretrained(model, trust_remote_code=args.trust_remote_code)
         except Exception:
             return False  # the trainer says what is wrong when it loads them
-    if processing_class is None:
+    if tokenizer is None:
         return False
-    check_prompts_fit(processing_class, vocabulary_of(config), args.chat_template_kwargs, **datasets)
+    datasets = {name: given[name] for name in ("train_dataset", "eval_dataset")}
+    check_prompts_fit(tokenizer, vocabulary_of(config), args.chat_template_kwargs, **datasets)
     return True
 
 

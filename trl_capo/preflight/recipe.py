@@ -28,6 +28,7 @@ def check_recipe(
     callbacks: list | None = None,
     rollout_func=None,
     environment_factory=None,
+    **others,
 ) -> None:
     """Refuses what would fail, or mean nothing, during training.
 
@@ -36,6 +37,7 @@ def check_recipe(
         args: Its configuration, made for the launch.
         reward_funcs, train_dataset, eval_dataset: As given to the trainer.
         reward_processing_classes, callbacks, rollout_func, environment_factory: The same.
+        others: Other arguments of the trainer, which are not looked at.
 
     Raises:
         ValueError: One line that says what to change.

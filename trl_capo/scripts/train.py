@@ -224,12 +224,13 @@ def _check_before_data(training_args, model: str | None, is_dry_run: bool) -> st
     """Refuses what is wrong whatever the data are; returns where the model is."""
     from trl.trainer.grpo_trainer import VLLMGeneration
 
-    from trl_capo.preflight.model import check_engine, check_model
+    from trl_capo.preflight.model import check_engine, check_model, check_others
     from trl_capo.preflight.schedule import check_some_steps
 
     check_some_steps(training_args)
     if not is_dry_run:  # which is made for another machine
         check_engine(training_args, VLLMGeneration)
+    check_others(training_args, [])
     return check_model(_model_path(model))
 
 

@@ -34,7 +34,7 @@ def model_path(name: str) -> str:
         (True, 'Qwen/Qwen2.5-Math-1.5B')
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return str(path) if name.startswith("~") else name
     if name in SHIPPED:
         return str(SHIPPED[name])

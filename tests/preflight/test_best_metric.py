@@ -67,7 +67,10 @@ def test_the_loss_is_refused(tmp_path, kind, options):
         (dict(metric_for_best_model="rewards/parity/mean"), "Did you mean eval_rewards/parity_reward/mean"),
         (dict(metric_for_best_model="eval_accuracy"), "Good choices are eval_reward or eval_capo/auc_within"),
         (dict(metric_for_best_model="capo/frac_masked_wrong"), "logs with these settings"),  # there is no mask
-        (dict(metric_for_best_model="capo/auc", reward=logging_reward), "eval_capo/auc_within or eval_capo/auc_pooled"),
+        (
+            dict(metric_for_best_model="capo/auc", reward=logging_reward),
+            "eval_capo/auc_within or eval_capo/auc_pooled",
+        ),
         (dict(metric_for_best_model="my_metrc"), "nothing that an evaluation logs"),
         (dict(metric_for_best_model="eval_kl"), "nothing that an evaluation logs"),
         (dict(metric_for_best_model="eval_rewar", reward=logging_reward), "Did you mean eval_reward"),

@@ -15,7 +15,7 @@ class GroupAdvantageConfig(GRPOConfig):
     Parameters:
         correctness_reward (`str`, *optional*):
             Name of the reward function that decides whether a completion is correct. Needed with several reward
-            functions.
+            functions, unless the method needs no label (GRPO without a mask), which then logs no calibration metrics.
         correct_threshold (`float`, *optional*, defaults to `0.5`):
             A completion is correct if that reward is at least this.
         ref_model_name_or_path (`str`, *optional*):
@@ -39,7 +39,7 @@ class GroupAdvantageConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Name of the reward function that decides whether a completion is correct. Needed with several "
-            "reward functions."
+            "reward functions, unless the method needs no label."
         },
     )
     correct_threshold: float = field(

@@ -121,16 +121,16 @@ class RolloutGroups:
 class GroupAdvantageTrainer(GRPOTrainer):
     """`GRPOTrainer` whose advantages may depend on whole groups. Takes the same arguments.
 
-    Hooks for a method, all optional: `_compute_advantages`, `_setup_method`, `needs_ref`, `_rows_needing_logps`,
-    `_rows_needing_ref`, `_sequence_statistics`, `_token_advantages`, `_choose_prompts`, `_logps_from_logits`,
-    `_calibration_arrays`, `_calibration_metrics`, `_method_state`, `_load_method_state`.
+    Hooks for a method, all optional: `_compute_advantages`, `_setup_method`, `needs_ref`, `needs_correct`,
+    `_rows_needing_logps`, `_rows_needing_ref`, `_sequence_statistics`, `_token_advantages`, `_choose_prompts`,
+    `_logps_from_logits`, `_calibration_arrays`, `_calibration_metrics`, `_method_state`, `_load_method_state`.
 
     What may be dropped and moved is decided by TRL's `loss_type`. So a method with a `_compute_loss` of its own sets
     `args.repack = False` in `_setup_method` if rows without advantage matter in it, or which rows share a micro-batch.
 
     Raises:
         TypeError: `args` is not of `config_class` (GRPO through the seam also takes TRL's own `GRPOConfig`).
-        ValueError: Bad input that would only show during training: see `trl_capo.checks`.
+        ValueError: Bad input that would only show during training: see `trl_capo.preflight` and `trl_capo.checks`.
     """
 
     config_class = GroupAdvantageConfig
@@ -410,7 +410,8 @@ class GroupAdvantageTrainer(GRPOTrainer):
         elif self.args.mean_logps_from == "sampler":
             per_token_logps, scored = torch.zeros_like(mask, dtype=torch.float), torch.zeros_like(mask[:, 0]).bool()
         else:
-            rows = self._rows_needing_logps(groups) if self.model.training else groups.valid
+            for_metrics_too = not self.model.training and self._correctness_index is not None
+            rows = groups.valid if for_metrics_too else self._rows_needing_logps(groups)
             scored = rows.flatten()[self._local_slice(mask.size(0))]
             per_token_logps = self._policy_logps(output, scored)
         groups = self._with_scores(groups, output, per_token_logps, mask, scored)

@@ -1,12 +1,13 @@
 """Every recipe parses with the installed TRL and says what it is meant to say."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.data.standins import make_repositories
+from tests.data.standins import make_repositories, question
 from trl_capo.scripts.compare import read_plan, recipe
 from trl_capo.scripts.demo import training_options
 from trl_capo.scripts.train import main, make_parser
@@ -105,7 +106,10 @@ def stand_ins(tiny_model, tmp_path_factory):
         config = (Qwen2Config if "2.5" in name else Qwen3Config)(num_hidden_layers=28, **shape, **kind, **vocabulary)
         config.save_pretrained(folder / name)
         AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder / name)
-    make_repositories(folder / "data")
+    repository = make_repositories(folder / "data") / "agentica-org/DeepScaleR-Preview-Dataset"
+    for file in repository.glob("*.jsonl"):  # a generation of these recipes takes 128 prompts
+        rows = [{"problem": question(i), "answer": str(2 * i), "solution": ""} for i in range(1000, 1140)]
+        file.write_text("\n".join([file.read_text(), *map(json.dumps, rows)]))
     return folder
 
 
@@ -119,7 +123,7 @@ def test_dry_run(path, stand_ins, repository, monkeypatch, capsys):
     """Every recipe, the model's true shape, without GPU and network; and its README says what it says."""
     folder, lora = path.parent.parent.name, "lora" in path.name
     monkeypatch.setenv("TRL_CAPO_DATA", str(stand_ins / "data"))
-    options = ["--model_name_or_path", str(stand_ins / folder), "--num_train_prompts", "40"]
+    options = ["--model_name_or_path", str(stand_ins / folder), "--num_train_prompts", "160"]
     options += ["--num_validation_prompts", "8"]
     if "24gb" in path.name:
         options += ["--gpu_memory", "24"]
@@ -127,7 +131,7 @@ def test_dry_run(path, stand_ins, repository, monkeypatch, capsys):
         options += ["--accelerate_config", f"recipes/accelerate_configs/{ACCELERATE[folder]}.yaml"]
     main(["--config", str(path), *options, "--dry-run"])
     printed = capsys.readouterr().out
-    assert "40 to train on, 8 to evaluate on, of at most 1,024 tokens" in printed
+    assert "160 to train on, 8 to evaluate on, of at most 1,024 tokens" in printed
     trained = re.search(r"([\d,]+) parameters, ([\d,]+) of them trained", printed)
     numbers, of_them = (int(number.replace(",", "")) for number in trained.groups())
     assert numbers - (of_them if lora else 0) == PARAMETERS[folder]
@@ -154,7 +158,7 @@ def test_dry_run_of_the_comparison(method, stand_ins, tmp_path, monkeypatch, cap
     path.write_text(yaml.safe_dump(recipe(plan, method, 0), sort_keys=False))
     main(
         ["--config", str(path), "--model_name_or_path", str(stand_ins / "Qwen2.5-Math-1.5B"), "--dry-run"]
-        + ["--num_train_prompts", "40"]
+        + ["--num_train_prompts", "160"]
     )
     printed = capsys.readouterr().out
     assert "to each of 32 prompts" in printed and "= 200 rollout batches" in printed and "⚠️" not in printed

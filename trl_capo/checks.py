@@ -13,6 +13,7 @@ from trl import GRPOConfig
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward
 from trl.trainer.utils import get_callable_name, get_config_model_id
 
+from trl_capo.errors import UserError
 from trl_capo.rewards import AccuracyReward
 
 
@@ -27,11 +28,15 @@ def steps_between_generations(args: GRPOConfig) -> int:
     return generate_every // math.gcd(generate_every, args.gradient_accumulation_steps)
 
 
-def check_save_steps(args: GRPOConfig) -> None:
+def check_save_steps(args: GRPOConfig, num_steps: float = math.inf) -> None:
     """Refuses checkpoints in the middle of a generation, from which training cannot resume exactly.
 
     The completions of a generation are not part of a checkpoint. The checkpoint that transformers writes after the
     last step may lie anywhere; resuming from it with a higher `max_steps` warns.
+
+    Args:
+        args: The trainer's configuration.
+        num_steps: Optimizer steps of the run: a checkpoint that it would never reach is not refused.
 
     Raises:
         ValueError: `save_steps` (`eval_steps` if the best model is saved) is no multiple of the optimizer steps
@@ -39,11 +44,11 @@ def check_save_steps(args: GRPOConfig) -> None:
     """
     name = {"steps": "save_steps", "best": "eval_steps"}.get(args.save_strategy)
     steps = getattr(args, name) if name else None
-    if not steps or (steps < 1 and args.max_steps <= 0):
+    if not steps or (steps < 1 and math.isinf(num_steps)):
         return
     interval = steps_between_generations(args)
-    whole_steps = int(steps) if steps >= 1 else math.ceil(args.max_steps * steps)
-    if whole_steps % interval != 0:
+    whole_steps = int(steps) if steps >= 1 else math.ceil(num_steps * steps)
+    if whole_steps < num_steps and whole_steps % interval != 0:
         nearest = max(interval, round(whole_steps / interval) * interval)
         raise ValueError(
             f"{name}={steps} would write checkpoints in the middle of a generation, from which training cannot resume "
@@ -159,7 +164,7 @@ def check_data(reward_funcs, **datasets: "Dataset | dict[str, Dataset] | None") 
     Raises:
         ValueError: See `check_prompts` and `check_gold`.
     """
-    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    functions = reward_list(reward_funcs)
     graded_by_math = any(
         function in (accuracy_reward, reasoning_accuracy_reward) or isinstance(function, AccuracyReward)
         for function in functions
@@ -244,9 +249,16 @@ def _is_parsable(solution: str) -> bool:
     return isinstance(solution, str) and bool(parse(solution, parsing_timeout=timeout))
 
 
+def reward_list(reward_funcs) -> list:
+    """The reward functions as a list, as TRL takes them: one, several or none."""
+    if reward_funcs is None:
+        return []
+    return reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+
+
 def reward_names(reward_funcs) -> list[str]:
     """The names that TRL will give the reward functions."""
-    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    functions = reward_list(reward_funcs)
     models = {id(f): get_config_model_id(f.config) for f in functions if isinstance(f, torch.nn.Module)}
     ids = [f if isinstance(f, str) else models.get(id(f)) for f in functions]
     return [
@@ -255,25 +267,38 @@ def reward_names(reward_funcs) -> list[str]:
     ]
 
 
-def find_correctness_reward(names: list[str], wanted: str | None) -> int:
+def find_correctness_reward(names: list[str], wanted: str | None, needed: bool = True) -> int | None:
     """Index of the reward function that decides whether a completion is correct.
 
     Args:
         names: Names of the reward functions.
         wanted: The option `correctness_reward`; may be None with one function.
+        needed: Whether the method depends on that label; otherwise it may be missing.
+
+    Returns:
+        The index; None if there is no label and none is needed.
 
     Raises:
-        ValueError: It is missing with several functions, or not one of them.
+        ValueError: It is missing with several functions, not one of them, or the name of two.
 
     Example:
         >>> find_correctness_reward(["format_reward", "accuracy_reward"], "accuracy_reward")
         1
+        >>> find_correctness_reward(["format_reward", "accuracy_reward"], None, needed=False) is None
+        True
     """
     if wanted is None and len(names) > 1:
+        if not needed:
+            return None
         raise ValueError(
             "With several reward functions, set correctness_reward to the one that decides whether a completion is "
             f"correct: one of {', '.join(names)}."
         )
     if wanted is not None and wanted not in names:
         raise ValueError(f"correctness_reward={wanted!r} is not a reward function: one of {', '.join(names)}.")
+    if names.count(wanted) > 1:
+        raise UserError(
+            f"correctness_reward={wanted!r} is the name of {names.count(wanted)} reward functions. Give each its "
+            f"own name before you pass them, for example: my_reward.__name__ = '{wanted}_1'."
+        )
     return 0 if wanted is None else names.index(wanted)

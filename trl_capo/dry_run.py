@@ -12,6 +12,8 @@ import torch
 from transformers import TrainingArguments
 
 from trl_capo.memory import GIB, KNOWN_OPTIMIZERS, Memory, memory
+from trl_capo.model_source import explained, model_path
+from trl_capo.preflight.prompts import check_prompts_fit, vocabulary_of
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -75,18 +77,15 @@ def as_if_launched(num_processes: int) -> Iterator[None]:
 def batch_lines(method_class: type, args, num_processes: int, num_prompts: int, num_eval_prompts: int) -> list[str]:
     """The batch arithmetic in prompts and completions, and steps in both units."""
     from trl_capo.checks import steps_between_generations
+    from trl_capo.preflight.schedule import schedule
 
     rows = args.per_device_train_batch_size * num_processes
     generation, update = rows * args.steps_per_generation, rows * args.gradient_accumulation_steps
-    prompts = generation // args.num_generations
     interval = steps_between_generations(args)
     draws = method_class.generations_per_batch(args)
-    if args.max_steps > 0:
-        steps = args.max_steps
-    else:
-        steps = int(args.num_train_epochs * num_prompts * args.num_generations * args.num_iterations * draws / update)
-    batches = steps * args.gradient_accumulation_steps / (args.steps_per_generation * args.num_iterations)
-    distinct = batches * prompts / draws
+    run = schedule(args, num_prompts, draws)
+    prompts, steps, batches = run.prompts_per_generation, run.steps, run.rollout_batches
+    used = num_prompts // prompts * prompts
     lines = [
         f"A generation: {num_processes} processes x {args.per_device_train_batch_size} rows x "
         f"{args.steps_per_generation} = {generation:,} completions, {args.num_generations} to each of {prompts:,} "
@@ -94,10 +93,15 @@ def batch_lines(method_class: type, args, num_processes: int, num_prompts: int, 
         f"An optimizer step: {num_processes} x {args.per_device_train_batch_size} x "
         f"{args.gradient_accumulation_steps} = {update:,} completions; generations begin every {interval} "
         f"step{'s' if interval > 1 else ''}.",
-        f"Training: {steps:,} optimizer steps = {batches:,.0f} rollout batches = {distinct:,.0f} prompts"
-        f"{f', each batch drawn {draws} times,' if draws > 1 else ''} = {distinct / num_prompts:.2f} epochs of "
-        f"{num_prompts:,}.",
+        f"Training: {steps:,} optimizer steps = {batches:,} rollout batches = {run.prompts_seen:,} prompts"
+        f"{f', each batch drawn {draws} times,' if draws > 1 else ''} = {run.prompts_seen / used:.2f} epochs of "
+        f"{used:,}.",
     ]
+    if used < num_prompts:
+        lines.append(
+            f"Each epoch leaves out {num_prompts - used:,} of the {num_prompts:,} prompts, which do not fill a "
+            "generation; with shuffle_dataset other ones each time."
+        )
     if num_eval_prompts and args.eval_strategy != "no":
         times = steps // int(args.eval_steps) if args.eval_strategy == "steps" and args.eval_steps >= 1 else 1
         rows = args.per_device_eval_batch_size * num_processes
@@ -123,8 +127,8 @@ def estimate(method_class: type, args, model_args, path: str, launch: tuple[int,
         with torch.device("meta"):
             model = get_peft_model(model, get_peft_config(model_args))
     elif method_class.needs_ref(args) or args.beta != 0:
-        of = args.ref_model_name_or_path or path
-        reference = empty_model(of, args.ref_model_dtype or model_args.dtype, args)
+        source = model_path(args.ref_model_name_or_path) if args.ref_model_name_or_path else path
+        reference = empty_model(source, args.ref_model_dtype or model_args.dtype, args)
     colocated = args.use_vllm and args.vllm_mode == "colocate"
     found = memory(
         model,
@@ -165,12 +169,18 @@ def describe(
         eval_dataset: Rows to evaluate on, or None.
         max_prompt_tokens: Longest prompt; None: the longest of the dataset is counted.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from trl_capo.evaluation.sample import tokenize
 
     launch = read_launch(options.accelerate_config)
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=model_args.model_revision)
+    with explained(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=model_args.model_revision)
+        config = AutoConfig.from_pretrained(
+            path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+        )
+    rows = dict(train_dataset=train_dataset, eval_dataset=eval_dataset)
+    check_prompts_fit(tokenizer, vocabulary_of(config), args.chat_template_kwargs, **rows)
     if max_prompt_tokens is None:
         max_prompt_tokens = max(map(len, tokenize(tokenizer, list(train_dataset["prompt"]))))
     tokens = max_prompt_tokens + args.max_completion_length

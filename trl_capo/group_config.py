@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 from trl import GRPOConfig
 
+from trl_capo.preflight.batches import check_batches
+from trl_capo.preflight.best_metric import default_direction
 from trl_capo.redact import is_secret_name, redact
 
 
@@ -15,7 +17,7 @@ class GroupAdvantageConfig(GRPOConfig):
     Parameters:
         correctness_reward (`str`, *optional*):
             Name of the reward function that decides whether a completion is correct. Needed with several reward
-            functions.
+            functions, unless the method needs no label (GRPO without a mask), which then logs no calibration metrics.
         correct_threshold (`float`, *optional*, defaults to `0.5`):
             A completion is correct if that reward is at least this.
         ref_model_name_or_path (`str`, *optional*):
@@ -39,7 +41,7 @@ class GroupAdvantageConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Name of the reward function that decides whether a completion is correct. Needed with several "
-            "reward functions."
+            "reward functions, unless the method needs no label."
         },
     )
     correct_threshold: float = field(
@@ -90,7 +92,14 @@ class GroupAdvantageConfig(GRPOConfig):
                 f"sync_ref_model=True moves the reference by steps that {self.ref_model_dtype} rounds away: leave "
                 "ref_model_dtype unset."
             )
-        super().__post_init__()
+        set_by_user = self.generation_batch_size, self.steps_per_generation
+        if self.greater_is_better is None:
+            self.greater_is_better = default_direction(self.metric_for_best_model)
+        try:
+            super().__post_init__()
+        except ValueError:
+            check_batches(self, *set_by_user)  # in the options that were set; TRL's error if it is about another thing
+            raise
 
     def __getstate__(self):
         return without_secrets(self).__dict__  # transformers pickles its arguments beside the model

@@ -28,7 +28,7 @@ from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from huggingface_hub.errors import HTTPError
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainerState
 from transformers import trainer as transformers_trainer
 from transformers.trainer_utils import TrainOutput
 from trl import GRPOConfig, GRPOTrainer
@@ -48,14 +48,9 @@ from trl_capo.checkpoints import (
     write_manifest,
 )
 from trl_capo.checks import (
-    check_data,
-    check_launch,
-    check_output_dir,
     check_same_checkpoint,
-    check_sampler_logps,
-    check_save_steps,
     find_correctness_reward,
-    reward_names,
+    reward_list,
     steps_between_generations,
 )
 from trl_capo.errors import UserError
@@ -64,6 +59,10 @@ from trl_capo.finite import check_gradient_norm, check_parameters
 from trl_capo.folders import write_json, write_text
 from trl_capo.group_config import GroupAdvantageConfig, without_secrets
 from trl_capo.hub import check_completions_repo, check_private, guarded_uploads, push_command, wants_private
+from trl_capo.idle import IdleWatch
+from trl_capo.model_source import explained
+from trl_capo.preflight.prompts import check_prompts
+from trl_capo.preflight.trainer import check_trainer
 from trl_capo.redact import mask
 from trl_capo.reference import make_room_for_reference_adapter, reference_source
 from trl_capo.repack import (
@@ -136,18 +135,18 @@ class RolloutGroups:
 
 
 class GroupAdvantageTrainer(GRPOTrainer):
-    """`GRPOTrainer` whose advantages may depend on whole groups. Takes the same arguments, the rest by keyword.
+    """`GRPOTrainer` whose advantages may depend on whole groups. Takes the same arguments.
 
-    Hooks for a method, all optional: `_compute_advantages`, `_setup_method`, `needs_ref`, `_rows_needing_logps`,
-    `_rows_needing_ref`, `_sequence_statistics`, `_token_advantages`, `_choose_prompts`, `_logps_from_logits`,
-    `_calibration_arrays`, `_calibration_metrics`, `_method_state`, `_load_method_state`.
+    Hooks for a method, all optional: `_compute_advantages`, `_setup_method`, `needs_ref`, `needs_correct`,
+    `_rows_needing_logps`, `_rows_needing_ref`, `_sequence_statistics`, `_token_advantages`, `_choose_prompts`,
+    `_logps_from_logits`, `_calibration_arrays`, `_calibration_metrics`, `_method_state`, `_load_method_state`.
 
     What may be dropped and moved is decided by TRL's `loss_type`. So a method with a `_compute_loss` of its own sets
     `args.repack = False` in `_setup_method` if rows without advantage matter in it, or which rows share a micro-batch.
 
     Raises:
         TypeError: `args` is not of `config_class` (GRPO through the seam also takes TRL's own `GRPOConfig`).
-        ValueError: Bad input that would only show during training: see `trl_capo.checks`.
+        ValueError: Bad input that would only show during training: see `trl_capo.preflight` and `trl_capo.checks`.
     """
 
     config_class = GroupAdvantageConfig
@@ -156,6 +155,11 @@ class GroupAdvantageTrainer(GRPOTrainer):
     _run = Run()  # a new one with each training that starts from zero
     _resumed = None  # the checkpoint that a training continues from
     _reads_logits = False  # whether the loss takes its log-probs from `_logps_from_logits`
+
+    # Before a generation. Of the class, for TRL's methods may be called on a trainer that was built without us.
+    _generation_inputs = _loss_inputs = None
+    _defers_old_logps = _old_logps_deferred = False
+    _repacking = Repacking(trim=False, sort=False, prune=False)
 
     def __init_subclass__(cls, **kwargs):
         """A method that names no paper of its own has none: its card must not credit that of its parent."""
@@ -173,43 +177,67 @@ class GroupAdvantageTrainer(GRPOTrainer):
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-        **kwargs,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config=None,
+        peft_config=None,
+        tools: list[Callable] | None = None,
+        rollout_func: Callable | None = None,
+        environment_factory=None,
     ):
         if args is None:
             model_id = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self.config_class(f"{model_id.split('/')[-1]}-{self._name}")
         self._check_config(args)
-        check_launch(args.world_size)
-        check_sampler_logps(args, has_rollout_func=kwargs.get("rollout_func") is not None)
-        check_save_steps(args)
-        check_output_dir(args.output_dir)
         check_completions_repo(args)
-        if kwargs.get("environment_factory") is None:  # an environment brings its own prompts, and perhaps a reward
-            check_data(reward_funcs, train_dataset=train_dataset, eval_dataset=eval_dataset)
-            find_correctness_reward(reward_names(reward_funcs), args.correctness_reward)
+        given = dict(
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
+        )
+        model, prompts_are_checked = check_trainer(
+            type(self), model, reward_funcs, args, grpo_trainer.VLLMGeneration, given
+        )
 
         beta = args.beta
         use_ref = self.needs_ref(args)
         loaded = not isinstance(model, str)
-        policy_is_peft = kwargs.get("peft_config") is not None or (loaded and is_peft_model(model))
+        policy_is_peft = peft_config is not None or (loaded and is_peft_model(model))
         if use_ref and loaded and is_peft_model(model):
             make_room_for_reference_adapter(model)
         reference = reference_source(model, args, policy_is_peft) if use_ref or beta != 0 else None
         if use_ref and beta == 0:
             args.beta = 1.0  # any nonzero value makes TRL build, wrap and shard its reference model
         try:
-            with _reference_from(reference, args.ref_model_dtype, policy_is_loaded=loaded):
-                super().__init__(
-                    model, reward_funcs, args, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
-                )
+            names = [name for name in (model, reference, *reward_list(reward_funcs)) if isinstance(name, str)]
+            with explained(*names), _reference_from(reference, args.ref_model_dtype, policy_is_loaded=loaded):
+                super().__init__(model, reward_funcs, args, **given)
         finally:
             args.beta = beta
         self.beta = beta
+        if not prompts_are_checked:
+            check_prompts(self.model, args, {**given, "processing_class": self.processing_class})
 
-        self._correctness_index = find_correctness_reward(self.reward_func_names, args.correctness_reward)
-        self._rewards_per_func = self._generation_inputs = None
-        self._defers_old_logps = self._old_logps_deferred = False
-        self._loss_inputs = None
+        self._correctness_index = find_correctness_reward(
+            self.reward_func_names, args.correctness_reward, needed=self.needs_correct(args)
+        )
+        if self._correctness_index is None:
+            self.accelerator.print(
+                f"ℹ️ {self._name} needs no label of what is correct, so it trains without the calibration metrics. For "
+                f"these, set correctness_reward to one of {', '.join(self.reward_func_names)}"
+                f"{'' if isinstance(args, GroupAdvantageConfig) else ' in a GroupAdvantageConfig'}."
+            )
+        self._idle_watch = IdleWatch()
+        self._rewards_per_func = None
         self._window = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._num_eval_prompts = None
         self._eval_prefix = "eval"
@@ -242,6 +270,11 @@ class GroupAdvantageTrainer(GRPOTrainer):
     def needs_ref(args: GroupAdvantageConfig) -> bool:
         """Whether the method reads `groups.ref_mean_logps`. Called before the parent's constructor."""
         return False
+
+    @classmethod
+    def needs_correct(cls, args: GroupAdvantageConfig) -> bool:
+        """Whether the method reads `groups.correct`: if not, it trains without a label, as TRL does."""
+        return cls._compute_advantages is not GroupAdvantageTrainer._compute_advantages
 
     @staticmethod
     def generations_per_batch(args: GroupAdvantageConfig) -> int:
@@ -320,8 +353,11 @@ class GroupAdvantageTrainer(GRPOTrainer):
         self._start_grading(completions=generated[3], extra_fields=generated[5])
         # Where rows without advantage are dropped, most log-probs of the old policy are never read. Which ones is
         # known when TRL is done, so its own pass is put off; under vLLM's correction TRL reads them all itself.
-        corrects_vllm = self.use_vllm and self.vllm_importance_sampling_correction
-        self._defers_old_logps = self.model.training and self._repacking.prune and not corrects_vllm
+        self._defers_old_logps = (
+            self._repacking.prune
+            and self.model.training
+            and not (self.use_vllm and self.vllm_importance_sampling_correction)
+        )
         return generated
 
     def _start_grading(self, completions: list, extra_fields: dict) -> None:
@@ -357,11 +393,15 @@ class GroupAdvantageTrainer(GRPOTrainer):
         advantages = self._compute_advantages(groups)
         if advantages is not None:
             self._check_advantages(advantages, groups)
+            if self.model.training:
+                self._watch_for_idleness(advantages, groups)
             self._replace_advantages(output, advantages.flatten())
         output["advantages"] = self._token_advantages(output["advantages"], output)
         if self._old_logps_deferred:
             missing = has_gradient(output) & ~scored
             output["old_per_token_logps"] = per_token_logps + self._policy_logps(output, missing)
+        if self._correctness_index is None:
+            return output
         window = self._window["train" if self.model.training else "eval"]
         for name, array in self._calibration_arrays(groups).items():
             window[name].append(array.float().cpu().numpy())
@@ -378,7 +418,10 @@ class GroupAdvantageTrainer(GRPOTrainer):
         weights = self.reward_weights.to(rewards_per_func.device)
         unscorable = rewards_per_func.isnan().all(dim=1)
         rewards = (rewards_per_func * weights).nansum(dim=1).masked_fill(unscorable, torch.nan)
-        label = rewards_per_func[:, self._correctness_index]
+        if self._correctness_index is None:
+            label = torch.full_like(rewards, torch.nan)
+        else:
+            label = rewards_per_func[:, self._correctness_index]
         correct = (label >= self.args.correct_threshold).float().masked_fill(label.isnan(), torch.nan)
         mask = output["completion_mask"] * output.get("tool_mask", 1)
         lengths = self.accelerator.gather(mask.sum(dim=1).float()).view(-1, num_generations)
@@ -396,7 +439,8 @@ class GroupAdvantageTrainer(GRPOTrainer):
         elif self.args.mean_logps_from == "sampler":
             per_token_logps, scored = torch.zeros_like(mask, dtype=torch.float), torch.zeros_like(mask[:, 0]).bool()
         else:
-            rows = self._rows_needing_logps(groups) if self.model.training else groups.valid
+            for_metrics_too = not self.model.training and self._correctness_index is not None
+            rows = groups.valid if for_metrics_too else self._rows_needing_logps(groups)
             scored = rows.flatten()[self._local_slice(mask.size(0))]
             per_token_logps = self._policy_logps(output, scored)
         groups = self._with_scores(groups, output, per_token_logps, mask, scored)
@@ -458,6 +502,13 @@ class GroupAdvantageTrainer(GRPOTrainer):
                 "NaN where groups.valid is False and outside _rows_needing_logps, ref_mean_logps outside "
                 "_rows_needing_ref: give those completions advantage 0, or let the hooks name them."
             )
+
+    def _watch_for_idleness(self, advantages: Tensor, groups: RolloutGroups) -> None:
+        fractions = metrics.group_fractions(groups.correct.cpu().numpy(), valid=groups.valid.cpu().numpy())
+        learns = bool((advantages != 0).any())
+        line = self._idle_watch.update(learns, fractions["frac_all_correct"], fractions["frac_all_wrong"])
+        if line:
+            self.accelerator.print(line)
 
     def _replace_advantages(self, output: dict[str, Tensor], advantages: Tensor) -> None:
         local = advantages[self._local_slice(output["advantages"].size(0))].to(output["advantages"])
@@ -659,6 +710,11 @@ class GroupAdvantageTrainer(GRPOTrainer):
             for name, value in self._calibration_metrics(rows).items():
                 logs[prefix + name] = None if math.isnan(value) else value
             window.clear()
+        if not training and self._eval_prefix.startswith("eval_"):
+            # TRL's metrics would not say which of several sets they are of: each has them under its own name too.
+            of_set = self._eval_prefix.removeprefix("eval_")
+            own = self._metrics["eval"]
+            own.update({f"{of_set}_{name}": values for name, values in own.items()})
         super().log(logs, start_time)
 
     def _determine_best_metric(self, metrics, trial):
@@ -684,7 +740,9 @@ class GroupAdvantageTrainer(GRPOTrainer):
             write_text(Path(folder, "README.md"), card)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers, with a card: what is saved by hand may be uploaded later by `trl-capo push`."""
+        """As transformers, with a card, for `trl-capo push`; weights that are not finite are refused."""
+        # Unless the weights are sharded, it may be called on one rank alone.
+        self._check_parameters(on_all_ranks=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         super().save_model(output_dir, _internal_call)
         folder = output_dir or self.args.output_dir
         if not _internal_call and Path(folder).resolve() != Path(self.args.output_dir).resolve():
@@ -742,7 +800,7 @@ class GroupAdvantageTrainer(GRPOTrainer):
         finally:
             self.args = own
 
-    def train(self, resume_from_checkpoint: "str | bool | None" = None, **kwargs) -> TrainOutput:
+    def train(self, resume_from_checkpoint: "str | bool | None" = None, *args, **kwargs) -> TrainOutput:
         """As TRL, with `True` for the newest complete checkpoint; a finished run is restored and not trained on."""
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         start = 0
@@ -760,7 +818,7 @@ class GroupAdvantageTrainer(GRPOTrainer):
         self._run = agree(lambda: begin_run(self.args.output_dir, self._resumed))
         if self.is_world_process_zero():
             forget_calibration(self.args.output_dir)
-        result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        result = super().train(checkpoint, *args, **kwargs)
         if self.state.global_step == start and (checkpoint is None or start < self.state.max_steps):
             raise UserError(
                 f"no optimizer step was made, so there is nothing to save: the training data gave no whole generation "
@@ -862,12 +920,6 @@ class GroupAdvantageTrainer(GRPOTrainer):
     def _last_checkpoint(self) -> str | None:
         return last_complete_checkpoint(self.args.output_dir)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers; weights that are not finite are refused."""
-        # Unless the weights are sharded, it may be called on one rank alone.
-        self._check_parameters(on_all_ranks=self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        super().save_model(output_dir, _internal_call)
-
     def _save_checkpoint(self, model, trial):
         self._check_parameters()
         run_dir = self._get_output_dir(trial=trial)
@@ -951,8 +1003,8 @@ class GroupAdvantageTrainer(GRPOTrainer):
     # Checks ----------------------------------------------------------------------------------------------------------
 
     def _check_config(self, args: GRPOConfig) -> None:
-        if self.config_class is GroupAdvantageConfig and type(args) is GRPOConfig:
-            for option in fields(GroupAdvantageConfig):  # a plain GRPOConfig will do for GRPO
+        if self.config_class is GroupAdvantageConfig and isinstance(args, GRPOConfig):
+            for option in fields(GroupAdvantageConfig):  # TRL's own configuration will do for GRPO
                 if not hasattr(args, option.name):
                     setattr(args, option.name, option.default)
         elif not isinstance(args, self.config_class):

@@ -5,6 +5,7 @@ import copy
 from transformers import PreTrainedModel
 
 from trl_capo.group_config import GroupAdvantageConfig
+from trl_capo.model_source import model_path
 
 
 def reference_source(
@@ -17,7 +18,7 @@ def reference_source(
                 "ref_model_name_or_path cannot be used with PEFT, where the reference is the model without its "
                 "adapter. Leave it unset, or merge the adapter and train without PEFT."
             )
-        return args.ref_model_name_or_path
+        return model_path(args.ref_model_name_or_path)
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     if policy_is_peft or isinstance(model, str) or zero3:
         return None

@@ -145,6 +145,10 @@ class ReferenceMaskTrainer(GroupAdvantageTrainer):
     def needs_ref(args: ReferenceMaskConfig) -> bool:
         return args.ref_ppl_mask
 
+    @classmethod
+    def needs_correct(cls, args: ReferenceMaskConfig) -> bool:
+        return args.ref_ppl_mask or cls._compute_advantages is not ReferenceMaskTrainer._compute_advantages
+
     @property
     def ref_ppl_thresholds(self) -> tuple[float, float]:
         """Low and high threshold of the mask; NaN without a mask and until they are estimated."""

@@ -29,16 +29,14 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from datasets import Dataset
 from transformers import AddedToken, Qwen2Tokenizer
 
+from trl_capo.model_source import SHIPPED, model_path  # noqa: F401  (model_path: callers import it from here)
 
-ASSETS = Path(__file__).parent.parent / "assets"
-BASE_MODEL = ASSETS / "arithmetic-base"
-FLAT_MODEL = ASSETS / "arithmetic-flat"
-SHIPPED = {path.name: path for path in (BASE_MODEL, FLAT_MODEL)}
+
+BASE_MODEL, FLAT_MODEL = SHIPPED["arithmetic-base"], SHIPPED["arithmetic-flat"]
 
 MODULUS = 1000
 MULTIPLICATION_RATE = 0.25
@@ -51,16 +49,6 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
-
-
-def model_path(name: str) -> str:
-    """Where a model is: one of `SHIPPED` by its name, anything else (a folder, a name on the Hub) as it is.
-
-    Example:
-        >>> model_path("arithmetic-base") == str(BASE_MODEL), model_path("Qwen/Qwen2.5-Math-1.5B")
-        (True, 'Qwen/Qwen2.5-Math-1.5B')
-    """
-    return str(SHIPPED[name]) if name in SHIPPED and not Path(name).is_dir() else name
 
 
 @dataclass(frozen=True)

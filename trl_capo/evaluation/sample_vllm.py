@@ -16,6 +16,7 @@ import numpy as np
 
 from trl_capo.evaluation.sample import STATISTICS, TOP_K, Prompt, Samples, sequence_statistics, tokenize
 from trl_capo.extras import require
+from trl_capo.model_source import model_path
 
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def load_vllm(model: str, *, dtype: str = "auto", max_model_len: int | None = No
     from vllm import LLM
 
     options = dict(logprobs_mode="raw_logprobs", enable_prefix_caching=True, max_logprobs=TOP_K) | options
-    return LLM(model, dtype=dtype, max_model_len=max_model_len, **options)
+    return LLM(model_path(model), dtype=dtype, max_model_len=max_model_len, **options)
 
 
 def shut_down(llm: LLM) -> None:

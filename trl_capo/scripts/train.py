@@ -13,7 +13,6 @@ Conventions are TRL's: an option overrides the recipe, the recipe overrides the 
 
 import argparse
 import difflib
-import os
 import sys
 import time
 from dataclasses import dataclass, field, fields
@@ -72,16 +71,17 @@ def main(argv: list[str] | None = None) -> int:
         check_recipe_keys(config_path, _read_recipe(config_path), parser, method)
     with _as_launched(dry_run):
         script_args, training_args, model_args, data_args, mixture = parser.parse_args_and_config(argv)
-    reward_funcs = [_reward_function(name) for name in script_args.reward_funcs]
+    from trl_capo.preflight.rewards import load_reward_function
+
+    model = _check_before_data(training_args, model_args.model_name_or_path, is_dry_run=dry_run is not None)
+    reward_funcs = [load_reward_function(name) for name in script_args.reward_funcs]
     train_dataset, eval_dataset = load_data(script_args, data_args, mixture, training_args, model_args)
-    model, trainer_class = _model_path(model_args.model_name_or_path), resolve_name(METHODS[method][1])
+    trainer_class = resolve_name(METHODS[method][1])
     if dry_run:
-        from trl_capo.checks import check_data, check_save_steps
         from trl_capo.dry_run import describe
+        from trl_capo.preflight.recipe import check_recipe
 
-        check_save_steps(training_args)
-        check_data(reward_funcs, train_dataset=train_dataset, eval_dataset=eval_dataset)
-
+        check_recipe(trainer_class, training_args, reward_funcs, train_dataset, eval_dataset)
         rows, longest = (train_dataset, eval_dataset), data_args.max_prompt_tokens
         print("\n".join(describe(trainer_class, dry_run, training_args, model_args, model, *rows, longest)))
         return 0
@@ -219,12 +219,26 @@ def _checkpoint_to_resume(training_args) -> str | None:
     return wanted
 
 
+def _check_before_data(training_args, model: str | None, is_dry_run: bool) -> str:
+    """Refuses what is wrong whatever the data are; returns where the model is."""
+    from trl.trainer.grpo_trainer import VLLMGeneration
+
+    from trl_capo.preflight.model import check_engine, check_model, check_others
+    from trl_capo.preflight.schedule import check_some_steps
+
+    check_some_steps(training_args)
+    if not is_dry_run:  # which is made for another machine
+        check_engine(training_args, VLLMGeneration)
+    check_others(training_args, [])
+    return check_model(_model_path(model))
+
+
 def _model_path(name: str | None) -> str:
     if name is None:
         raise ValueError(
             "model_name_or_path is missing: set it to a model id, a folder, arithmetic-base or arithmetic-flat."
         )
-    from trl_capo.data.arithmetic import model_path
+    from trl_capo.model_source import model_path
 
     return model_path(name)
 
@@ -280,24 +294,6 @@ def _split(dataset, split: str, option: str):
     if split not in dataset:
         raise ValueError(f"{option}={split!r} is not a split of the dataset: one of {', '.join(dataset)}.")
     return dataset[split]
-
-
-def _reward_function(name: str):
-    import trl.rewards
-
-    from trl_capo.rewards import accuracy_reward
-
-    if "." in name:
-        module, _, attribute = name.rpartition(".")
-        sys.path.insert(0, os.getcwd())
-        return resolve_name(f"{module}:{attribute}")
-    function = accuracy_reward if name == "accuracy_reward" else getattr(trl.rewards, name, None)
-    if not callable(function):
-        raise ValueError(
-            f"reward_funcs: {name!r} is not in trl.rewards or trl_capo.rewards; give the dotted path of your own "
-            "function."
-        )
-    return function
 
 
 if __name__ == "__main__":

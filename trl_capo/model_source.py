@@ -1,0 +1,141 @@
+"""Where a model is: every option and function that takes a model's name asks `model_path`.
+
+Nothing heavy is imported here, so a missing folder is refused before torch is loaded.
+"""
+
+import json
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trl_capo.errors import UserError
+
+
+ASSETS = Path(__file__).parent / "assets"
+SHIPPED = {name: ASSETS / name for name in ("arithmetic-base", "arithmetic-flat")}
+
+
+class ModelNotFound(OSError, UserError):
+    """A model that cannot be found or loaded. Also an `OSError`, as in transformers."""
+
+
+def model_path(name: str) -> str:
+    """Where a model is: one of `SHIPPED` by its name, a folder, or a name on the Hub.
+
+    A folder of that name in the working directory comes before a shipped model.
+
+    Raises:
+        ModelNotFound: The name can only be that of a folder, and there is no such folder.
+
+    Example:
+        >>> model_path("arithmetic-base") == str(ASSETS / "arithmetic-base"), model_path("Qwen/Qwen2.5-Math-1.5B")
+        (True, 'Qwen/Qwen2.5-Math-1.5B')
+    """
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return str(path) if name.startswith("~") else name
+    if name in SHIPPED:
+        return str(SHIPPED[name])
+    if path.is_file():
+        raise ModelNotFound(f"{name!r} is a file. A model is a folder with a config.json, or a name on the Hub.")
+    if name.startswith("arithmetic-"):
+        raise ModelNotFound(f"{name!r} is not a shipped model, and there is no such folder: {', '.join(SHIPPED)}.")
+    owner, _, rest = name.partition("/")
+    if not name or name[0] in "./~" or "\\" in name or name.endswith("/") or "/" in rest:
+        raise ModelNotFound(f"{name!r} is no folder{_nearest_parent(path)}. A name on the Hub looks like owner/name.")
+    if rest and Path(owner).is_dir() and not _on_the_hub(name):
+        raise ModelNotFound(
+            f"{name!r} is no folder{_nearest_parent(path)}, and no model of that name was found on the Hub."
+        )
+    return name
+
+
+def _nearest_parent(path: Path) -> str:
+    """What is there of a path that is not, for a message."""
+    parent = next((parent for parent in path.parents if parent.is_dir()), None)
+    if parent is None or parent == Path("/"):
+        return ""
+    names = sorted(entry.name for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    held = f"holds {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "holds no folder"
+    return f" ({str(parent)!r} {held})"
+
+
+def _on_the_hub(name: str) -> bool:
+    """Asks once and briefly, for `runs/capo` may be a misspelt folder or a repository."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return True
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception:
+        return False
+    return True
+
+
+def check_trainable(path: str) -> None:
+    """Refuses a folder that holds no model to train; says so of an adapter without its base.
+
+    Raises:
+        ModelNotFound: There is no readable config.json.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    if not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            raise ModelNotFound(
+                f"{path!r} holds an adapter, not a whole model. Merge it into its base and train the result: "
+                f"AutoPeftModelForCausalLM.from_pretrained({path!r}).merge_and_unload().save_pretrained(FOLDER); "
+                "or, in Python, pass PeftModel.from_pretrained(base, ..., is_trainable=True) as model."
+            )
+        raise ModelNotFound(f"{path!r} holds no model: there is no config.json in it.")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (ValueError, OSError) as error:
+        raise ModelNotFound(f"{path}/config.json cannot be read: {error}") from error
+    if not isinstance(config, dict) or not {"model_type", "auto_map"} & config.keys():
+        raise ModelNotFound(f"{path}/config.json does not say what model it is: it has no 'model_type'.")
+
+
+@contextmanager
+def explained(*names: str) -> Iterator[None]:
+    """Says in one line which model the Hub does not have or cannot be asked for.
+
+    Args:
+        names: Models that are loaded inside; folders are left out of the message.
+
+    Raises:
+        ModelNotFound: In place of transformers' error, which does not always name the model.
+    """
+    try:
+        yield
+    except OSError as error:
+        from huggingface_hub import constants
+        from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+        causes, raised_by = [], list(traceback.walk_tb(error.__traceback__))[-1][0].f_globals.get("__name__", "")
+        cause = error
+        while cause is not None:
+            causes.append(cause)
+            cause = cause.__cause__ or cause.__context__
+        name = " or ".join(repr(name) for name in names if not os.path.isdir(name))
+        if not name or not raised_by.startswith("transformers"):
+            raise
+        if any(isinstance(cause, GatedRepoError) for cause in causes):
+            reason = "is gated: accept its conditions on its page, then log in with `hf auth login`"
+        elif any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+            reason = "is neither a folder here nor a model on the Hub. If it is private, log in with `hf auth login`"
+        elif any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
+            offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
+            reason = (
+                f"is neither a folder here nor in the cache, and {offline}. Download it where the Hub can be reached "
+                f"(`hf download NAME --local-dir FOLDER`) and give the folder"
+            )
+        else:
+            raise
+        raise ModelNotFound(f"{name} {reason}.") from error

@@ -1,0 +1,46 @@
+"""The model and the engine that a trainer is given, before anything is loaded."""
+
+from trl_capo.errors import UserError
+from trl_capo.extras import require
+from trl_capo.model_source import check_trainable, model_path
+
+
+def check_model(model):
+    """The model to train: a name becomes that of a folder or of the Hub, a model stays what it is.
+
+    Raises:
+        ModelNotFound: The folder is missing, or holds no model.
+    """
+    if not isinstance(model, str):
+        return model
+    path = model_path(model)
+    check_trainable(path)
+    return path
+
+
+def check_others(args, reward_funcs: list) -> None:
+    """Refuses a reference or a reward model whose folder is missing, also where the method does not need it.
+
+    Raises:
+        ModelNotFound: Says which folder.
+    """
+    for name in [getattr(args, "ref_model_name_or_path", None), *reward_funcs]:
+        check_model(name)
+
+
+def check_engine(args, engine: type) -> None:
+    """Refuses vLLM where it is not installed.
+
+    Args:
+        args: The trainer's configuration.
+        engine: The class that TRL generates with; one that is not TRL's own needs no vLLM.
+
+    Raises:
+        UserError: Says how to install it.
+    """
+    if not args.use_vllm or not engine.__module__.startswith("trl."):
+        return
+    try:
+        require("vllm")
+    except ValueError as error:
+        raise UserError(f"use_vllm=True: {error} Or set use_vllm=False: transformers then generates.") from error

@@ -1,0 +1,84 @@
+"""All checks of a recipe that need neither the model nor this machine: a trainer and `--dry-run` make the same."""
+
+import warnings
+
+from trl import GRPOConfig
+
+from trl_capo.checks import (
+    check_data,
+    check_sampler_logps,
+    check_save_steps,
+    find_correctness_reward,
+    reward_list,
+    reward_names,
+)
+from trl_capo.preflight.best_metric import check_best_metric
+from trl_capo.preflight.rewards import check_numbers, repeated_names
+from trl_capo.preflight.schedule import check_enough_prompts, schedule
+
+
+def check_recipe(
+    method_class: type,
+    args: GRPOConfig,
+    reward_funcs,
+    train_dataset,
+    eval_dataset=None,
+    *,
+    reward_processing_classes=None,
+    callbacks: list | None = None,
+    rollout_func=None,
+    environment_factory=None,
+    **others,
+) -> None:
+    """Refuses what would fail, or mean nothing, during training.
+
+    Args:
+        method_class: The trainer.
+        args: Its configuration, made for the launch.
+        reward_funcs, train_dataset, eval_dataset: As given to the trainer.
+        reward_processing_classes, callbacks, rollout_func, environment_factory: The same.
+        others: Other arguments of the trainer, which are not looked at.
+
+    Raises:
+        ValueError: One line that says what to change.
+    """
+    num_prompts = len(train_dataset) if hasattr(train_dataset, "__len__") else None
+    draws = method_class.generations_per_batch(args)
+    check_sampler_logps(args, has_rollout_func=rollout_func is not None)
+    check_save_steps(args, schedule(args, num_prompts, draws).steps)
+    functions, names, calibrated = reward_list(reward_funcs), reward_names(reward_funcs), True
+    if environment_factory is None:  # an environment brings its own prompts, and perhaps a reward
+        check_data(reward_funcs, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        check_enough_prompts(args, train_dataset, eval_dataset)
+        check_numbers(len(functions), reward_processing_classes, args.reward_weights)
+        needed = method_class.needs_correct(args)
+        calibrated = find_correctness_reward(names, args.correctness_reward, needed=needed) is not None
+    for name in repeated_names(names):
+        warnings.warn(
+            f"{names.count(name)} reward functions are called {name!r}: TRL logs them as one. To tell them apart, "
+            "give each a __name__ of its own.",
+            UserWarning,
+            stacklevel=4,
+        )
+    warning = check_best_metric(
+        args,
+        eval_dataset=eval_dataset,
+        callbacks=callbacks,
+        reward_funcs=functions,
+        rewards=names,
+        calibrated=calibrated,
+        open_names=rollout_func is not None
+        or environment_factory is not None
+        or not all(_is_known(kind) for kind in [method_class, *map(_class_of, callbacks or ())]),
+    )
+    if warning:
+        warnings.warn(warning, UserWarning, stacklevel=4)
+
+
+def _class_of(callback) -> type:
+    return callback if isinstance(callback, type) else type(callback)
+
+
+def _is_known(kind: type) -> bool:
+    """Whether a class is not the user's, which may log metrics of its own."""
+    return kind.__module__.partition(".")[0] in ("trl_capo", "trl", "transformers")

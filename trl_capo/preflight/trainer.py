@@ -1,0 +1,34 @@
+"""Everything that a trainer checks before it loads a model."""
+
+from trl import GRPOConfig
+
+from trl_capo.checks import check_launch, check_output_dir, reward_list
+from trl_capo.preflight.model import check_engine, check_model, check_others
+from trl_capo.preflight.prompts import check_prompts
+from trl_capo.preflight.recipe import check_recipe
+
+
+def check_trainer(method_class: type, model, reward_funcs, args: GRPOConfig, engine: type, given: dict) -> tuple:
+    """Refuses bad input.
+
+    Args:
+        method_class: The trainer.
+        model: As given to it.
+        reward_funcs: The same.
+        args: Its configuration.
+        engine: The class that TRL generates with under vLLM.
+        given: The trainer's other arguments, by name.
+
+    Returns:
+        The model, its name resolved, and whether the prompts could be checked already.
+
+    Raises:
+        ValueError: One line that says what to change.
+    """
+    check_launch(args.world_size)
+    check_recipe(method_class, args, reward_funcs, **given)
+    check_output_dir(args.output_dir)
+    check_engine(args, engine)
+    model = check_model(model)
+    check_others(args, reward_list(reward_funcs))
+    return model, check_prompts(model, args, given)

@@ -38,7 +38,6 @@ from trl.trainer.utils import RepeatSampler, get_config_model_id, use_adapter
 from trl_capo.calibration import metrics
 from trl_capo.checkpoints import checkpoint_step, last_complete_checkpoint
 from trl_capo.checks import (
-    check_data,
     check_launch,
     check_output_dir,
     check_same_checkpoint,
@@ -48,6 +47,7 @@ from trl_capo.checks import (
     reward_names,
     steps_between_generations,
 )
+from trl_capo.data.rows import check_data, with_checked_streams
 from trl_capo.evaluation.model_card import complete_card, forget_calibration
 from trl_capo.group_config import GroupAdvantageConfig
 from trl_capo.hub import push_command
@@ -157,7 +157,9 @@ class GroupAdvantageTrainer(GRPOTrainer):
         check_save_steps(args)
         check_output_dir(args.output_dir)
         if kwargs.get("environment_factory") is None:  # an environment brings its own prompts, and perhaps a reward
-            check_data(reward_funcs, train_dataset=train_dataset, eval_dataset=eval_dataset)
+            data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+            check_data(reward_funcs, **data)
+            train_dataset, eval_dataset = with_checked_streams(reward_funcs, **data)
             find_correctness_reward(reward_names(reward_funcs), args.correctness_reward)
 
         beta = args.beta

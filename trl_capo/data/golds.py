@@ -12,12 +12,12 @@ right answer then gets 0, and for some golds a wrong one gets 1. So every gold p
 import functools
 import math
 import re
-import threading
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from trl_capo.errors import UserError
+from trl_capo.grading import equal, parse_gold, seconds
 
 
 MISSING = {"", "none", "null", "nan", "n/a", "na", "<na>", "nat"}
@@ -38,15 +38,15 @@ VALUE = rf"(?:[+-]?\d+\s+)?\d+\s*/\s*\d+|[+-]?\d*\s*\\frac\{{\d+\}}\{{\d+\}}|[+-
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 # Words after a number that are no unit, for they change what it is worth.
 NO_UNITS = set(
-    """hundred thousand million billion trillion dozen dozens pair pairs score bn mn percent percentage pct squared
-    cubed factorial times to and or plus minus over of by per am pm a.m. p.m. noon o'clock oclock half halves third
-    thirds quarter quarters fourths fifths sixths eighths tenths hundredths thousandths bc ad january february march april
-    may june july august september october november december jan feb mar apr jun jul aug sep sept oct nov dec remainder
-    base mod modulo choose in is not sqrt root roots pi inf infinity millions thousands hundreds billions""".split()
+    """hundred thousand million billion trillion dozen dozens pair pairs score bn mn percent percentage pct
+    squared cubed factorial times to and or plus minus over of by per am pm a.m. p.m. noon o'clock oclock half halves
+    third thirds quarter quarters fourths fifths sixths eighths tenths hundredths thousandths bc ad january february march
+    april may june july august september october november december jan feb mar apr jun jul aug sep sept oct nov dec
+    remainder base mod modulo choose in is not sqrt root roots pi inf infinity millions thousands hundreds billions""".split()
 ) | set(GREEK) | set(FUNCTIONS)  # fmt: skip
 SHORT_UNITS = set(
-    "mm cm dm km kg mg ml cl dl ft in yd mi lb lbs oz hr hrs min mins sec secs ms kw kj mw hz kb mb gb kmh kph mph m s g h l"
-    .split()
+    "mm cm dm km kg mg ml cl dl ft in yd mi lb lbs oz hr hrs min mins sec secs ms kw kj mw hz kb mb gb kmh kph mph "
+    "m s g h l".split()
 )  # fmt: skip
 CURRENCIES = r"(?:(?:US|CA|AU)?\s?\\?\$|[€£¥₹]|USD|EUR|GBP|Rs\.?)"
 CONNECTORS = re.compile(r"(?:\s|,|;|and|or|\.$)*", re.IGNORECASE)
@@ -86,7 +86,7 @@ def read_gold(answer: Any) -> str:
         Misread: It has several meanings, or none that math-verify would read.
 
     Example:
-        >>> read_gold(12.0), read_gold(["7"]), read_gold("Option B")
+        >>> read_gold(12), read_gold(["7"]), read_gold("Option B")
         ('$12$', '$7$', '$B$')
     """
     if hasattr(answer, "item") and not getattr(answer, "shape", ()):  # a number of numpy
@@ -97,8 +97,8 @@ def read_gold(answer: Any) -> str:
         return read_gold(answer[0])
     if isinstance(answer, (bool, list, tuple, dict, set, bytes)) or getattr(answer, "shape", ()):
         raise Misread(f"it is a {type(answer).__name__}, not one answer")
-    if isinstance(answer, float) and answer.is_integer() and abs(answer) < 2**53:
-        answer = int(answer)  # a CSV column of integers with a hole is read as floats
+    if isinstance(answer, float) and answer.is_integer() and abs(answer) >= 1e6:
+        answer = int(answer)  # a CSV column of integers with a hole is read as floats, which are compared roughly
     text = str(answer).strip()
     if re.match(r"(?:list|tuple|dict|bool|set|bytes|ndarray) [\[({TFb]", text):  # what `wrap_gold` left of one
         raise Misread(f"it is a {text.split()[0]}, not one answer")
@@ -125,20 +125,21 @@ def gold_problem(gold: Any) -> str | None:
 
 @functools.lru_cache(maxsize=100_000)  # a dataset is checked when it is cleaned and when it is trained on
 def _problem(gold: str) -> str | None:
-    from math_verify import parse, verify
+    from math_verify.errors import TimeoutException
 
-    seconds = _seconds(10)
     try:
         reading = read_gold(gold)
+        parsed = parse_gold(gold)
+        if not reading:
+            return "it is missing"
+        if not parsed:
+            return "math-verify cannot read it"
+        if reading != gold and not equal(parse_gold(reading), parsed):
+            return f"math-verify reads {parsed[0]}; write {reading}"
     except Misread as error:
         return str(error)
-    if not reading:
-        return "it is missing"
-    parsed = parse(gold, parsing_timeout=seconds)
-    if not parsed:
-        return "math-verify cannot read it"
-    if reading != gold and not verify(parse(reading, parsing_timeout=seconds), parsed, timeout_seconds=seconds):
-        return f"math-verify reads {parsed[0]}; write {reading}"
+    except TimeoutException:
+        return "math-verify needs too long to read it"
     return None
 
 
@@ -291,7 +292,9 @@ def _rewrite(text: str) -> str:
             raise Misread("what stands beside the number changes it")
     if re.fullmatch(r"\(?[A-Za-z]\)?[.):]", text):
         return re.sub(r"[^A-Za-z]", "", text)
-    if re.fullmatch(r"\(?[A-Z][.):]\)?\s*\S.*|\(?[a-z]+\)\s+\w.*", text) and not re.match(r"\([A-Za-z]\)[^\s\w]", text):
+    if re.fullmatch(r"\(?[A-Z][.):]\)?\s*\S.*|\(?[a-z]+\)\s+\w.*", text) and not re.match(
+        r"\([A-Za-z]\)[^\s\w]", text
+    ):
         raise Misread("it is a letter and an answer in one; keep the letter or the answer")
     if text.lower() in WORDS:
         return str(WORDS.index(text.lower()))
@@ -349,9 +352,8 @@ def _unicode(text: str) -> str:
 
     text = re.sub(rf"([-−])?\s*(?:(?<![\d.])(\d+)\s*)?([{FRACTIONS}])", vulgar, text)
     for scripts, mark in ((SUPERSCRIPTS, "^"), (SUBSCRIPTS, "_")):
-        text = re.sub(
-            f"[{''.join(scripts)}]+", lambda found: f"{mark}{{{''.join(map(scripts.get, found[0]))}}}", text
-        )
+        for run in sorted(set(re.findall(f"[{''.join(scripts)}]+", text)), key=len, reverse=True):
+            text = text.replace(run, f"{mark}{{{''.join(scripts[character] for character in run)}}}")
     for symbol, latex in SYMBOLS.items():
         text = text.replace(symbol, latex)
     for root, order in (("√", ""), ("∛", "[3]"), ("∜", "[4]")):
@@ -375,6 +377,7 @@ def _words(text: str) -> str:
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf|textit|operatorname|mbox|begin|end)\s*\{[^{}]*\}", hide, text)
     text = re.sub(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"(?<![\\A-Za-z])sqrt\s*(\d+)", r"\\sqrt{\1}", text)
+    text = re.sub(r"(?<![\\A-Za-z])log_?(\d+)\s*\(", r"\\log_{\1}(", text)
     text = text.replace("**", "^").replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ")
     text = re.sub(rf"(?<![\\A-Za-z])({'|'.join(GREEK + FUNCTIONS)})(?![A-Za-z])", r"\\\1", text)
     text = re.sub(r"(?i)(?<![\\A-Za-z])(?:infinity|infty|inf)(?![A-Za-z])", r"\\infty", text)
@@ -410,8 +413,10 @@ def _check_read_whole(latex: str) -> None:
     words = set(re.findall("[a-z.']+", taken.lower()))
     if r"\text" in taken and used and words & (NO_UNITS - {"percent", "pct", "percentage", "per", "in", "of", "and"}):
         raise Misread(f"math-verify drops {taken.strip()!r}, which changes the number")
+    from math_verify.utils import timeout
+
     try:
-        whole = _within_time(lambda: _reaches_the_end(used))
+        whole = timeout(seconds(10))(_reaches_the_end)(used)
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise Misread(f"math-verify cannot read {latex!r} as LaTeX ({reason or type(error).__name__})") from error
@@ -427,18 +432,3 @@ def _reaches_the_end(latex: str) -> bool:
     parser = _Latex2Sympy().create_parser(latex)
     parser.math()
     return parser.getCurrentToken().type == Token.EOF
-
-
-def _within_time(function: Callable[[], Any]) -> Any:
-    from math_verify.errors import TimeoutException
-    from math_verify.utils import timeout
-
-    try:
-        return timeout(_seconds(10))(function)()
-    except TimeoutException as error:
-        raise Misread("math-verify needs too long to read it") from error
-
-
-def _seconds(limit: int) -> int | None:
-    """math-verify's timeouts are signals, which only the main thread may set."""
-    return limit if threading.current_thread() is threading.main_thread() else None

@@ -50,6 +50,12 @@ def make_parser(method: str = "capo", prog: str | None = "trl-capo train"):
                 "(think_format_reward, ...), or dotted import paths such as my_package.rewards.my_reward."
             },
         )
+        normalize_operators: bool = field(
+            default=False,
+            metadata={
+                "help": "Let accuracy_reward mend `\\frac13`, `2\\sqrt3` and `\\boxed 7`, which else are wrong."
+            },
+        )
 
     return TrlParser(
         (TrainArguments, resolve_name(METHODS[method][0]), ModelConfig, DataArguments, DatasetMixtureConfig),
@@ -71,11 +77,12 @@ def main(argv: list[str] | None = None) -> int:
         check_recipe_keys(config_path, _read_recipe(config_path), parser, method)
     with _as_launched(dry_run):
         script_args, training_args, model_args, data_args, mixture = parser.parse_args_and_config(argv)
-    reward_funcs = [_reward_function(name) for name in script_args.reward_funcs]
+    reward_funcs = [_reward_function(name, script_args.normalize_operators) for name in script_args.reward_funcs]
     train_dataset, eval_dataset = load_data(script_args, data_args, mixture, training_args, model_args)
     model, trainer_class = _model_path(model_args.model_name_or_path), resolve_name(METHODS[method][1])
     if dry_run:
-        from trl_capo.checks import check_data, check_save_steps
+        from trl_capo.checks import check_save_steps
+        from trl_capo.data.rows import check_data
         from trl_capo.dry_run import describe
 
         check_save_steps(training_args)
@@ -282,11 +289,13 @@ def _split(dataset, split: str, option: str):
     return dataset[split]
 
 
-def _reward_function(name: str):
+def _reward_function(name: str, normalize_operators: bool = False):
     import trl.rewards
 
-    from trl_capo.rewards import accuracy_reward
+    from trl_capo.rewards import accuracy_reward, get_accuracy_reward
 
+    if normalize_operators and name == "accuracy_reward":
+        return get_accuracy_reward(normalize_operators=True)
     if "." in name:
         module, _, attribute = name.rpartition(".")
         sys.path.insert(0, os.getcwd())

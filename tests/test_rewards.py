@@ -17,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from tests.helpers import config_kwargs, prompt_dataset
 from trl_capo import rewards, workers
-from trl_capo.checks import check_data
+from trl_capo.data.rows import check_data
 from trl_capo.rewards import get_accuracy_reward
 from trl_capo.scripts.train import _reward_function
 
@@ -47,7 +47,6 @@ PAIRS = [
     (r"\boxed{7}", "east $ or west"),
     (r"\boxed{7}", ""),
     (r"\boxed{7}", 7),
-    ([{"type": "text", "text": r"\boxed{7}"}], "$7$"),
 ]
 
 
@@ -137,7 +136,7 @@ def test_what_a_worker_raises_is_raised(reward, monkeypatch):
         patch.setattr(reward.workers, "function", int)
         graded(reward, PAIRS)
     with pytest.raises(TypeError, match="pickle"):
-        reward(as_completions([threading.Lock()]), ["$1$"])
+        reward(as_completions([""]), [threading.Lock()])
     assert graded(reward, PAIRS[:2])[0] == [1.0, 0.0]
 
 
@@ -176,12 +175,14 @@ def test_a_stuck_item_is_wrong_and_holds_nobody_up(make_reward):
     reward.start(as_completions(text for text, _ in pairs), [gold for _, gold in pairs])
     for future in list(reward.workers._pending.values())[1:]:
         future.add_done_callback(lambda _: done.append(time.monotonic() - begin))
-    with pytest.warns(UserWarning, match="2 of 102 completions count as wrong .* deadline of 1.5 s") as caught:
+    with pytest.warns(
+        UserWarning, match="2 of 102 completions count as neither right nor wrong .* deadline of 1.5 s"
+    ) as caught:
         results, columns = graded(reward, pairs)
     assert 1.5 < time.monotonic() - begin < 4
     assert len(done) == 100 and max(done) < 1.5
     assert len(caught) == 1
-    assert results == [0.0, 0.0, 1.0, *[0.0] * 99]
+    assert results == [None, 0.0, 1.0, *[0.0] * 98, None]
     assert (columns["gold_parsed"][-1], columns["answer_parsed"][-1]) == ("[timeout]", "[timeout]")
     assert columns["answer_parsed"][:3] == ["[timeout]", "[0, '0']", "[1, '1']"]
     assert graded(reward, PAIRS[:4]) == graded(trl.rewards.accuracy_reward, PAIRS[:4])
@@ -206,9 +207,9 @@ def test_a_worker_that_dies_costs_one_item(make_reward):
     [future] = reward.workers._pending.values()
     wait_until(future.running)
     os.kill(worker, signal.SIGKILL)
-    with pytest.warns(UserWarning, match="1 of 2 completions count as wrong"):
+    with pytest.warns(UserWarning, match="1 of 2 completions count as neither right nor wrong"):
         results, columns = graded(reward, [(SLOW, "$1$"), (r"\boxed{1}", "$1$")])
-    assert results == [0.0, 1.0]
+    assert results == [None, 1.0]
     assert columns["answer_parsed"] == ["[crashed]", "[1, '1']"]
 
 

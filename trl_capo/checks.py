@@ -1,20 +1,14 @@
 """Bad input is refused before any training time is spent, with one message that says what to change."""
 
-import functools
 import math
 import os
 import tempfile
-import threading
 
 import torch
-from datasets import Dataset
-from tqdm.auto import tqdm
 from trl import GRPOConfig
-from trl.rewards import accuracy_reward, reasoning_accuracy_reward
 from trl.trainer.utils import get_callable_name, get_config_model_id
 
 from trl_capo.errors import UserError
-from trl_capo.rewards import AccuracyReward
 
 
 def steps_between_generations(args: GRPOConfig) -> int:
@@ -152,101 +146,6 @@ def check_output_dir(output_dir: str) -> None:
         raise ValueError(
             f"output_dir={output_dir!r} cannot be written ({error.strerror}). Choose another directory."
         ) from error
-
-
-def check_data(reward_funcs, **datasets: "Dataset | dict[str, Dataset] | None") -> None:
-    """Refuses datasets that the trainer or TRL's accuracy reward cannot read. Streams cannot be read in advance.
-
-    Args:
-        reward_funcs: As given to the trainer.
-        datasets: `train_dataset` and `eval_dataset`, as given to the trainer.
-
-    Raises:
-        ValueError: See `check_prompts` and `check_gold`.
-    """
-    functions = reward_list(reward_funcs)
-    graded_by_math = any(
-        function in (accuracy_reward, reasoning_accuracy_reward) or isinstance(function, AccuracyReward)
-        for function in functions
-    )
-    for name, dataset in datasets.items():
-        parts = {f"{name}[{part!r}]": rows for part, rows in dataset.items()} if isinstance(dataset, dict) else {}
-        for label, rows in (parts or {name: dataset}).items():
-            if isinstance(rows, Dataset):
-                check_prompts(rows, label)
-                if graded_by_math:
-                    check_gold(rows, label)
-
-
-def check_prompts(dataset: Dataset, name: str) -> None:
-    """Refuses a dataset without prompts.
-
-    Raises:
-        ValueError: There is no row or no column `prompt`.
-    """
-    if len(dataset) == 0:
-        raise ValueError(f"{name} has no rows.")
-    if "prompt" not in dataset.column_names:
-        raise ValueError(
-            f"{name} needs a column 'prompt', but has {', '.join(dataset.column_names)}. Rename the one that holds "
-            "the questions: dataset.rename_column('...', 'prompt')."
-        )
-
-
-def check_gold(dataset: Dataset, name: str) -> None:
-    """Refuses gold answers that the accuracy reward cannot read: TRL would skip those rows without saying so.
-
-    Raises:
-        ValueError: There is no column `solution`, prompts are not conversational, or math-verify cannot parse a gold.
-    """
-    if "solution" not in dataset.column_names:
-        raise ValueError(
-            f"{name} needs a column 'solution' with the gold answers for accuracy_reward, but has "
-            f"{', '.join(dataset.column_names)}. Rename the one that holds them: "
-            "dataset.rename_column('...', 'solution')."
-        )
-    if isinstance(dataset[0]["prompt"], str):
-        raise ValueError(
-            f"{name} has plain text prompts, but accuracy_reward reads conversational ones. Make each prompt "
-            "[{'role': 'user', 'content': question}]."
-        )
-    bad = unparsable_golds(dataset["solution"])
-    if bad:
-        examples = ", ".join(f"{dataset[row]['solution']!r} (row {row})" for row in bad[:3])
-        raise ValueError(
-            f"{name}: math-verify cannot parse {len(bad)} of {len(dataset)} gold answers in 'solution': {examples}. "
-            "Wrap each gold in $...$ or \\boxed{...}, or drop those rows: trl_capo.data.math.drop_unparsable_gold("
-            "dataset), or --drop_unparsable_gold true of trl-capo train."
-        )
-
-
-def unparsable_golds(solutions: list[str]) -> list[int]:
-    r"""Rows whose gold answer math-verify cannot parse, as the accuracy reward would.
-
-    Args:
-        solutions: Gold answers, as in the dataset's column `solution`.
-
-    Returns:
-        Indices into `solutions`, ascending.
-
-    Example:
-        >>> unparsable_golds(["$\\frac{1}{2}$", "east", r"\boxed{7}"])
-        [1]
-    """
-    solutions = list(solutions)
-    unique = list(dict.fromkeys(solutions))
-    progress = tqdm(unique, desc="Checking gold answers", disable=len(unique) < 2000)
-    bad = {solution for solution in progress if not _is_parsable(solution)}
-    return [row for row, solution in enumerate(solutions) if solution in bad]
-
-
-@functools.lru_cache(maxsize=100_000)  # a dataset is checked when it is cleaned and when it is trained on
-def _is_parsable(solution: str) -> bool:
-    from math_verify import parse
-
-    # math-verify's timeouts are signals, which only the main thread may set.
-    timeout = 10 if threading.current_thread() is threading.main_thread() else None
-    return isinstance(solution, str) and bool(parse(solution, parsing_timeout=timeout))
 
 
 def reward_list(reward_funcs) -> list:

@@ -53,6 +53,7 @@ from trl_capo.checks import (
     reward_list,
     steps_between_generations,
 )
+from trl_capo.data.rows import with_checked_streams
 from trl_capo.errors import UserError
 from trl_capo.evaluation.model_card import complete_card, example_question, forget_calibration
 from trl_capo.finite import check_gradient_norm, check_parameters
@@ -207,6 +208,9 @@ class GroupAdvantageTrainer(GRPOTrainer):
         model, prompts_are_checked = check_trainer(
             type(self), model, reward_funcs, args, grpo_trainer.VLLMGeneration, given
         )
+        if environment_factory is None:
+            streams = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+            given |= dict(zip(streams, with_checked_streams(reward_funcs, **streams), strict=True))
 
         beta = args.beta
         use_ref = self.needs_ref(args)

@@ -1,7 +1,8 @@
 r"""TRL's `accuracy_reward`, computed by worker processes under a deadline an item.
 
-`accuracy_reward` takes what TRL's takes and returns what TRL's returns, because every worker calls TRL's function, on
-one completion at a time; its metrics keep the name `rewards/accuracy_reward/mean`.
+`accuracy_reward` takes what TRL's takes and returns what TRL's returns, except where grading fails: every worker calls
+math-verify as TRL does (`trl_capo.grading`), on one completion at a time. Its metrics keep the name
+`rewards/accuracy_reward/mean`. Of a completion with tools, which has several messages, the last of the model counts.
 
 Why: TRL grades one completion after the other while the GPU waits. Math-verify's own timeouts are signals: they work
 in a main thread only (elsewhere TRL turns them off), and not before a computation in C has ended, so that one
@@ -11,22 +12,23 @@ GPU works costs no time.
 
 Assumes that a reward depends on the text and the solution alone: pairs that repeat are graded once.
 
-Degenerate cases: an item that misses the deadline, or whose worker dies, counts as wrong (0.0) and a warning says so.
-TRL also gives 0.0 at its timeouts, but waits for the one and dies of the other. Where workers cannot be started (in a
-daemonic process, on Windows) TRL's function runs in this process, without a deadline.
+Degenerate cases: an item on which math-verify times out, that misses the deadline, or whose worker dies, has no reward
+(None) and a warning says so: nobody knows whether it is right. TRL gives 0.0 at its timeouts. Where workers cannot be
+started (in a daemonic process, on Windows) the caller grades in this process, without a deadline.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 
+from trl_capo.data.messages import answer_of
 from trl_capo.workers import DeadlinePool, Failure, can_start_workers
 
 
-# Of one completion: its reward and the columns `gold_parsed` and `answer_parsed`.
-Grade = tuple[float | None, str, str]
-FAILED: dict[Failure, Grade] = {failure: (0.0, f"[{failure.value}]", f"[{failure.value}]") for failure in Failure}
+# Of one completion: its reward and the columns `gold_parsed` and `answer_parsed`; or why there is none.
+Grade = tuple[float | None, str, str] | Failure
 
 
 class AccuracyReward:
@@ -34,12 +36,15 @@ class AccuracyReward:
 
     __name__ = "accuracy_reward"  # TRL names the metrics after it
 
-    def __init__(self, num_workers: int | None = None, deadline: float = 30.0):
-        self.workers = DeadlinePool(_grade, num_workers, deadline)
+    def __init__(self, num_workers: int | None = None, deadline: float = 30.0, normalize_operators: bool = False):
+        self.workers = DeadlinePool(
+            functools.partial(_grade, normalize_operators=normalize_operators), num_workers, deadline
+        )
+        self.normalize_operators = normalize_operators
 
     def __reduce__(self):
         # TRL's asynchronous trainers send reward functions to another process, which needs workers of its own.
-        return get_accuracy_reward, (self.workers.num_workers, self.workers.deadline)
+        return get_accuracy_reward, (self.workers.num_workers, self.workers.deadline, self.normalize_operators)
 
     def __call__(
         self,
@@ -51,25 +56,25 @@ class AccuracyReward:
         """Grades completions, whether or not `start` has seen them.
 
         Args:
-            completions: Conversations of one message; its `"content"` is graded.
+            completions: Conversations; the last message of the assistant is graded.
             solution: Gold answer of each completion.
             log_extra: Receives the columns `solution`, `gold_parsed` and `answer_parsed`. TRL's trainers pass it.
             **kwargs: Whatever else TRL's trainers pass; not used.
 
         Returns:
-            1.0 or 0.0 for each completion; None where the gold answer cannot be parsed.
+            1.0 or 0.0 for each completion; None where the gold answer cannot be parsed or grading failed.
         """
-        if not can_start_workers():
-            from trl.rewards import accuracy_reward as trl_accuracy_reward
-
-            return trl_accuracy_reward(completions, solution, log_extra=log_extra)
-        results = self.workers.results(_items(completions, solution))
-        grades = [FAILED[result] if isinstance(result, Failure) else result for result in results]
+        items = _items(completions, solution)
+        if can_start_workers():
+            results = self.workers.results(items)
+        else:
+            results = [self.workers.function(*item) for item in items]
+        grades = [(None, *[f"[{of.value}]"] * 2) if isinstance(of, Failure) else of for of in results]
         failed = sum(isinstance(result, Failure) for result in results)
         if failed:
             warnings.warn(
-                f"accuracy_reward: {failed} of {len(grades)} completions count as wrong because they were not graded "
-                f"within the deadline of {self.workers.deadline:g} s, or their worker died.",
+                f"accuracy_reward: {failed} of {len(grades)} completions count as neither right nor wrong because "
+                f"math-verify timed out, missed the deadline of {self.workers.deadline:g} s, or crashed.",
                 stacklevel=2,
             )
         if log_extra is not None:
@@ -97,26 +102,32 @@ class AccuracyReward:
 
 
 def _items(completions: list[list[dict[str, str]]], solution: list[str]) -> list[tuple[str, str]]:
-    return [(completion[0]["content"], gold) for completion, gold in zip(completions, solution, strict=True)]
+    return [(answer_of(completion), gold) for completion, gold in zip(completions, solution, strict=True)]
 
 
-def _grade(text: str, solution: str) -> Grade:
+def _grade(text: str, solution: str, normalize_operators: bool = False) -> Grade:
     """What a worker does, in its main thread, so that math-verify's timeouts work."""
-    from trl.rewards import accuracy_reward as trl_accuracy_reward
+    from trl_capo.grading import grade_pair
 
-    columns = {}
-    [reward] = trl_accuracy_reward([[{"content": text}]], [solution], log_extra=columns.__setitem__)
-    return reward, columns["gold_parsed"][0], columns["answer_parsed"][0]
+    found = grade_pair(text, solution, normalize_operators)
+    if found.failure is not None:
+        return found.failure
+    if not found.gold:
+        return None, "[unparseable]", "[skipped]"
+    return found.reward, str(found.gold), str(found.answer) if found.answer else "[unparseable]"
 
 
-def get_accuracy_reward(num_workers: int | None = None, deadline: float = 30.0) -> AccuracyReward:
+def get_accuracy_reward(
+    num_workers: int | None = None, deadline: float = 30.0, normalize_operators: bool = False
+) -> AccuracyReward:
     r"""`accuracy_reward` with its own workers and deadline.
 
     Args:
         num_workers: Worker processes, started at the first use. None: one for each core that this process may use,
             divided among the ranks of the machine, at most 16.
-        deadline: Seconds that one completion may take before its worker is killed and it counts as wrong.
+        deadline: Seconds that one completion may take before its worker is killed and it has no reward.
             Math-verify's own timeouts, of two parses and a comparison, add up to 25.
+        normalize_operators: Mend `\frac13`, `2\sqrt3` and `\boxed 7` in completions, which else count as wrong.
 
     Returns:
         A reward function for TRL's trainers.
@@ -127,7 +138,7 @@ def get_accuracy_reward(num_workers: int | None = None, deadline: float = 30.0) 
         >>> reward(completions, [r"$\frac{1}{3}$", "$3$"])
         [1.0, 0.0]
     """
-    return AccuracyReward(num_workers, deadline)
+    return AccuracyReward(num_workers, deadline, normalize_operators)
 
 
 accuracy_reward = get_accuracy_reward()

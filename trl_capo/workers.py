@@ -178,7 +178,7 @@ class _Worker(BaseProcess):
 def _context():
     context = copy.copy(multiprocessing.get_context("forkserver"))
     context.Process = _Worker
-    context.set_forkserver_preload(["pebble", "trl.rewards.accuracy_rewards", "trl_capo.rewards"])
+    context.set_forkserver_preload(["pebble", "math_verify", "trl_capo.rewards"])
     return context
 
 

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from tests.data.standins import ROWS, make_repositories
-from trl_capo.checks import unparsable_golds
 from trl_capo.data.benchmarks import BENCHMARKS, load_benchmark
 from trl_capo.data.catalogue import CATALOGUE, load_catalogued
+from trl_capo.data.golds import unparsable_golds
 from trl_capo.data.health import health
 from trl_capo.data.math import BOXED
 
@@ -74,7 +74,7 @@ def test_another_number_of_rows_is_a_warning():
 
 def test_without_a_copy_the_hub_is_asked(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("trl_capo.data.catalogue.load_dataset", lambda **kwargs: asked.append(kwargs))
+    monkeypatch.setattr("trl_capo.data.files.load_dataset", lambda **kwargs: asked.append(kwargs))
     monkeypatch.setenv("TRL_CAPO_DATA", str(tmp_path / "elsewhere"))
     for name in ("gsm8k", "aime24"):
         with pytest.raises(AttributeError):
@@ -103,12 +103,19 @@ def test_health_finds_what_is_wrong():
         "unreadable_golds": 2,
         "golds_that_fail_themselves": 0,
         "shared_questions": {"aime24": 1, "aime25": 0},
-        "examples": {"unreadable_golds": ["row 63: ", "row 64: $ east"], "golds_that_fail_themselves": []},
+        "examples": {
+            "empty_questions": [],
+            "unreadable_golds": [
+                "row 63:  (it is missing)",
+                "row 64: $ east (math-verify would take the word 'east' for a product of letters)",
+            ],
+            "golds_that_fail_themselves": [],
+        },
     }
     assert unparsable_golds(["$ east"]) == [0]
 
 
 def test_health_sees_a_gold_that_fails_itself():
-    rows = load_catalogued("aime24").map(lambda row: {"solution": "3x+2"})
+    rows = load_catalogued("aime24").map(lambda row: {"solution": r"$\frac13$"})
     found = health(rows, num_workers=1)
     assert found["golds_that_fail_themselves"] == 4 and found["unreadable_golds"] == 0

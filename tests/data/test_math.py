@@ -3,7 +3,7 @@
 import pytest
 from datasets import Dataset, DatasetDict
 
-from trl_capo.checks import unparsable_golds
+from trl_capo.data.golds import unparsable_golds
 from trl_capo.data.math import drop_unparsable_gold, to_conversations, wrap_gold
 
 

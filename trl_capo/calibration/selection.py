@@ -101,9 +101,9 @@ def perplexity_consistency(
 ) -> Selection:
     """Perplexity Consistency (arXiv 2510.15444): every sample counts the inverse of its perplexity, exp(mean_logp).
 
-    With `completions`, a text that was sampled several times counts once, by its first sample, as in the released
-    code: how probable a text is should count, not how often it was drawn. Without, this is self-consistency weighted
-    by exp(mean_logp).
+    With `completions`, a text that was sampled several times counts once, by its first sample with a log-prob, as in the
+    released code: how probable a text is should count, not how often it was drawn. Without, this is self-consistency
+    weighted by exp(mean_logp).
 
     Args:
         answers: Canonical answers, length N; `None` where nothing was extracted.
@@ -121,9 +121,10 @@ def perplexity_consistency(
         '8'
     """
     mean_logps = _per_sample("mean_logps", mean_logps, answers)
-    weights = np.exp(mean_logps)
     if completions is not None:
-        weights = np.where(_first_occurrence(completions, answers), weights, np.nan)
+        mean_logps = _of_texts(mean_logps, completions, answers)
+        mean_logps = np.where(_first_occurrence(completions), mean_logps, np.nan)
+    weights = np.exp(mean_logps)
     return weighted_vote(answers, weights, mean_logps=mean_logps)
 
 
@@ -176,6 +177,8 @@ def reasoning_pruned_perplexity_consistency(
         {'8': 2.73}
     """
     mean_logps = _per_sample("mean_logps", mean_logps, answers)
+    if completions is not None:  # or one copy of a text might be kept and another dropped
+        mean_logps = _of_texts(mean_logps, completions, answers)
     kept = np.where(_improbable(np.exp(mean_logps)), np.nan, mean_logps)
     return perplexity_consistency(answers, kept, completions=completions)
 
@@ -289,8 +292,8 @@ def choose_all(
         correct: 1 = correct, 0 = wrong, NaN = unknown, shape (P, N).
 
     Returns:
-        P selections, and shape (P,): correctness of the chosen answer, read off the first sample that gave it. No
-        answer at all is wrong, NaN where the correctness of every sample is unknown.
+        P selections, and shape (P,): correctness of the chosen answer, see `class_grade`. No answer at all is wrong,
+        NaN where the correctness of every sample is unknown.
 
     Example:
         >>> answers, logps = [["7", "8"], [None, None]], [[-0.2, -0.1], [-0.1, -0.1]]
@@ -301,12 +304,40 @@ def choose_all(
     rows = list(zip(answers, np.asarray(confidence, dtype=float), np.asarray(correct, dtype=float), strict=True))
     choices = [select(row, values) for row, values, _ in rows]
     right = np.zeros(len(rows))
-    for p, (choice, (row, _, labels)) in enumerate(zip(choices, rows, strict=True)):
+    for p, (choice, (row, values, labels)) in enumerate(zip(choices, rows, strict=True)):
         if choice.answer is not None:
-            right[p] = labels[list(row).index(choice.answer)]
+            chosen = np.array([answer == choice.answer for answer in row], dtype=bool)
+            right[p] = class_grade(labels[chosen], values[chosen])
         elif np.isnan(labels).all():
             right[p] = np.nan
     return choices, right
+
+
+def class_grade(correct: NDArray, confidence: NDArray) -> float:
+    """Correctness of answers that count as one, whatever their order.
+
+    math-verify's equality is not transitive (`x=5`, `5`, `y=5`), so they may be graded differently. Then the grade of
+    most of them counts; of as many right as wrong ones, that of the surest, and if these tie as well, wrong.
+
+    Args:
+        correct: 1, 0, or NaN where unknown, shape (K,).
+        confidence: Shape (K,), higher is surer; NaN is least sure.
+
+    Returns:
+        1, 0, or NaN if all are unknown.
+
+    Example:
+        >>> class_grade(np.array([0.0, 1.0, 1.0]), np.zeros(3)), class_grade(np.array([1.0, 0.0]), np.array([-0.1, -0.2]))
+        (1.0, 1.0)
+    """
+    known = ~np.isnan(correct)
+    if not known.any():
+        return math.nan
+    right, confidence = correct[known] > 0.5, np.where(np.isnan(confidence[known]), -np.inf, confidence[known])
+    margin = int(right.sum()) - int((~right).sum())
+    if margin == 0:
+        margin = float(confidence[right].max() > confidence[~right].max()) - 0.5
+    return float(margin > 0)
 
 
 def accuracy_by_count(
@@ -325,8 +356,8 @@ def accuracy_by_count(
         select: Takes N answers and N confidences, returns a `Selection`.
         answers: Canonical answers, P lists of N.
         confidence: Shape (P, N).
-        correct: Correctness, shape (P, N). The chosen answer is as right as the first sample that gave it; no
-            answer is wrong.
+        correct: Correctness, shape (P, N). The chosen answer is as right as `class_grade` says; no answer
+            is wrong.
         counts: Numbers of samples, each at most N. Of fewer than N, `num_draws` random subsets are averaged.
         num_draws: Random subsets of each prompt.
         seed: Seed of the subsets, which are the same for every selector and model.
@@ -356,9 +387,18 @@ def accuracy_by_count(
     return result
 
 
-def _first_occurrence(completions: Sequence[str], answers: Sequence[Hashable | None]) -> np.ndarray:
+def _of_texts(mean_logps: np.ndarray, completions: Sequence[str], answers: Sequence[Hashable | None]) -> np.ndarray:
+    """For each sample the log-prob of the first sample of its text that has one; NaN where none has."""
     if len(completions) != len(answers):
         raise ValueError(f"`completions` must have one text per answer, got {len(completions)} for {len(answers)}.")
+    first: dict[str, float] = {}
+    for text, value in zip(completions, mean_logps.tolist(), strict=True):
+        if not math.isnan(value):
+            first.setdefault(text, value)
+    return np.array([first.get(text, math.nan) for text in completions], dtype=np.float64)
+
+
+def _first_occurrence(completions: Sequence[str]) -> np.ndarray:
     first: dict[str, int] = {}
     for i, text in enumerate(completions):
         first.setdefault(text, i)

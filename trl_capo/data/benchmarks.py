@@ -2,23 +2,24 @@
 
 Every benchmark becomes a dataset with `prompt` (a conversation) and `solution` (a gold answer that math-verify reads).
 Any other file or dataset with these columns, or with others that are named, is a benchmark as well. Golds that cannot
-be parsed stay: their answers count as neither right nor wrong, and a warning names them before anything is sampled.
+be read, or are read as something else, stay as an empty text: their answers count as neither right nor wrong, and a
+warning names them before anything is sampled.
 """
 
 import warnings
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset
 
-from trl_capo.checks import unparsable_golds
 from trl_capo.data.arithmetic import SPLITS, arithmetic_dataset
 from trl_capo.data.catalogue import CATALOGUE, load_catalogued
+from trl_capo.data.files import FORMATS, read_dataset
+from trl_capo.data.golds import problems
 from trl_capo.data.math import to_conversations
+from trl_capo.data.rows import check_prompts
 
 
 DEFAULT_TEMPLATE = "qwen25-math-cot"
-FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 BENCHMARKS = [name for name, of in CATALOGUE.items() if of.held_out]
 ARITHMETIC = {f"arithmetic_{split}": split for split in SPLITS if split not in ("base", "train")}
 
@@ -64,10 +65,7 @@ def load_benchmark(
                 f"there is no benchmark {name!r}. Known are {', '.join([*ARITHMETIC, *BENCHMARKS])}; or give a file "
                 f"({', '.join(FORMATS)}) with the columns {prompt_column!r} and {solution_column!r}."
             )
-        try:
-            rows = load_dataset(kind, data_files=name, split="train")
-        except (ValueError, DatasetGenerationError) as error:
-            raise ValueError(f"{name} cannot be read as questions and answers: {error.__cause__ or error}") from error
+        rows = read_dataset(name, "--benchmark", split="train")
         if solution_column not in rows.column_names:
             raise ValueError(
                 f"{name} has no column {solution_column!r}, only {', '.join(rows.column_names)}. Name the one that "
@@ -79,15 +77,16 @@ def load_benchmark(
     data = data.select_columns(["prompt", "solution"])
     if len(data) == 0:
         raise ValueError(f"{name} has no questions.")
-    if empty := [row for row, prompt in enumerate(data["prompt"]) if not prompt]:
-        raise ValueError(f"{name}: row {empty[0]} has no question (nor have {len(empty) - 1} others). Remove them.")
-    if bad := unparsable_golds(data["solution"]):
-        examples = ", ".join(repr(data[row]["solution"]) for row in bad[:5])
+    check_prompts(data, name)
+    if bad := problems(data["solution"]):
+        examples = "; ".join(f"{data[row]['solution']!r} (row {row}: {bad[row]})" for row in list(bad)[:5])
         warnings.warn(
-            f"{name}: math-verify cannot read the gold answer of {len(bad)} of {len(data)} questions, whose answers "
-            f"will count as neither right nor wrong: {examples}",
+            f"{name}: math-verify cannot read the gold answer of {len(bad)} of {len(data)} questions, or reads it as "
+            f"something else. Their answers will count as neither right nor wrong: {examples}",
             stacklevel=2,
         )
+        golds = ["" if row in bad else gold for row, gold in enumerate(data["solution"])]
+        data = Dataset.from_dict({"prompt": list(data["prompt"]), "solution": golds})
     return data
 
 

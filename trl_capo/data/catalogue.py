@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
+from trl_capo.data.files import read_dataset
 from trl_capo.data.math import to_conversations
 
 
@@ -103,7 +104,7 @@ def load_raw(name: str) -> Dataset:
         ValueError: A column is gone. A changed number of rows is a warning.
     """
     of = CATALOGUE[name]
-    rows = load_dataset(**location(of.path), name=of.config, split=of.split)
+    rows = read_dataset(of.path, name, **location(of.path), name=of.config, split=of.split)
     if missing := [column for column in (of.prompt_column, of.solution_column) if column not in rows.column_names]:
         raise ValueError(
             f"{name}: {of.path} has changed. It has no column {missing[0]!r} any more, only "

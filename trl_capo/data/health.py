@@ -6,14 +6,22 @@ recognise would make every right answer wrong.
 
 from datasets import Dataset
 
-from trl_capo.checks import unparsable_golds
+from trl_capo.data.golds import problems
 from trl_capo.data.prepare import deduplicate, without_questions_of
+from trl_capo.data.rows import check_columns, prompt_problems
 
 
 EXAMPLES = 5
 
 
-def health(rows: Dataset, *, against: dict[str, Dataset] | None = None, tokenizer=None, num_workers=None) -> dict:
+def health(
+    rows: Dataset,
+    *,
+    against: dict[str, Dataset] | None = None,
+    tokenizer=None,
+    num_workers=None,
+    normalize_operators: bool = False,
+) -> dict:
     """Numbers about questions and gold answers.
 
     Args:
@@ -21,11 +29,13 @@ def health(rows: Dataset, *, against: dict[str, Dataset] | None = None, tokenize
         against: Other datasets by name, which should share no question with it.
         tokenizer: Counts tokens.
         num_workers: Processes that grade. None: one a core.
+        normalize_operators: Grade as with this option of `trl-capo train` and `evaluate`.
 
     Returns:
-        Numbers of rows: `rows`, `empty_questions`, `repeated_questions`, `missing_golds`, `unreadable_golds` (those
-        that are missing included), `golds_that_fail_themselves`, `shared_questions` by name; examples of the bad
-        golds; and, with a tokenizer, `prompt_tokens` at the median, at 99% and at most.
+        Numbers of rows: `rows`, `empty_questions` (which cannot be asked), `repeated_questions`, `missing_golds`,
+        `unreadable_golds` (those that are missing or misread included), `golds_that_fail_themselves`,
+        `shared_questions` by name; examples of the bad rows; and, with a tokenizer, `prompt_tokens` at the median,
+        at 99% and at most.
     """
     import numpy as np
 
@@ -33,29 +43,34 @@ def health(rows: Dataset, *, against: dict[str, Dataset] | None = None, tokenize
     from trl_capo.evaluation.sample import tokenize
 
     golds = list(rows["solution"])
-    bad = unparsable_golds(golds)
-    unreadable = set(bad)
-    readable = [row for row in range(len(golds)) if row not in unreadable]
+    check_columns(rows.column_names, "the dataset")
+    prompts = list(rows["prompt"])
+    empty, bad = prompt_problems(prompts), problems(golds)
+    asked = rows.select([row for row in range(len(rows)) if row not in empty])
+    readable = [row for row in range(len(golds)) if row not in bad]
     answers = [as_answer(golds[row]) for row in readable]
-    correct = grade(answers, [golds[row] for row in readable], num_workers=num_workers).correct
+    correct = grade(
+        answers, [golds[row] for row in readable], num_workers=num_workers, normalize_operators=normalize_operators
+    ).correct
     fails = [row for row, right in zip(readable, correct, strict=True) if right != 1]
     found = {
         "rows": len(rows),
-        "empty_questions": sum(not prompt[-1]["content"].strip() for prompt in rows["prompt"]),
-        "repeated_questions": len(rows) - len(deduplicate(rows)),
+        "empty_questions": len(empty),
+        "repeated_questions": len(asked) - len(deduplicate(asked)),
         "missing_golds": sum(not gold for gold in golds),
         "unreadable_golds": len(bad),
         "golds_that_fail_themselves": len(fails),
         "shared_questions": {
-            name: len(rows) - len(without_questions_of(rows, [other])) for name, other in (against or {}).items()
+            name: len(asked) - len(without_questions_of(asked, [other])) for name, other in (against or {}).items()
         },
         "examples": {
-            "unreadable_golds": [f"row {row}: {golds[row]}" for row in bad[:EXAMPLES]],
+            "empty_questions": [f"row {row}: it {empty[row]}" for row in list(empty)[:EXAMPLES]],
+            "unreadable_golds": [f"row {row}: {golds[row]} ({bad[row]})" for row in list(bad)[:EXAMPLES]],
             "golds_that_fail_themselves": [f"row {row}: {golds[row]}" for row in fails[:EXAMPLES]],
         },
     }
     if tokenizer is not None:
-        lengths = [len(ids) for ids in tokenize(tokenizer, list(rows["prompt"]))]
+        lengths = [len(ids) for ids in tokenize(tokenizer, list(asked["prompt"]))]
         quantiles = np.quantile(lengths, [0.5, 0.99, 1.0], method="higher")
         found["prompt_tokens"] = dict(zip(("median", "99%", "longest"), map(int, quantiles), strict=True))
     return found

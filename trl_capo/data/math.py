@@ -4,13 +4,12 @@ A column `prompt` with one conversation a row, and a column `solution` whose gol
 such as `3x+2` or `\text{east}` is misread or not read at all by math-verify.
 """
 
-import re
 import warnings
 from collections.abc import Callable
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from trl_capo.checks import unparsable_golds
+from trl_capo.data.golds import gold_problem, problems, wrap_gold
 
 
 Rows = Dataset | IterableDataset
@@ -26,28 +25,22 @@ PROMPT_TEMPLATES = {
 }
 
 
-def wrap_gold(answer) -> str:
-    r"""A gold answer in the form that math-verify reads: `$answer$`, unless it is marked up already.
-
-    Args:
-        answer: Gold answer; numbers are written out. A missing one (None, NaN) becomes empty, which no parser accepts.
-
-    A number such as `4.5e33` is written out, for math-verify takes the e for Euler's.
+def without_template(text: str) -> str:
+    """A question without the words that one of `PROMPT_TEMPLATES` puts around it.
 
     Example:
-        >>> wrap_gold("4.5e33")
-        '$4.5 \\times 10^{33}$'
-        >>> wrap_gold(r"\sqrt{3}+1"), wrap_gold(27), wrap_gold(r"so \boxed{4}"), wrap_gold("$7$"), wrap_gold(None)
-        ('$\\sqrt{3}+1$', '$27$', 'so \\boxed{4}', '$7$', '')
+        >>> without_template("1+1?\\n" + BOXED)
+        '1+1?'
     """
-    text = "" if answer is None or answer != answer else str(answer).strip()
-    text = re.sub(r"^([+-]?\d+(?:\.\d+)?)[eE]\+?(-?\d+)$", r"\1 \\times 10^{\2}", text)
-    marked_up = "$" in text.replace(r"\$", "") or r"\boxed" in text or r"\(" in text
-    return text if marked_up or not text else f"${text}$"
+    for _, user in PROMPT_TEMPLATES.values():
+        before, after = user.split("{question}")
+        if (before or after) and text.startswith(before) and text.endswith(after):
+            return text[len(before) : len(text) - len(after)].strip()
+    return text
 
 
 def drop_unparsable_gold(dataset: Rows | Splits) -> Rows | Splits:
-    """The rows whose gold answer in `solution` math-verify can parse; says how many were dropped, with examples.
+    """The rows whose gold answer in `solution` math-verify reads as it is meant; says which were dropped.
 
     Args:
         dataset: Dataset, or splits, with a column `solution`.
@@ -58,18 +51,19 @@ def drop_unparsable_gold(dataset: Rows | Splits) -> Rows | Splits:
     if isinstance(dataset, Splits):
         return type(dataset)({split: drop_unparsable_gold(rows) for split, rows in dataset.items()})
     if isinstance(dataset, IterableDataset):
-        return dataset.filter(lambda row: not unparsable_golds([row["solution"]]))
+        return dataset.filter(lambda row: gold_problem(row["solution"]) is None)
     if "solution" not in dataset.column_names:
         raise ValueError(
             f"There are no gold answers to check: the dataset has no column 'solution', only "
             f"{', '.join(dataset.column_names)}."
         )
-    bad = set(unparsable_golds(dataset["solution"]))
+    bad = problems(dataset["solution"])
     if not bad:
         return dataset
-    examples = ", ".join(repr(dataset[row]["solution"]) for row in sorted(bad)[:3])
+    examples, first = ", ".join(repr(dataset[row]["solution"]) for row in list(bad)[:3]), next(iter(bad))
     warnings.warn(
-        f"Dropping {len(bad)} of {len(dataset)} rows whose gold cannot be parsed: {examples} ...",
+        f"Dropping {len(bad)} of {len(dataset)} rows whose gold cannot be parsed: {examples} ... "
+        f"(row {first}: {bad[first]})",
         UserWarning,
         stacklevel=2,
     )
@@ -126,7 +120,7 @@ def to_conversations(
 
     def rewrite(row: dict) -> dict:
         new = {}
-        if not isinstance(row["prompt"], str) and (system_prompt is not None or prompt_template is not None):
+        if isinstance(row["prompt"], list) and (system_prompt is not None or prompt_template is not None):
             raise ValueError(
                 "a prompt_template or system_prompt is for questions that are plain text, but these prompts are "
                 "conversations already: leave both out."

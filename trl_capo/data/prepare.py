@@ -9,9 +9,14 @@ from collections.abc import Iterable
 
 from datasets import Dataset
 
+from trl_capo.data.math import without_template
+from trl_capo.data.messages import question_of, text_of
 
-def question_key(prompt: list[dict]) -> str:
+
+def question_key(prompt: str | list[dict]) -> str:
     r"""What two copies of a question share: its text without case, spaces, dollars, spacing commands and full stops.
+
+    The question is all that the user says: a system prompt or a prefilled answer makes no other question of it.
 
     Where a sentence or a line ends there is a bar, but for the last; a factorial is no end of a sentence.
 
@@ -19,14 +24,25 @@ def question_key(prompt: list[dict]) -> str:
         >>> question_key([{"role": "user", "content": r"What is $2 +\, 2.5$ ?"}])
         'whatis2+2.5'
     """
-    text = prompt[-1]["content"].lower()
+    return _key(question_of(prompt))
+
+
+def conversation_key(prompt: str | list[dict]) -> tuple:
+    """What two copies of a prompt share: the roles, and of each message what `question_key` keeps."""
+    if isinstance(prompt, str):
+        return (("user", _key(prompt)),)
+    return tuple((message.get("role"), _key(text_of(message.get("content")))) for message in prompt)
+
+
+def _key(text: str) -> str:
+    text = text.lower()
     text = re.sub(r"\\(?:left|right|displaystyle|quad|[,;:!])", "", text)
     sentences = re.split(r"\$?[.:?]?\s*\n\s*|\$?[.:?](?=\s|$)", text)
     return "|".join(key for sentence in sentences if (key := re.sub(r"[\s$~]", "", sentence)))
 
 
 def deduplicate(rows: Dataset) -> Dataset:
-    """The first of each question.
+    """The first of each conversation: other system prompts, answers between or prefills make other prompts.
 
     Example:
         >>> ask = lambda text: [{"role": "user", "content": text}]
@@ -35,14 +51,22 @@ def deduplicate(rows: Dataset) -> Dataset:
     """
     first = {}
     for index, prompt in enumerate(rows["prompt"]):
-        first.setdefault(question_key(prompt), index)
+        first.setdefault(conversation_key(prompt), index)
     return rows.select(sorted(first.values()))
 
 
 def without_questions_of(rows: Dataset, others: Iterable[Dataset]) -> Dataset:
     """The questions that are in none of the other datasets, up to `question_key`."""
-    known = {question_key(prompt) for other in others for prompt in other["prompt"]}
-    return rows.select([i for i, prompt in enumerate(rows["prompt"]) if question_key(prompt) not in known])
+    known = {key for other in others for prompt in other["prompt"] for key in _questions(prompt)}
+    return rows.select([i for i, prompt in enumerate(rows["prompt"]) if not _questions(prompt) & known])
+
+
+def _questions(prompt: str | list[dict]) -> set[str]:
+    """Keys of the question: what the user asks in all, and last, without a template around it."""
+    texts = {question_of(prompt)}
+    if not isinstance(prompt, str):
+        texts |= {text_of(message.get("content")) for message in prompt if message.get("role") == "user"}
+    return {_key(plain) for text in texts for plain in (text, without_template(text)) if plain.strip()}
 
 
 def within_budget(rows: Dataset, tokenizer, max_prompt_tokens: int) -> Dataset:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset
 
-from trl_capo.data.benchmarks import FORMATS, load_benchmark
+from trl_capo.data.benchmarks import load_benchmark
 from trl_capo.data.catalogue import CATALOGUE, load_catalogued, location
+from trl_capo.data.files import read_dataset
 from trl_capo.data.math import drop_unparsable_gold, to_conversations
 from trl_capo.data.prepare import deduplicate, train_and_validation, within_budget, without_questions_of
 
@@ -131,10 +132,9 @@ def load_splits(name: str | None, config: str | None, args: DataArguments, strea
             f"dataset_name is missing: set it to a dataset id, a folder, a file, arithmetic, or one of "
             f"{', '.join(CATALOGUE)}."
         )
-    elif Path(name).is_file() and Path(name).suffix in FORMATS:
-        rows = load_dataset(FORMATS[Path(name).suffix], data_files=name, streaming=streaming)
     else:
-        rows = load_dataset(**location(name), name=config, streaming=streaming)
+        where = {} if Path(name).is_file() else {**location(name), "name": config}
+        rows = read_dataset(name, **where, streaming=streaming)
     columns = args.dataset_prompt_column or "prompt", args.dataset_solution_column or "solution"
     return to_conversations(rows, *columns, **prompts)
 

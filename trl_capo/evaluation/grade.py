@@ -1,19 +1,18 @@
 """Grade completions with math-verify, as the training reward does and by the same worker processes.
 
 Correctness is TRL's `accuracy_reward`; the answer is what math-verify parses under the reward's extraction rules. A
-completion that hangs or crashes math-verify costs its deadline, or its worker, and nothing else: it counts as wrong,
-has no answer, and is counted in `Grades.failed`. Pairs of text and solution that repeat are graded once.
+completion that hangs or crashes math-verify costs its deadline, or its worker, and nothing else: it is neither right
+nor wrong (NaN) and counted in `Grades.failed`. Pairs of text and solution that repeat are graded once.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -34,8 +33,8 @@ class Grades:
         answers: What each one answers, as sympy prints it (`902` and `0902` give the same text), `None` where nothing
             was extracted.
         sources: The same as it was written, in LaTeX: what `canonical_answers` compares.
-        correct: 1, 0, or NaN where the solution cannot be parsed, float64.
-        failed: Whether grading was given up, at the deadline or because the worker died, bool.
+        correct: 1, 0, or NaN where the solution cannot be parsed or grading was given up, float64.
+        failed: Whether grading was given up, by math-verify, at the deadline, or because the worker died, bool.
     """
 
     answers: list[str | None]
@@ -51,6 +50,7 @@ def grade(
     num_workers: int | None = None,
     deadline: float = 30.0,
     progress: bool = True,
+    normalize_operators: bool = False,
 ) -> Grades:
     r"""Extract the answer of each completion and compare it with its solution.
 
@@ -60,6 +60,7 @@ def grade(
         num_workers: Worker processes. None: one a core.
         deadline: Seconds that one completion may take.
         progress: Show a progress bar.
+        normalize_operators: Mend `\frac13`, `2\sqrt3` and `\boxed 7` in completions, which else count as wrong.
 
     Returns:
         The grades. A warning says how many were given up.
@@ -68,22 +69,22 @@ def grade(
 
     if len(completions) != len(solutions):
         raise ValueError(f"`solutions` needs one entry per completion, got {len(solutions)} for {len(completions)}.")
-    pairs = list(zip(completions, solutions, strict=True))
+    pairs = [(text, gold, normalize_operators) for text, gold in zip(completions, solutions, strict=True)]
     graded = []
     with tqdm(total=len(pairs), desc="Grading", unit="sample", disable=not progress) as bar:
         for start in range(0, len(pairs), CHUNK):
             graded += _work(_grade_and_extract, pairs[start : start + CHUNK], num_workers, deadline)
             bar.update(len(pairs[start : start + CHUNK]))
-    failed = np.array([isinstance(result, Failure) for result in graded], dtype=bool)
+    rows = [(None, None, None, True) if isinstance(result, Failure) else result for result in graded]
+    failed = np.array([given_up for *_, given_up in rows], dtype=bool)
     if failed.any():
         warnings.warn(
-            f"{failed.sum()} of {len(graded)} completions count as wrong: math-verify did not grade them within "
-            f"{deadline:g} s, or died of them.",
+            f"{failed.sum()} of {len(graded)} completions count as neither right nor wrong: math-verify timed out, "
+            f"did not grade them within {deadline:g} s, or crashed on them.",
             stacklevel=2,
         )
-    rows = [(0.0, None, None) if isinstance(result, Failure) else result for result in graded]
-    correct = np.array([np.nan if reward is None else reward for reward, _, _ in rows], dtype=np.float64)
-    return Grades([answer for _, answer, _ in rows], [source for _, _, source in rows], correct, failed)
+    correct = np.array([np.nan if reward is None else reward for reward, *_ in rows], dtype=np.float64)
+    return Grades([answer for _, answer, *_ in rows], [source for _, _, source, _ in rows], correct, failed)
 
 
 def grade_samples(
@@ -155,39 +156,31 @@ def _pool(function: Callable, num_workers: int | None, deadline: float) -> Deadl
     return DeadlinePool(function, num_workers, deadline)
 
 
-def _work(function: Callable, pairs: list[tuple[str, str]], num_workers: int | None, deadline: float) -> list:
+def _work(function: Callable, pairs: list[tuple], num_workers: int | None, deadline: float) -> list:
     if not can_start_workers():
         return [function(*pair) for pair in pairs]
     return _pool(function, num_workers, deadline).results(pairs)
 
 
-def _grade_and_extract(text: str, solution: str) -> tuple[float | None, str | None, str | None]:
-    from trl.rewards import accuracy_reward
+def _grade_and_extract(
+    text: str, solution: str, normalize_operators: bool = False
+) -> tuple[float | None, str | None, str | None, bool]:
+    """Reward, answer, its source, and whether grading was given up."""
+    from trl_capo.grading import grade_pair
 
-    [reward] = accuracy_reward([[{"role": "assistant", "content": text}]], [solution])
-    parsed = _parse_answer(text)
-    return reward, (str(parsed[0]) if parsed else None), (parsed[-1] if parsed else None)
+    found = grade_pair(text, solution, normalize_operators)
+    answer = (str(found.answer[0]), found.answer[-1]) if found.answer else (None, None)
+    return found.reward, *answer, found.failure is not None
 
 
 def _same(source: str, other: str) -> bool:
-    from math_verify import verify
+    from math_verify.errors import TimeoutException
 
-    ours, theirs = (_parse_answer(rf"\boxed{{{text}}}") for text in (source, other))
-    # Verifying asks whether an answer gives the gold one, which `5` does for `x=5` and not the other way round.
-    return all(verify(a, b, timeout_seconds=_seconds(5)) for a, b in ((ours, theirs), (theirs, ours)))
+    from trl_capo.grading import equal, parse_answer
 
-
-def _parse_answer(text: str) -> list[Any]:
-    """What `accuracy_reward` extracts: a sympy expression and its source, only the source, or nothing."""
-    from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse
-
-    rules = LatexExtractionConfig(
-        normalization_config=NormalizationConfig(units=True), boxed_match_priority=0, try_extract_without_anchor=False
-    )
-    return parse(text, extraction_config=[rules], extraction_mode="first_match", parsing_timeout=_seconds(10))
-
-
-def _seconds(timeout: int) -> int | None:
-    """math-verify's timeouts are signals, which only the main thread may set."""
-    return timeout if threading.current_thread() is threading.main_thread() else None
+    try:
+        ours, theirs = (parse_answer(rf"\boxed{{{text}}}") for text in (source, other))
+        # Verifying asks whether an answer gives the gold one, which `5` does for `x=5` and not the other way round.
+        return equal(ours, theirs) and equal(theirs, ours)
+    except TimeoutException:
+        return False

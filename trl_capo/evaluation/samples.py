@@ -9,11 +9,11 @@
 | `solution` | string | the gold answer |
 | `completion` | string | what the model wrote |
 | `answer` | string or null | its answer, one text for answers that mean the same; null if there is none |
-| `correct` | double or null | 1, 0; null where the gold answer cannot be read |
+| `correct` | double or null | 1, 0; null where the gold answer cannot be read or grading failed |
 | `mean_logp` | double | mean log-prob of the tokens, the last one included, at temperature 1; at most 0 |
 | `length` | int32 | number of tokens |
 | `truncated` | bool | whether it ran into the limit of tokens |
-| `grading_failed` | bool | whether math-verify hung or crashed on it; counted as wrong |
+| `grading_failed` | bool | whether math-verify hung or crashed on it: neither right nor wrong |
 
 Any further column of numbers is a confidence by its name, e.g. `self_certainty`.
 

@@ -5,13 +5,13 @@ import warnings
 from trl import GRPOConfig
 
 from trl_capo.checks import (
-    check_data,
     check_sampler_logps,
     check_save_steps,
     find_correctness_reward,
     reward_list,
     reward_names,
 )
+from trl_capo.data.rows import check_data
 from trl_capo.preflight.best_metric import check_best_metric
 from trl_capo.preflight.rewards import check_numbers, repeated_names
 from trl_capo.preflight.schedule import check_enough_prompts, schedule

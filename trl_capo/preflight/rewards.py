@@ -10,10 +10,14 @@ from collections import Counter
 from trl_capo.errors import UserError
 
 
-def load_reward_function(name: str):
+def load_reward_function(name: str, normalize_operators: bool = False):
     """The reward function of a recipe: `accuracy_reward`, another name of `trl.rewards`, or a dotted import path.
 
     Modules are also looked for in the working directory.
+
+    Args:
+        name: The name in the recipe.
+        normalize_operators: Let `accuracy_reward` mend malformed LaTeX operators before it grades.
 
     Raises:
         UserError: Says which file or name was looked for, and what may have been meant.
@@ -24,12 +28,14 @@ def load_reward_function(name: str):
     """
     import trl.rewards
 
-    from trl_capo.rewards import accuracy_reward
+    from trl_capo.rewards import accuracy_reward, get_accuracy_reward
 
     module, _, attribute = name.rpartition(".")
     if not module:
         known = [other for other in dir(trl.rewards) if other.endswith("_reward") and not other.startswith("get_")]
-        function = accuracy_reward if name == "accuracy_reward" else getattr(trl.rewards, name, None)
+        function = getattr(trl.rewards, name, None)
+        if name == "accuracy_reward":
+            function = get_accuracy_reward(normalize_operators=True) if normalize_operators else accuracy_reward
         if name.startswith("get_") and callable(function):
             raise UserError(
                 f"reward_funcs: {name!r} makes a reward function and is none. Call it in a module of your own and "

@@ -33,6 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     check.add_argument("names", nargs="+", help="names of the catalogue, files, folders, or datasets on the Hub")
     check.add_argument("--against", nargs="+", default=[], help="datasets that should share no question with them")
     check.add_argument("--model", help="count tokens with its tokenizer")
+    check.add_argument("--normalize_operators", action="store_true", help="grade as with this option of train")
     check.add_argument("--output", help="also write the numbers to this JSON file")
 
     keep = commands.add_parser(
@@ -73,7 +74,9 @@ def check(args: argparse.Namespace) -> None:
     against = {name: load(name, args) for name in args.against}
     found = {}
     for name in args.names:
-        found[name] = health(load(name, args), against=against, tokenizer=tokenizer)
+        found[name] = health(
+            load(name, args), against=against, tokenizer=tokenizer, normalize_operators=args.normalize_operators
+        )
         if name in CATALOGUE:
             found[name] |= {"expected_rows": CATALOGUE[name].num_rows, "licence": CATALOGUE[name].licence}
     print_health(found)

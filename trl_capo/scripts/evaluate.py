@@ -50,6 +50,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--solution_column", default="solution", help="of a file: the gold answers")
     parser.add_argument("--system_prompt", help="system message before questions that are plain text")
     parser.add_argument("--prompt_template", help="instead: qwen25-math-cot, qwen-boxed or step-by-step")
+    parser.add_argument(
+        "--normalize_operators", action="store_true", help=r"let \frac13, 2\sqrt3 and \boxed 7 in answers count"
+    )
     parser.add_argument("--output_dir", default="runs/evaluation", help="where everything goes (default: %(default)s)")
     return parser
 
@@ -70,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     state = patient_state()
     check_launch(state.num_processes)
     sampling = {name: getattr(args, name) for name in SAMPLING}
+    sampling |= {"normalize_operators": True} if args.normalize_operators else {}
     sampling["engine"] = choose_engine(args.engine)
     folders = [Path(args.output_dir) / name for name in folder_names(args.models)]
     for model in args.models:
@@ -129,6 +133,7 @@ def evaluate(
     max_new_tokens: int | None = None,
     num_samples: int = 16,
     position: int | None = None,
+    normalize_operators: bool = False,
     **sampling,
 ) -> None:
     """Sample what is missing, then merge and summarise.
@@ -141,6 +146,7 @@ def evaluate(
         max_new_tokens: Longest completion; None: 64 in the arithmetic world, else 3000.
         num_samples: Completions a question.
         position: Line of the progress bar, where several are shown at once.
+        normalize_operators: See `grade`.
         sampling: See `load_engine`.
     """
     from trl_capo.data.arithmetic import model_path
@@ -162,7 +168,7 @@ def evaluate(
                 rows = data[name].select(range(start, stop))
                 limit = _limit(name, max_new_tokens)
                 samples = sample(list(rows["prompt"]), max_new_tokens=limit, first_prompt=start)
-                write_part(folder, name, start, graded_table(name, start, rows, samples))
+                write_part(folder, name, start, graded_table(name, start, rows, samples, normalize_operators))
             close()
     state.wait_for_everyone()
     if state.is_main_process:
@@ -251,11 +257,12 @@ def choose_engine(asked: str) -> str:
     return "vllm" if importlib.util.find_spec("vllm") and torch.cuda.is_available() else "transformers"
 
 
-def graded_table(benchmark: str, first_prompt: int, rows, samples):
+def graded_table(benchmark: str, first_prompt: int, rows, samples, normalize_operators: bool = False):
     """The rows of `samples.parquet` for some prompts."""
     import numpy as np
     import pyarrow as pa
 
+    from trl_capo.data.messages import question_of
     from trl_capo.evaluation.grade import canonical_answers, grade
     from trl_capo.evaluation.samples import schema
 
@@ -263,8 +270,8 @@ def graded_table(benchmark: str, first_prompt: int, rows, samples):
     prompts = np.repeat(np.arange(first_prompt, first_prompt + num_prompts), num_samples)
     texts = [text for row in samples.completions for text in row]
     solutions = np.repeat(np.array(rows["solution"], dtype=object), num_samples).tolist()
-    grades = grade(texts, solutions, progress=False)
-    questions = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in rows["prompt"]]
+    grades = grade(texts, solutions, progress=False, normalize_operators=normalize_operators)
+    questions = [question_of(prompt) for prompt in rows["prompt"]]
     columns = dict(
         benchmark=[benchmark] * len(texts),
         prompt_id=prompts,
@@ -350,7 +357,7 @@ def _print_summaries(summaries: dict[str, dict]) -> None:
     print_summaries(summaries)
     failed = sum(of["grading_failed"] for benchmarks in summaries.values() for of in benchmarks.values())
     if failed:
-        print(f"{failed} completions count as wrong because math-verify hung or crashed on them.")
+        print(f"{failed} completions count as neither right nor wrong because math-verify hung or crashed on them.")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,12 @@ def make_parser(method: str = "capo", prog: str | None = "trl-capo train"):
                 "(think_format_reward, ...), or dotted import paths such as my_package.rewards.my_reward."
             },
         )
+        normalize_operators: bool = field(
+            default=False,
+            metadata={
+                "help": "Let accuracy_reward mend `\\frac13`, `2\\sqrt3` and `\\boxed 7`, which else are wrong."
+            },
+        )
 
     return TrlParser(
         (TrainArguments, resolve_name(METHODS[method][0]), ModelConfig, DataArguments, DatasetMixtureConfig),
@@ -74,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     from trl_capo.preflight.rewards import load_reward_function
 
     model = _check_before_data(training_args, model_args.model_name_or_path, is_dry_run=dry_run is not None)
-    reward_funcs = [load_reward_function(name) for name in script_args.reward_funcs]
+    reward_funcs = [load_reward_function(name, script_args.normalize_operators) for name in script_args.reward_funcs]
     train_dataset, eval_dataset = load_data(script_args, data_args, mixture, training_args, model_args)
     trainer_class = resolve_name(METHODS[method][1])
     if dry_run:

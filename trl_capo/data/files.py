@@ -1,0 +1,67 @@
+"""Datasets from files, folders and the Hub, with one line that says what is wrong with them."""
+
+import os
+from pathlib import Path
+
+from datasets import IterableDataset, load_dataset
+
+from trl_capo.errors import UserError
+
+
+FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+
+
+def read_dataset(source: str, option: str = "dataset_name", /, **arguments):
+    """`load_dataset`, whose errors say in one line what to change.
+
+    Args:
+        source: What the user typed: a file (.parquet, .jsonl, .json, .csv), a folder, or a dataset on the Hub.
+        option: Where they typed it, for the message.
+        arguments: Of `load_dataset`; without `path`, `source` must be a file.
+
+    Raises:
+        UserError: There is no such file, folder or dataset, or it cannot be read.
+    """
+    path = Path(source)
+    if path.is_file():
+        if path.suffix not in FORMATS:
+            raise UserError(f"{option}: {source} must end in one of {', '.join(FORMATS)}.")
+        if path.stat().st_size == 0:
+            raise UserError(f"{option}: {source} is an empty file. Write it again, or name another one.")
+        arguments = {"path": FORMATS[path.suffix], "data_files": source, **arguments}
+    elif not path.is_dir() and is_local(source):
+        raise UserError(f"{option}: there is no file or folder {source!r} (looked in {os.getcwd()}).")
+    try:
+        found = load_dataset(**arguments)
+        for rows in found.values() if isinstance(found, dict) else [found]:
+            if isinstance(rows, IterableDataset):
+                next(iter(rows), None)  # a broken file shows now, not in the middle of a run
+        return found
+    except Exception as error:  # noqa: BLE001 - readers raise what they like
+        if path.exists():
+            raise UserError(
+                f"{option}: {source} cannot be read as questions and answers: {_reason(error)} Check that it is whole, "
+                "in UTF-8 and of the format that its name says."
+            ) from error
+        raise UserError(
+            f"{option}={source!r} is no file or folder here, and it cannot be read from the Hub: {_reason(error)}"
+        ) from error
+
+
+def is_local(name: str) -> bool:
+    """Whether a name can only mean a file or folder: names on the Hub are `name` or `owner/name`.
+
+    Example:
+        >>> is_local("data/mine.jsonl"), is_local("./mine"), is_local("openai/gsm8k")
+        (True, True, False)
+    """
+    return Path(name).suffix in {*FORMATS, ".txt", ".tsv", ".arrow", ".gz"} or (
+        name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1
+    )
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if line.endswith(".") else f"{line}."

@@ -1,0 +1,109 @@
+r"""One completion against one gold answer: TRL's `accuracy_reward`, with its timeouts told apart.
+
+TRL's function counts what math-verify gave up on as a wrong answer. `grade_pair` calls math-verify as TRL does, and
+says `Failure.TIMEOUT` there. With `normalize_operators`, answers are also mended as gold answers always are:
+`\frac13`, `2\sqrt3` and `\boxed 7` count.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import threading
+from typing import Any, NamedTuple
+
+from trl_capo.workers import Failure
+
+
+class PairGrade(NamedTuple):
+    """What grading found out.
+
+    Attributes:
+        reward: 1.0 or 0.0; None where the gold answer cannot be parsed, or math-verify gave up.
+        gold: What math-verify made of the gold answer: an expression and its source, only the source, or nothing.
+        answer: The same of the completion.
+        failure: Why there is no reward although the gold answer can be parsed.
+    """
+
+    reward: float | None
+    gold: list[Any]
+    answer: list[Any]
+    failure: Failure | None = None
+
+
+def grade_pair(text: str, solution: str, normalize_operators: bool = False) -> PairGrade:
+    r"""Grade a completion.
+
+    Args:
+        text: The completion.
+        solution: Its gold answer.
+        normalize_operators: Mend `\frac13`, `2\sqrt3` and `\boxed 7` in the completion.
+
+    Example:
+        >>> grade_pair(r"\boxed{\frac13}", r"$\frac{1}{3}$").reward
+        0.0
+        >>> grade_pair(r"\boxed{\frac13}", r"$\frac{1}{3}$", normalize_operators=True).reward
+        1.0
+    """
+    from math_verify.errors import TimeoutException
+
+    gold, answer = [], []
+    try:
+        gold = parse_gold(solution)
+        answer = parse_answer(text, normalize_operators)
+        return PairGrade(float(equal(gold, answer)) if gold else None, gold, answer)
+    except TimeoutException:
+        return PairGrade(None, gold, answer, Failure.TIMEOUT)
+
+
+def parse_gold(solution: str) -> list[Any]:
+    """What `accuracy_reward` reads in a gold answer. Raises math-verify's `TimeoutException`."""
+    return _parse(solution)
+
+
+def parse_answer(text: str, normalize_operators: bool = False) -> list[Any]:
+    """What `accuracy_reward` extracts from a completion. Raises math-verify's `TimeoutException`."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig
+
+    if normalize_operators:
+        text = re.sub(r"\\boxed(?:\s*([+-]?\d(?:[\d.,/]*\d)?)|\s+([A-Za-z])\b)", r"\\boxed{\1\2}", text)
+    rules = LatexExtractionConfig(
+        normalization_config=NormalizationConfig(units=True, malformed_operators=normalize_operators),
+        boxed_match_priority=0,
+        try_extract_without_anchor=False,
+    )
+    return _parse(text, extraction_config=[rules], extraction_mode="first_match")
+
+
+def equal(gold: list[Any], answer: list[Any]) -> bool:
+    """Whether an answer gives the gold one. Raises math-verify's `TimeoutException` if that stays open."""
+    from math_verify import verify
+    from math_verify.errors import TimeoutException
+
+    timed_out = None
+    for pair in itertools.product(gold, answer):
+        try:
+            if verify(*pair, timeout_seconds=seconds(5), raise_on_error=True):
+                return True
+        except TimeoutException as error:
+            timed_out = error
+        except Exception:  # noqa: BLE001 - whatever sympy raises, math-verify takes for "not equal"
+            pass
+    if timed_out is not None:
+        raise timed_out
+    return False
+
+
+def _parse(text: str, **options) -> list[Any]:
+    from math_verify import parse
+
+    try:
+        return parse(text, parsing_timeout=seconds(10), raise_on_error=True, **options)
+    except Exception:  # noqa: BLE001 - math-verify takes it for "nothing found"
+        return []
+
+
+def seconds(limit: int) -> int | None:
+    """math-verify's timeouts are signals, which only the main thread may set."""
+    return limit if threading.current_thread() is threading.main_thread() else None

@@ -153,4 +153,4 @@ def test_traceback_on_request(script, monkeypatch):
 def test_interrupted(script, capsys):
     script("def main(argv):\n    raise KeyboardInterrupt")
     assert cli.main(["fake"]) == 130
-    assert capsys.readouterr().err.strip() == "trl-capo fake: interrupted"
+    assert capsys.readouterr().err.strip() == "trl-capo fake: stopped by SIGINT"

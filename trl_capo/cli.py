@@ -7,11 +7,13 @@ that `trl-capo --help` answers at once: nothing here, nor anything this module i
 import difflib
 import importlib
 import os
+import signal
 import sys
 import traceback
 
 from trl_capo import __version__
-from trl_capo.errors import UserError
+from trl_capo.errors import UserError, UserErrors, one_line
+from trl_capo.processes import Stopped, stopping_on_signals
 
 
 # One line a command: the name of its module in `trl_capo.scripts`, and what `--help` says about it.
@@ -29,7 +31,10 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return the exit code: 0 if it succeeded, 2 if the user has something to mend."""
+    """Run one command and return the exit code: 0 if it succeeded, 2 if the user has something to mend.
+
+    A command that a signal stops returns 128 plus the signal's number, as shells do.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv:
         print(_help(), file=sys.stderr)
@@ -48,14 +53,17 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
     try:
-        return importlib.import_module(f"trl_capo.scripts.{name}").main(arguments) or 0
-    except KeyboardInterrupt:
-        print(f"\ntrl-capo {name}: interrupted", file=sys.stderr)
-        return 130
+        with stopping_on_signals(name):
+            return importlib.import_module(f"trl_capo.scripts.{name}").main(arguments) or 0
+    except KeyboardInterrupt as error:
+        number = error.signal if isinstance(error, Stopped) else signal.SIGINT
+        print(f"\ntrl-capo {name}: stopped by {number.name}{_how_to_resume(name, arguments)}", file=sys.stderr)
+        return 128 + number
     except Exception as error:
         if os.environ.get("TRL_CAPO_TRACEBACK") or not _message_says_all(error):
             raise
-        print(f"trl-capo {name}: error: {_one_line(error)}", file=sys.stderr)
+        for problem in error.problems if isinstance(error, UserErrors) else [_one_line(error)]:
+            print(f"trl-capo {name}: error: {problem}", file=sys.stderr)
         return 2
 
 
@@ -70,6 +78,13 @@ commands:
 
 trl-capo COMMAND --help shows a command's own options.
 TRL_CAPO_TRACEBACK=1 shows the whole traceback of an error."""
+
+
+def _how_to_resume(name: str, arguments: list[str]) -> str:
+    if name == "train" and not any(word.startswith("--resume_from_checkpoint") for word in arguments):
+        return ". To resume from its last checkpoint, add --resume_from_checkpoint true"
+    resumes = name in ("train", "evaluate", "compare", "demo") or arguments[:1] == ["filter"]
+    return ". Rerun the same command to resume" if resumes else ""
 
 
 def _message_says_all(error: Exception) -> bool:
@@ -90,7 +105,7 @@ def _message_says_all(error: Exception) -> bool:
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(str(error)) or type(error).__name__
 
 
 if __name__ == "__main__":

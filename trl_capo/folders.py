@@ -3,13 +3,20 @@
 import json
 import math
 import os
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trl_capo.errors import UserError
 from trl_capo.redact import mask, redact
 
 
 SETTINGS = "settings.json"
+MAX_NAME = 120  # characters; most systems allow 255 bytes, and we append to names
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -29,12 +36,64 @@ def write_text(path: Path, text: str) -> None:
         path: Where.
         text: The whole content.
     """
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file that replaces `path` once the block has ended without an error.
+
+    Args:
+        path: The file.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may write the same file
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_names(what: str, names: Sequence[Any]) -> None:
+    """Refuse names that cannot become files or folders beside each other, on any system.
+
+    Args:
+        what: What is named, for the message: an option or a key.
+        names: All names of one folder.
+
+    Raises:
+        UserError: A name is not text, leaves its folder, or is reserved, hidden or too long; or two names differ in
+            nothing but case or Unicode form, which some file systems ignore.
+    """
+    known: dict[str, str] = {}
+    for name in names:
+        if problem := _name_problem(name):
+            raise UserError(
+                f"{what}: {name!r:.200} {problem}. It becomes the name of a file or folder: use letters, digits, '-', "
+                f"'_' and '.', at most {MAX_NAME} characters, starting with a letter, a digit or '_'."
+            )
+        same = known.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)
+        if same is not name:
+            raise UserError(
+                f"{what}: {same!r} and {name!r} would become one file or folder where case does not count. Rename one."
+            )
+
+
+def _name_problem(name: Any) -> str | None:
+    if not isinstance(name, str):
+        return "is not text (put it in quotes)"
+    if not name.strip():
+        return "is empty"
+    if len(name) > MAX_NAME:
+        return f"has {len(name)} characters"
+    if bad := sorted({c for c in name if c in '/\\:*?"<>|' or unicodedata.category(c).startswith(("C", "Zl", "Zp"))}):
+        return f"contains {bad[0]!r}"
+    if name[0] in ".-~" or name[0].isspace():
+        return f"starts with {name[0]!r}"
+    if name[-1] in ". ":
+        return f"ends with {name[-1]!r}"
+    return "is a reserved name on Windows" if RESERVED.fullmatch(name) else None
 
 
 def _clean(content: Any) -> Any:
@@ -70,7 +129,12 @@ def check_settings(folder: Path, settings: dict, what: str) -> None:
     path = folder / SETTINGS
     if not path.exists():
         return
-    known = json.loads(path.read_text())
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(known, dict):
+            raise ValueError(f"not a dictionary but {type(known).__name__}")
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}. Delete the folder, or choose another output_dir.") from error
     wanted = json.loads(json.dumps(redact(settings)))  # tuples become lists
     changed = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
     if changed:

@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import threading
 import types
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from enum import Enum
@@ -65,6 +66,7 @@ class DeadlinePool:
         self._stop_pool: Callable[[], None] = lambda: None
         self._pending: dict[str, ProcessFuture] = {}
         self._lock = threading.RLock()
+        _pools.add(self)
 
     def results(self, items: Sequence[tuple]) -> list[Any]:
         """The result of each item, or why there is none, whether or not `start` has seen it."""
@@ -131,7 +133,15 @@ class DeadlinePool:
             if len(results) == len(items):
                 return results
             self.stop()
-        raise RuntimeError("the worker processes end without having done anything.")
+        raise RuntimeError(
+            "the worker processes end before they have done anything. The machine may be out of memory or processes."
+        )
+
+    def _forget(self) -> None:
+        """After a fork: workers, their work and a lock that a thread held belong to the parent."""
+        self._pool, self._pending = None, {}
+        self._stop_pool = lambda: None
+        self._lock = threading.RLock()
 
     def _start_pool(self) -> None:
         from pebble import ProcessPool
@@ -141,6 +151,32 @@ class DeadlinePool:
         # Unlike atexit, this also runs at the end of a process of multiprocessing, which waits for its children first
         # and would do so for ever.
         self._stop_pool = Finalize(self, _stop, args=(self._pool,), exitpriority=100)
+
+
+_pools: weakref.WeakSet[DeadlinePool] = weakref.WeakSet()
+_server = None  # this process's fork server
+
+
+def _after_fork() -> None:
+    global _server
+    _server = None  # a process cannot wait for its parent's
+    for pool in list(_pools):
+        pool._forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _fork_server():
+    """Ours alone: that of `multiprocessing` is the parent's in a forked child, and may preload the user's modules."""
+    global _server
+    if _server is None:
+        from multiprocessing.forkserver import ForkServer
+
+        _server = ForkServer()
+        _server.set_forkserver_preload(["pebble", "math_verify", "trl_capo.rewards"])
+    return _server
 
 
 class _Worker(BaseProcess):
@@ -154,7 +190,7 @@ class _Worker(BaseProcess):
 
     @staticmethod
     def _Popen(process: BaseProcess):
-        from multiprocessing import popen_forkserver, spawn
+        from multiprocessing import forkserver, popen_forkserver, spawn
 
         def without_main(name: str) -> dict:
             data = spawn.get_preparation_data(name)
@@ -163,7 +199,12 @@ class _Worker(BaseProcess):
         # Multiprocessing has a new process import the script that is running: without `if __name__ == "__main__"`,
         # each worker would train as well. The name `spawn` is rebound in this one method: to change the module, or to
         # hide `__main__`, would reach what other threads pickle or start meanwhile.
-        names = {**vars(popen_forkserver), "spawn": types.SimpleNamespace(get_preparation_data=without_main)}
+        connect = _fork_server().connect_to_new_process
+        names = {
+            **vars(popen_forkserver),
+            "spawn": types.SimpleNamespace(get_preparation_data=without_main),
+            "forkserver": types.SimpleNamespace(**{**vars(forkserver), "connect_to_new_process": connect}),
+        }
 
         class Popen(popen_forkserver.Popen):
             _launch = types.FunctionType(popen_forkserver.Popen._launch.__code__, names)
@@ -178,7 +219,6 @@ class _Worker(BaseProcess):
 def _context():
     context = copy.copy(multiprocessing.get_context("forkserver"))
     context.Process = _Worker
-    context.set_forkserver_preload(["pebble", "math_verify", "trl_capo.rewards"])
     return context
 
 

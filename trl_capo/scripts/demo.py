@@ -20,7 +20,8 @@ from pathlib import Path
 
 from trl_capo.cli import main as cli_main
 from trl_capo.extras import require
-from trl_capo.folders import remember_settings, write_json
+from trl_capo.folders import remember_settings, replacing, write_json
+from trl_capo.processes import end_with_parent
 from trl_capo.workers import num_cores
 
 
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     results = {
         "settings": vars(args),
         "models": {model: _read(folder, f"evaluation/{model}/summary.json")["benchmarks"] for model in MODELS},
-        "training": {method: _read(folder, f"{method}/history.json") for method in ("grpo", "capo")},
+        "training": {method: _read(folder, f"{method}/history.json")["history"] for method in ("grpo", "capo")},
     }
     write_json(folder / "results.json", results)
     print_summaries(results["models"])
@@ -105,18 +106,42 @@ def _positive(text: str) -> int:
 
 def _in_processes(function: Callable, jobs: list[tuple]) -> None:
     """One job a core, one thread each: this model is too small for more threads to help."""
-    from tqdm import tqdm
-
     context = multiprocessing.get_context("spawn")
     lock = context.RLock()  # keeps the progress bars of the jobs from overwriting each other
-    workers = min(len(jobs), num_cores())
-    with ProcessPoolExecutor(workers, context, initializer=tqdm.set_lock, initargs=(lock,)) as pool:
-        for future in [pool.submit(function, position, *job) for position, job in enumerate(jobs)]:
-            future.result()
+    workers, others = min(len(jobs), num_cores()), set(multiprocessing.active_children())
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(lock, os.getpid())) as pool:
+        try:
+            for future in [pool.submit(function, position, *job) for position, job in enumerate(jobs)]:
+                future.result()
+        except BaseException:  # or the executor would let the others end their jobs first
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()
+            raise
+
+
+def _start_worker(lock, parent: int) -> None:
+    from tqdm import tqdm
+
+    tqdm.set_lock(lock)
+    end_with_parent(parent)
+
+
+def _is_trained(folder: Path) -> bool:
+    """Whether a run wrote its last file, `history.json`, and its weights are still those that it names."""
+    try:
+        history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
+        return history["weights"] == _weights(folder) != {}
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _weights(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
 
 
 def _train(position: int, method: str, folder: Path, steps: int, seed: int) -> None:
-    if (folder / method / "history.json").exists():
+    if _is_trained(folder / method):
         return
     import torch
     from transformers import PrinterCallback, ProgressCallback
@@ -146,7 +171,10 @@ def _train(position: int, method: str, folder: Path, steps: int, seed: int) -> N
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
     trainer.save_model(output_dir)
     history = [entry for entry in trainer.state.log_history if "capo/auc_within" in entry]
-    write_json(folder / method / "history.json", history)  # last: it says that the run is complete
+    if not history:
+        raise RuntimeError(f"{output_dir}: the training logged nothing. Delete the folder and start again.")
+    record = {"weights": _weights(folder / method), "history": history}
+    write_json(folder / method / "history.json", record)  # last: it says that the run is complete
 
 
 def _evaluate(position: int, model: str, folder: Path, num_prompts: int, num_samples: int, seed: int) -> None:
@@ -207,7 +235,8 @@ def _draw(folder: Path, training: dict) -> None:
     draw_training(axes[:2], training, MODELS)
     draw_precision_coverage(axes[2], {model: sets[1] for model, sets in runs.items()})
     axes[2].set_title(f"{axes[2].get_title()}, {BENCHMARKS[1]}", fontsize=11)
-    figure.savefig(folder / "results.png", dpi=110)
+    with replacing(folder / "results.png") as partial:
+        figure.savefig(partial, dpi=110, format="png")
     plt.close(figure)
 
 

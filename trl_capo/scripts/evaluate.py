@@ -20,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from trl_capo.cli import main as cli_main
-from trl_capo.folders import remember_settings, write_json
+from trl_capo.folders import check_names, remember_settings, write_json
 
 
 PROMPTS_PER_PART = 32  # at most; kept, and lost if the run is killed, together
@@ -297,6 +297,7 @@ def folder_names(models: list[str]) -> list[str]:
         name = Path(os.path.abspath(model)).name
         numbered = (f"{name}-{number}" for number in range(2, len(models) + 2))
         names.append(name if name not in names else next(other for other in numbered if other not in names))
+    check_names("models", names)
     return names
 
 

@@ -12,14 +12,16 @@ Conventions are TRL's: an option overrides the recipe, the recipe overrides the 
 """
 
 import argparse
-import difflib
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
+from typing import NoReturn
 
 from trl_capo.cli import main as cli_main
+from trl_capo.errors import UserError
+from trl_capo.recipe import check_options, check_recipe, read_yaml
 
 
 # One line a method: the configuration and the trainer, imported once the method is chosen.
@@ -32,6 +34,14 @@ METHODS = {
     "simko": ("trl_capo.baselines.simko:SimKOConfig", "trl_capo.baselines.simko:SimKOTrainer"),
     "capo_simko": ("trl_capo.baselines.simko:CAPOSimKOConfig", "trl_capo.baselines.simko:CAPOSimKOTrainer"),
 }
+
+# Whose fields are options, beside those of the method.
+OPTION_CLASSES = [
+    "trl_capo.scripts.train:TrainArguments",
+    "trl:ModelConfig",
+    "trl_capo.data.training:DataArguments",
+    "trl:DatasetMixtureConfig",
+]
 
 
 def make_parser(method: str = "capo", prog: str | None = "trl-capo train"):
@@ -57,11 +67,17 @@ def make_parser(method: str = "capo", prog: str | None = "trl-capo train"):
             },
         )
 
-    return TrlParser(
+    parser = TrlParser(
         (TrainArguments, resolve_name(METHODS[method][0]), ModelConfig, DataArguments, DatasetMixtureConfig),
         prog=prog,
         allow_abbrev=False,
     )
+    parser.error = _refuse  # argparse would print hundreds of lines of usage first
+    return parser
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(message)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,12 +85,12 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     # TrlParser knows `--config FILE` only.
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    dry_run, argv = _take_dry_run(argv)
     method, config_path = _method_and_config(argv)
-    parser = make_parser(method)
-    _check_options(argv, parser)
+    check_options(argv, method, METHODS, OPTION_CLASSES)
     if config_path is not None:
-        check_recipe_keys(config_path, _read_recipe(config_path), parser, method)
+        check_recipe(config_path, read_yaml(config_path), method, METHODS, OPTION_CLASSES)
+    dry_run, argv = _take_dry_run(argv)
+    parser = make_parser(method)
     with _as_launched(dry_run):
         script_args, training_args, model_args, data_args, mixture = parser.parse_args_and_config(argv)
     from trl_capo.preflight.rewards import load_reward_function
@@ -158,52 +174,14 @@ def _method_and_config(argv: list[str]) -> tuple[str, str | None]:
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--method")
     peek.add_argument("--config")
+    if argv.count("--config") > 1:
+        raise UserError("--config appears more than once. Keep one recipe, and give the rest as options.")
     found, _ = peek.parse_known_args(argv)
-    method = found.method or (_read_recipe(found.config).get("method") if found.config else None) or "capo"
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
+    recipe = read_yaml(found.config) if found.config is not None else {}
+    method = found.method or recipe.get("method", "capo")
+    if not isinstance(method, str) or method not in METHODS:
+        raise UserError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
     return method, found.config
-
-
-def _read_recipe(path: str) -> dict:
-    import yaml
-
-    with open(path) as file:
-        recipe = yaml.safe_load(file)
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} must hold one `key: value` a line, got {type(recipe).__name__}.")
-    return recipe
-
-
-def _check_options(argv: list[str], parser: argparse.ArgumentParser) -> None:
-    known = {*parser._option_string_actions, "--config"}
-    for argument in argv:
-        option = argument.partition("=")[0]
-        if option.startswith("--") and option not in known:
-            raise ValueError(f"unknown option {option}.{_hint(option, known)}")
-
-
-def check_recipe_keys(path: str, recipe: dict, parser: argparse.ArgumentParser, method: str) -> None:
-    """Refuse a recipe with a key that is no option of its method.
-
-    Raises:
-        ValueError: Says which, and what may have been meant.
-    """
-    known = {action.dest for action in parser._actions} | {"env"}
-    for key in recipe:
-        if key not in known:
-            owners = [
-                other
-                for other, (config, _) in METHODS.items()
-                if key in {f.name for f in fields(resolve_name(config))}
-            ]
-            hint = f" It is an option of {owners[0]}, not of {method}." if owners else _hint(str(key), known)
-            raise ValueError(f"{path}: unknown key {key!r}.{hint}")
-
-
-def _hint(name: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else " See trl-capo train --help for the options."
 
 
 def _checkpoint_to_resume(training_args) -> str | None:

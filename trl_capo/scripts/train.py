@@ -101,9 +101,9 @@ def main(argv: list[str] | None = None) -> int:
     trainer_class = resolve_name(METHODS[method][1])
     if dry_run:
         from trl_capo.dry_run import describe
-        from trl_capo.preflight.recipe import check_recipe
+        from trl_capo.preflight.recipe import check_recipe as check_run
 
-        check_recipe(trainer_class, training_args, reward_funcs, train_dataset, eval_dataset)
+        check_run(trainer_class, training_args, reward_funcs, train_dataset, eval_dataset)
         rows, longest = (train_dataset, eval_dataset), data_args.max_prompt_tokens
         print("\n".join(describe(trainer_class, dry_run, training_args, model_args, model, *rows, longest)))
         return 0

@@ -155,6 +155,19 @@ def test_a_checkpoint_without_an_optimizer_says_that_it_is_not_exact(tiny_model,
     assert trainer.state.global_step == 4
 
 
+def test_a_checkpoint_is_complete_before_it_is_pushed(tiny_model, tmp_path, monkeypatch):
+    pushed = []
+
+    def push(self, folder):
+        pushed.append(last_complete_checkpoint(tmp_path) == folder == self._last_checkpoint())
+
+    monkeypatch.setattr("transformers.Trainer._push_from_checkpoint", push)
+    trainer = make(tiny_model, tmp_path)
+    trainer.args.push_to_hub, trainer.push_in_progress = True, None
+    trainer.train()
+    assert pushed == [True, True]
+
+
 # Other runs ------------------------------------------------------------------------------------------------------
 
 

@@ -844,7 +844,8 @@ class GroupAdvantageTrainer(GRPOTrainer):
             raise UserError(f"There is no complete checkpoint in {self.args.output_dir!r} to resume from.{reasons}")
         if not wanted:
             return None
-        self._resumed = checkpoint_named(wanted, self.args.output_dir)
+        named = checkpoint_named(wanted, self.args.output_dir)
+        self._resumed = replace(named, folder=Path(wanted))  # the first host's folder may be another
         for line in what_differs(self._resumed, self.args, self.is_deepspeed_enabled):
             self.accelerator.print(line)
         return str(wanted)

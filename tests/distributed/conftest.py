@@ -69,7 +69,7 @@ def one_host(tiny_model, tmp_path_factory, repository) -> list[dict]:
     """What the ranks of one launcher with two processes saw, by job of `worker.py`; DDP."""
     folder = tmp_path_factory.mktemp("one-host")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += worker(repository, tiny_model, folder, "two_ranks", "fast_step_ddp", "layouts_ddp")
+    command += worker(repository, tiny_model, folder, "two_ranks", "fast_step_ddp", "layouts_ddp", "manifest")
     launch([command], environment_of(repository))
     return what_ranks_saw(folder)
 

@@ -4,8 +4,10 @@ import os
 import shutil
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from transformers import TrainerCallback
 
 from tests.distributed.fast_step import whole_parameters
 from tests.distributed.two_ranks import recording
@@ -13,6 +15,8 @@ from tests.helpers import config_kwargs, parity_reward, prompt_dataset
 from trl_capo import CAPOConfig, CAPOTrainer
 from trl_capo.baselines.codapo import CoDaPOConfig, CoDaPOTrainer
 from trl_capo.baselines.simko import CAPOSimKOConfig, CAPOSimKOTrainer, SimKOConfig, SimKOTrainer
+from trl_capo.checkpoints import current_run, read_checkpoint
+from trl_capo.errors import UserError
 
 
 RANK, PROCESSES = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -96,6 +100,33 @@ def run(training: Training, model: str, folder: str, resume_from: "str | None" =
 
 def run_all(trainings: dict[str, Training], model: str, folder: str) -> dict:
     return {name: run(training, model, f"{folder}/{name}") for name, training in trainings.items()}
+
+
+class SpoilOneRank(TrainerCallback):
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if RANK == 1 and state.global_step == 1:
+            model.model.norm.weight.data[0] = float("nan")
+
+
+def manifest(model: str, folder: str) -> dict:
+    """Two ranks that write one checkpoint: what it lists; then one rank's random state is gone, and both go back."""
+    training, shared = TRAININGS["capo"], folder.replace(f"rank{RANK}", "shared")
+    run(training, model, shared, save_strategy="steps", save_steps=1, max_steps=2)
+    torch.distributed.barrier()
+    checkpoint = read_checkpoint(Path(shared, "checkpoint-2"))
+    result = {"files": sorted(checkpoint.manifest["files"]), "runs": [checkpoint.run.id, current_run(shared).id]}
+    torch.distributed.barrier()
+    if RANK == 0:
+        Path(shared, "checkpoint-2", "rng_state_1.pth").unlink()
+    torch.distributed.barrier()
+    result["steps"] = len(run(training, model, shared, True, max_steps=2)["seen"])
+    trainer = make_trainer(training, model, f"{folder}-spoilt")
+    trainer.add_callback(SpoilOneRank())
+    try:
+        trainer.train()
+    except UserError as error:
+        result["not_finite"] = str(error)
+    return result
 
 
 def resume(model: str, folder: str) -> dict:

@@ -80,6 +80,19 @@ def test_hosts_that_see_different_checkpoints_do_not_resume(two_hosts, way):
         assert "(process 0 step 3, process 1 none)" in rank["resume"][way]
 
 
+def test_a_checkpoint_of_two_ranks_is_whole_or_passed_over(one_host):
+    seen = [rank["manifest"] for rank in one_host]
+    assert seen[0]["files"] == seen[1]["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "model.safetensors"} <= set(seen[0]["files"])
+    assert len({id for rank in seen for id in rank["runs"]}) == 1 and seen[0]["runs"][0]
+    assert [rank["steps"] for rank in seen] == [1, 1], "from checkpoint-1"
+
+
+def test_ranks_stop_together_at_weights_that_are_not_finite(one_host):
+    for rank in one_host:
+        assert "step 2: model.norm.weight holds values that are not finite" in rank["manifest"]["not_finite"]
+
+
 @pytest.mark.slow
 def test_hosts_with_networks_of_their_own(two_networks, alone):
     assert [rank["layouts_ddp"]["capo"]["host"] for rank in two_networks] == ["host0", "host1"]

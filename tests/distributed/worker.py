@@ -23,6 +23,7 @@ JOBS = {
     "fast_step_fsdp2": lambda model, folder: fast_step.run_all(fast_step.FSDP2, model, folder),
     "layouts_ddp": lambda model, folder: layouts.run_all(layouts.TRAININGS, model, folder),
     "layouts_fsdp2": lambda model, folder: layouts.run_all(layouts.FSDP2, model, folder),
+    "manifest": layouts.manifest,
     "resume": layouts.resume,
 }
 

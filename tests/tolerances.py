@@ -15,7 +15,7 @@ from pathlib import Path
 
 ENOUGH = 0.1  # of the tolerance: room of ten times the error
 REPOSITORY = Path(__file__).parents[1]
-BOUND = re.compile(r"(?:tensor\()?(-?[\d.]+(?:e-?\d+)?)(?:, dtype=[\w.]+)?\)? <=? (\d+(?:\.\d+)?e-\d+)")
+BOUND = re.compile(r"(?:tensor\()?(-?[\d.]+(?:e-?\d+)?)(?:, dtype=[\w.]+)?\)? <=? (\d+(?:\.\d+)?e-\d+|0\.00+\d+)")
 
 worst: dict[str, float] = defaultdict(float)  # by place: the largest error over tolerance of the test that runs
 

@@ -792,10 +792,6 @@ class GroupAdvantageTrainer(GRPOTrainer):
         if private and self.is_world_process_zero():
             check_private(self.hub_model_id, token or self.args.hub_token)
 
-    def _push_from_checkpoint(self, checkpoint_folder):
-        with guarded_uploads(self.args.hub_private_repo):
-            super()._push_from_checkpoint(checkpoint_folder)
-
     def _save(self, *args, **kwargs):
         # The arguments are pickled beside the model, and go to the Hub with a checkpoint.
         own, self.args = self.args, without_secrets(self.args)
@@ -952,7 +948,8 @@ class GroupAdvantageTrainer(GRPOTrainer):
 
     def _push_from_checkpoint(self, checkpoint_folder):
         self._complete_checkpoint(checkpoint_folder)  # before it is uploaded
-        super()._push_from_checkpoint(checkpoint_folder)
+        with guarded_uploads(self.args.hub_private_repo):
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _complete_checkpoint(self, folder: str) -> None:
         self.accelerator.wait_for_everyone()  # each rank writes files of its own

@@ -57,7 +57,9 @@ _HEADER = re.compile(
 _URL = re.compile(
     r"\b([A-Za-z][A-Za-z0-9+.-]{0,20}://)(?:[^\s/'\"<>?#]+|[^\s/@:'\"<>]{0,200}:(?!\d*/)[^\s@'\"<>]{0,200})@"
 )
-_OPTION = re.compile(r"(?<!\S)(--?(?P<name>[\w-]{1,80})[ \t]{1,20})(?=[^\s-])\S+")
+_OPTION = re.compile(
+    r"(?<!\S)(--?(?P<name>[\w-]{1,80})[ \t]{1,20})(?=[^\s-])(?!'\*\*\*')(?:'[^'\n]*'|\"[^\"\n]*\"|\S+)"
+)
 # `NAME=value`, `name: value`, `"name": "value"`: the value up to a space, or to the quote that ends it.
 _ASSIGNED = re.compile(r"(?P<name>(?<![\w])[A-Za-z_][\w.-]{0,80})(?P<between>\\?[\"']?[ \t]{0,20}[=:][ \t]{0,20})")
 _VALUE = re.compile(

@@ -43,9 +43,20 @@ SHAPES = {
     "bearer": "Bearer abc.def-ghi_jkl",
     "private key": "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXk\nAAAA\n-----END OPENSSH PRIVATE KEY-----",
     "url": "postgres://me:p@ss.word@db.example.com/x",
+    "slash in a password": "postgres://me:p/ss.word@db.example.com/x",
+    "header": "Authorization: token geheim77",
+    "option in a command": "trl-capo train --hub_token geheim77 --tau 1",
     "token in a url": f"https://{LETTERS}@github.com/me/x.git",
 }
-HIDDEN = {"bearer": "abc.def-ghi_jkl", "private key": "b3BlbnNzaC1rZXk", "url": "p@ss.word", "token in a url": LETTERS}
+HIDDEN = {
+    "slash in a password": "p/ss.word",
+    "option in a command": "geheim77",
+    "bearer": "abc.def-ghi_jkl",
+    "private key": "b3BlbnNzaC1rZXk",
+    "url": "p@ss.word",
+    "header": "geheim77",
+    "token in a url": LETTERS,
+}
 
 
 @pytest.mark.parametrize("name", SECRET_NAMES)
@@ -97,6 +108,8 @@ def test_secret_by_its_shape(shape, around):
         "0123456789abcdef0123456789abcdef01234567",
         "The key: think first. The secret: practice. A token: 7.",
         "https://huggingface.co/Qwen/Qwen2.5-Math-1.5B",
+        "Basic arithmetic for the bearer certificates. Show --tau 0.3 and --max_prompt_tokens 64",
+        "http://localhost:8000/x@y",
         "http://localhost:8000/v1",
         '{"min_lr_rate": 0.1}',
         "[0.25, 0.75]",

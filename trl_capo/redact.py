@@ -48,8 +48,18 @@ _SHAPES = re.compile(
     r")",
     re.DOTALL,
 )
-_SCHEME = re.compile(r"\b(Bearer|Basic)(\s+)[\w.~+/=-]{8,}")
-_URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]{0,20}://)[^\s/'\"<>?#]+@")
+# What a header authorizes with; a bearer in prose is followed by a mere word.
+_HEADER = re.compile(
+    r"(?i)\b(authorization[\"']?[ \t]{0,20}[:=][ \t]{0,20}[\"']?(?:\w{1,20}[ \t]{1,20})?"
+    r"|bearer[ \t]{1,20}(?=[\w.~+/=-]{0,400}[\d_~+/=-]))[\w.~+/=-]{4,}+(?![ \t]+\*\*\*)"
+)
+# A password may hold a slash; a port is none.
+_URL = re.compile(
+    r"\b([A-Za-z][A-Za-z0-9+.-]{0,20}://)(?:[^\s/'\"<>?#]+|[^\s/@:'\"<>]{0,200}:(?!\d*/)[^\s@'\"<>]{0,200})@"
+)
+_OPTION = re.compile(
+    r"(?<!\S)(--?(?P<name>[\w-]{1,80})[ \t]{1,20})(?=[^\s-])(?!'\*\*\*')(?:'[^'\n]*'|\"[^\"\n]*\"|\S+)"
+)
 # `NAME=value`, `name: value`, `"name": "value"`: the value up to a space, or to the quote that ends it.
 _ASSIGNED = re.compile(r"(?P<name>(?<![\w])[A-Za-z_][\w.-]{0,80})(?P<between>\\?[\"']?[ \t]{0,20}[=:][ \t]{0,20})")
 _VALUE = re.compile(
@@ -94,7 +104,8 @@ def mask(text: str) -> str:
     """
     text = _SHAPES.sub(STARS, text)
     text = _URL.sub(rf"\1{STARS}@", text)
-    text = _SCHEME.sub(rf"\1\2{STARS}", text)
+    text = _HEADER.sub(rf"\1{STARS}", text)
+    text = _OPTION.sub(lambda match: f"{match[1]}{STARS}" if is_secret_name(match["name"]) else match[0], text)
     return _mask_assigned(text)
 
 

@@ -84,14 +84,19 @@ def test_what_has_several_meanings_is_refused(gold):
     assert gold_problem(wrap_gold(gold))
 
 
-ORDINARY = r"""0 ; 7 ; -3 ; 1000000 ; 1,234 ; 0.5 ; .5 ; -0.25 ; 1/2 ; -3/4 ; \frac{1}{2} ; -\dfrac{5}{6} ; \sqrt{2} ; 2\sqrt{3} ;
-\sqrt[3]{2} ; \frac{1+\sqrt{5}}{2} ; \pi ; \frac{\pi}{4} ; e^2 ; \ln{2} ; \log_2 3 ; \sin x ; x ; 2x ; 3x^2+2x+1 ; (x+1)(x-2) ;
-ab ; abc ; 2k ; n(n+1)/2 ; 2^{10} ; 4.5 \times 10^{33} ; 3 \cdot 10^8 ; n! ; \binom{5}{2} ; (1,2) ; [0,1) ; (1,2,3) ;
-(-\infty, -2) \cup (2, \infty) ; \left(\frac{1}{2}, 3\right) ; \{1,2,3\} ; 1, 2, 3 ; x = 5 ; y=2x+3 ; x \le 5 ; 1<x<3 ; x \in [-2,7] ;
-\begin{pmatrix}1&2\\3&4\end{pmatrix} ; \begin{bmatrix} -1 & 0 \\ 0 & 5 \end{bmatrix} ; A ; (C) ; E ; \text{(B)} ; \text{east} ; Yes ; even ;
-50\% ; 12.5% ; \$18 ; 30^\circ ; 2+3i ; -\infty ; 3 \pm \sqrt{2} ; 5 \text{ cm} ; 12\,\text{cm} ; 2041_5 ; \text{no solution} ; |x| ;
-\lfloor x \rfloor ; \frac{a}{b} ; \sqrt{x^2+1} ; \alpha ; x=1 \text{ or } x=2 ; a=1,b=2 ; f(x)=x^2 ; \emptyset ; \tan^{-1}(2) ; S_n ;
-2t+1 ; \frac{t}{2} ; \text{June 20} ; 10\sqrt{2}\text{ m} ; 6 \text{ units} ; \$32,\!348 ; 4210_{5} ; \left[ \frac{\pi^2}{8}, \frac{5 \pi^2}{4} \right]"""
+ORDINARY = r"""
+0 ; 7 ; -3 ; 1000000 ; 1,234 ; 0.5 ; .5 ; -0.25 ; 1/2 ; -3/4 ; \frac{1}{2} ; -\dfrac{5}{6} ; \sqrt{2} ;
+2\sqrt{3} ; \sqrt[3]{2} ; \frac{1+\sqrt{5}}{2} ; \pi ; \frac{\pi}{4} ; e^2 ; \ln{2} ; \log_2 3 ; \sin x ;
+x ; 2x ; 3x^2+2x+1 ; (x+1)(x-2) ; ab ; abc ; 2k ; n(n+1)/2 ; 2^{10} ; 4.5 \times 10^{33} ; 3 \cdot 10^8 ;
+n! ; \binom{5}{2} ; (1,2) ; [0,1) ; (1,2,3) ; (-\infty, -2) \cup (2, \infty) ;
+\left(\frac{1}{2}, 3\right) ; \{1,2,3\} ; 1, 2, 3 ; x = 5 ; y=2x+3 ; x \le 5 ; 1<x<3 ; x \in [-2,7] ;
+\begin{pmatrix}1&2\\3&4\end{pmatrix} ; \begin{bmatrix} -1 & 0 \\ 0 & 5 \end{bmatrix} ; A ; (C) ; E ;
+\text{(B)} ; \text{east} ; Yes ; even ; 50\% ; 12.5% ; \$18 ; 30^\circ ; 2+3i ; -\infty ;
+3 \pm \sqrt{2} ; 5 \text{ cm} ; 12\,\text{cm} ; 2041_5 ; \text{no solution} ; |x| ; \lfloor x \rfloor ;
+\frac{a}{b} ; \sqrt{x^2+1} ; \alpha ; x=1 \text{ or } x=2 ; a=1,b=2 ; f(x)=x^2 ; \emptyset ;
+\tan^{-1}(2) ; S_n ; 2t+1 ; \frac{t}{2} ; \text{June 20} ; 10\sqrt{2}\text{ m} ; 6 \text{ units} ;
+\$32,\!348 ; 4210_{5} ; \left[ \frac{\pi^2}{8}, \frac{5 \pi^2}{4} \right]
+"""
 
 
 @pytest.mark.parametrize("gold", [gold.strip() for gold in ORDINARY.split(";")])

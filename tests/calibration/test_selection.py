@@ -3,12 +3,15 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trl_capo.calibration.selection import (
     accuracy_by_count,
     best_of_n,
     borda_vote,
     choose_all,
+    class_grade,
     equivalence_classes,
     majority_vote,
     perplexity_consistency,
@@ -224,3 +227,52 @@ def test_accuracy_by_count_is_the_mean_over_subsets():
         accuracy_by_count(majority_vote, answers, logps, correct, [6])
     nothing = accuracy_by_count(majority_vote, [[None] * 5], logps[:1], correct[:1], [2])
     assert nothing.tolist() == [[0.0]]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from([0.0, 1.0, math.nan]), st.floats(-3, 0)), min_size=1),
+    st.randoms(use_true_random=False),
+)
+def test_the_grade_of_a_class_does_not_depend_on_the_order(samples, random):
+    """Equality is not transitive: a class may hold right and wrong answers."""
+    shuffled = random.sample(samples, len(samples))
+    found = []
+    for rows in (samples, shuffled):
+        answers, correct, logps = zip(*rows, strict=True)
+        (choice,), right = choose_all(majority_vote, [answers], [logps], [correct])
+        found.append((sorted(choice.scores.items()), choice.answer, right[0]))
+    tied = len({score for _, score in found[0][0]}) < len(found[0][0]) and len({logp for *_, logp in samples}) < len(
+        samples
+    )
+    assert tied or found[0][:2] == found[1][:2]
+    assert tied or found[0][2] == found[1][2] or (math.isnan(found[0][2]) and math.isnan(found[1][2]))
+
+
+def test_mixed_classes_get_the_grade_of_most():
+    for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
+        correct = np.array([0.0, 1.0, 1.0])[order]
+        assert choose_all(lambda a, s: majority_vote(a), [["5"] * 3], [np.zeros(3)], [correct])[1].item() == 1
+    assert class_grade(np.array([1.0, 0.0]), np.array([-0.1, -0.2])) == 1
+    assert (
+        class_grade(np.array([1.0, 0.0]), np.array([-0.2, -0.1]))
+        == class_grade(np.array([1.0, 0.0]), np.zeros(2))
+        == 0
+    )
+    assert math.isnan(class_grade(np.full(2, math.nan), np.zeros(2)))
+
+
+def test_a_text_whose_first_sample_has_no_log_prob_keeps_its_vote():
+    selection = perplexity_consistency(["a", "a", "b"], [math.nan, -0.1, -1.0], completions=["x", "x", "y"])
+    assert selection.answer == "a" and selection.scores["a"] == pytest.approx(math.exp(-0.1))
+
+
+def test_pruning_treats_all_samples_of_a_text_alike():
+    logps = np.log([0.1, 0.9, 0.9, 0.92, 0.91, 0.11, 0.12])
+    rounded = logps.copy()
+    rounded[2] += 1e-12
+    texts = ["u", "x", "x", "y", "z", "v", "w"]
+    answers = ["8", "7", "7", "7", "7", "8", "8"]
+    one, other = (
+        reasoning_pruned_perplexity_consistency(answers, values, completions=texts) for values in (logps, rounded)
+    )
+    assert one.scores == other.scores

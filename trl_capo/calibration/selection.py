@@ -101,8 +101,8 @@ def perplexity_consistency(
 ) -> Selection:
     """Perplexity Consistency (arXiv 2510.15444): every sample counts the inverse of its perplexity, exp(mean_logp).
 
-    With `completions`, a text that was sampled several times counts once, by its first sample with a log-prob, as in the
-    released code: how probable a text is should count, not how often it was drawn. Without, this is self-consistency
+    With `completions`, a text that was sampled several times counts once, by its first sample with a log-prob, as in
+    the released code: how probable a text is should count, not how often it was drawn. Without, this is self-consistency
     weighted by exp(mean_logp).
 
     Args:
@@ -327,8 +327,8 @@ def class_grade(correct: NDArray, confidence: NDArray) -> float:
         1, 0, or NaN if all are unknown.
 
     Example:
-        >>> class_grade(np.array([0.0, 1.0, 1.0]), np.zeros(3)), class_grade(np.array([1.0, 0.0]), np.array([-0.1, -0.2]))
-        (1.0, 1.0)
+        >>> class_grade(np.array([0.0, 1.0, 1.0]), np.zeros(3))
+        1.0
     """
     known = ~np.isnan(correct)
     if not known.any():

@@ -1,5 +1,6 @@
 """Datasets from files, folders and the Hub, with one line that says what is wrong with them."""
 
+import codecs
 import os
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def read_dataset(source: str, option: str = "dataset_name", /, **arguments):
             raise UserError(f"{option}: {source} must end in one of {', '.join(FORMATS)}.")
         if path.stat().st_size == 0:
             raise UserError(f"{option}: {source} is an empty file. Write it again, or name another one.")
+        _check_encoding(path)
         arguments = {"path": FORMATS[path.suffix], "data_files": source, **arguments}
     elif not path.is_dir() and is_local(source):
         raise UserError(f"{option}: there is no file or folder {source!r} (looked in {os.getcwd()}).")
@@ -40,12 +42,26 @@ def read_dataset(source: str, option: str = "dataset_name", /, **arguments):
     except Exception as error:  # noqa: BLE001 - readers raise what they like
         if path.exists():
             raise UserError(
-                f"{option}: {source} cannot be read as questions and answers: {_reason(error)} Check that it is whole, "
-                "in UTF-8 and of the format that its name says."
+                f"{option}: {source} cannot be read as questions and answers: {_reason(error)} Check that it is "
+                "whole, in UTF-8 and of the format that its name says."
             ) from error
         raise UserError(
             f"{option}={source!r} is no file or folder here, and it cannot be read from the Hub: {_reason(error)}"
         ) from error
+
+
+def _check_encoding(path: Path) -> None:
+    """pyarrow reads JSON of any encoding, and stumbles over it when a row is looked at."""
+    if path.suffix == ".parquet":
+        return
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not in UTF-8 ({error.reason}). Write it again in UTF-8.") from error
 
 
 def is_local(name: str) -> bool:

@@ -40,9 +40,10 @@ WORDS = "zero one two three four five six seven eight nine ten eleven twelve".sp
 NO_UNITS = set(
     """hundred thousand million billion trillion dozen dozens pair pairs score bn mn percent percentage pct
     squared cubed factorial times to and or plus minus over of by per am pm a.m. p.m. noon o'clock oclock half halves
-    third thirds quarter quarters fourths fifths sixths eighths tenths hundredths thousandths bc ad january february march
-    april may june july august september october november december jan feb mar apr jun jul aug sep sept oct nov dec
-    remainder base mod modulo choose in is not sqrt root roots pi inf infinity millions thousands hundreds billions""".split()
+    third thirds quarter quarters fourths fifths sixths eighths tenths hundredths thousandths bc ad january february
+    march april may june july august september october november december jan feb mar apr jun jul aug sep sept oct nov
+    dec remainder base mod modulo choose in is not sqrt root roots pi inf infinity millions thousands hundreds billions
+    """.split()
 ) | set(GREEK) | set(FUNCTIONS)  # fmt: skip
 SHORT_UNITS = set(
     "mm cm dm km kg mg ml cl dl ft in yd mi lb lbs oz hr hrs min mins sec secs ms kw kj mw hz kb mb gb kmh kph mph "

@@ -2,7 +2,7 @@
 
 As a pytest plugin (`-p tests.tolerances`, with TOLERANCES=file) it notes the largest error over tolerance of each line
 that calls `assert_close`, `assert_allclose` or `approx`, or asserts that something is below a number such as 1e-6:
-one means that the test is about to fail. As a program it puts the files of several runs side by side.
+1 means that the test is about to fail. As a program it puts the files of several runs side by side.
 """
 
 import json
@@ -91,7 +91,7 @@ def pytest_assertion_pass(item, lineno, orig, expl):
 
 
 def pytest_runtest_logreport(report):
-    if report.when == "teardown":
+    if report.when == "teardown" or hasattr(report, "node"):  # of a worker of xdist, which has written it itself
         return
     line = {"test": report.nodeid, "outcome": report.outcome, "when": report.when, "ratios": dict(worst)}
     worst.clear()

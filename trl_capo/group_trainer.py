@@ -36,6 +36,7 @@ from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler, get_config_model_id, use_adapter
 
 from trl_capo.calibration import metrics
+from trl_capo.chat_templates import with_defaults
 from trl_capo.checkpoints import checkpoint_step, last_complete_checkpoint
 from trl_capo.checks import (
     check_data,
@@ -177,6 +178,8 @@ class GroupAdvantageTrainer(GRPOTrainer):
         finally:
             args.beta = beta
         self.beta = beta
+        # Saved with the model, so that whoever asks it later renders the prompts that it was trained on.
+        self.processing_class = with_defaults(self.processing_class, self.chat_template_kwargs)
 
         self._correctness_index = find_correctness_reward(self.reward_func_names, args.correctness_reward)
         self._rewards_per_func = self._generation_inputs = None

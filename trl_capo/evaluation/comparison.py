@@ -27,7 +27,7 @@ import numpy as np
 from trl_capo.calibration.bootstrap import Estimate, holm, mean_over_seeds_and_prompts, paired_difference, two_sided_p
 from trl_capo.calibration.metrics import auc_by_prompt, nanmean
 from trl_capo.evaluation.samples import SampleSet, read_samples
-from trl_capo.folders import write_json
+from trl_capo.folders import write_json, write_text, written_whole
 
 
 METRICS = ("auc_within", "accuracy")
@@ -87,11 +87,12 @@ def write_comparison(
             "runs": records,
         },
     )
-    np.savez_compressed(folder / "comparison.npz", **arrays(sets))
+    with written_whole(folder / "comparison.npz") as path, path.open("wb") as file:
+        np.savez_compressed(file, **arrays(sets))
     header, cells = table(rows, baseline)
     parts = [caption, markdown(header, cells), "Accuracy / AUC within by benchmark:", markdown(*by_benchmark(rows))]
     text = "\n\n".join(parts)
-    (folder / "comparison.md").write_text(text + "\n")
+    write_text(folder / "comparison.md", text + "\n")
     draw(folder / "comparison.png", rows, histories, list(runs))
     picture = (folder / "comparison.png").read_bytes()
     section = html_section("All seeds", caption, (header, cells), picture)
@@ -313,5 +314,6 @@ def draw(path: Path, rows: list[dict], histories: dict[str, list[dict]], runs: l
         for row in rows
     }
     draw_frontier(axes[2], points)
-    figure.savefig(path, dpi=110)
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
     plt.close(figure)

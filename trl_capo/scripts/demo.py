@@ -20,7 +20,7 @@ from pathlib import Path
 
 from trl_capo.cli import main as cli_main
 from trl_capo.extras import require
-from trl_capo.folders import remember_settings, write_json
+from trl_capo.folders import remember_settings, write_json, written_whole
 from trl_capo.workers import num_cores
 
 
@@ -207,7 +207,8 @@ def _draw(folder: Path, training: dict) -> None:
     draw_training(axes[:2], training, MODELS)
     draw_precision_coverage(axes[2], {model: sets[1] for model, sets in runs.items()})
     axes[2].set_title(f"{axes[2].get_title()}, {BENCHMARKS[1]}", fontsize=11)
-    figure.savefig(folder / "results.png", dpi=110)
+    with written_whole(folder / "results.png") as path:
+        figure.savefig(path, dpi=110, format="png")
     plt.close(figure)
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/abstention.py
 
-Draws calibration sets from populations whose precision above every threshold is known, chooses a threshold on each, and
-writes `results/abstention.json` and `results/abstention.md`: how often the promise is broken (it may be in a share
+Draws calibration sets from populations whose precision above every threshold is known, chooses a threshold on each,
+and writes `results/abstention.json` and `results/abstention.md`: how often the promise is broken (it may be in a share
 delta = 0.05 of the sets) and the mean coverage, as a share of what an oracle would answer.
 """
 

@@ -60,3 +60,26 @@ def test_what_is_no_object_of_variables_is_refused(text):
     with pytest.raises(UserError, match="chat_template_kwargs"):
         read_kwargs(text)
     assert read_kwargs(None) == {} and read_kwargs('{"a": false}') == {"a": False}
+
+
+def test_a_trained_model_is_asked_as_it_was_trained(tmp_path):
+    """What TRL renders with the arguments of the run is what the saved tokenizer renders without them."""
+    from datasets import Dataset
+
+    from trl_capo import CAPOConfig, CAPOTrainer
+    from trl_capo.evaluation.sample import tokenize
+
+    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{% if think is defined and not think %};{% endif %}"
+    prompt = [{"role": "user", "content": "1+1="}]
+    args = CAPOConfig(
+        str(tmp_path), max_completion_length=2, num_generations=2, per_device_train_batch_size=2, ref_ppl_mask=False,
+        use_cpu=True, bf16=False, report_to="none", chat_template_kwargs={"think": False}, push_to_hub=False,
+    )  # fmt: skip
+    reward = lambda completions, **kwargs: [0.0] * len(completions)  # noqa: E731
+    data = Dataset.from_dict({"prompt": [prompt] * 4})
+    trainer = CAPOTrainer(str(BASE_MODEL), reward, args, data, processing_class=tokenizer)
+    asked = trainer._tokenize_prompts([prompt])[0]
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert tokenize(saved, [prompt]) == asked != tokenize(tokenizer, [prompt])

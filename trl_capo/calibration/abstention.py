@@ -222,15 +222,17 @@ def reach(correct: ArrayLike, confidence: ArrayLike, precision: float, *, delta:
     Returns:
         The highest precision, to 0.001, for which these questions yield a threshold, NaN if there is none. A guide to
         the next attempt: whoever picks a target by its success loses the promise. And about how many questions, of
-        the same source, would make the target succeed four times in five; infinite if no candidate is observed to be
-        that precise.
+        the same source, would make the target succeed four times in five; infinite if no start is observed to be that
+        precise.
     """
     from scipy.stats import norm
 
     correct, confidence = _most_confident_first(correct, confidence)
     passes = (p for p in np.arange(999, 0, -1) / 1000 if _lowest_pass(correct, confidence, float(p), delta))
     best = float(next(passes, math.nan))
-    kept = _kept(confidence, range(min(FIRST, correct.size), correct.size + 1))
+    # Where a search may start; any other candidate needs one of these to pass before it.
+    counts = sorted({max(FIRST, math.ceil(share * correct.size)) for share in STARTS})
+    kept = _kept(confidence, counts)
     seen = np.cumsum(correct)[kept - 1] / kept
     kept, seen = kept[seen > precision], seen[seen > precision]
     if kept.size == 0:

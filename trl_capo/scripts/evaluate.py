@@ -123,8 +123,8 @@ def _remember(folder: Path, settings: dict) -> None:
             f"{folder} was made by an earlier version, which recorded neither tokenizer, configuration, base nor "
             "commit of the model: whether these have changed is not checked. To be sure, choose another --output_dir."
         )
-        settings = {name: value for name, value in settings.items() if name in known or value is None}
-        settings |= {"chat_template_kwargs": settings.get("chat_template_kwargs")}
+        checked = {*known, "chat_template_kwargs"}
+        settings = {name: value for name, value in settings.items() if name in checked or value is None}
     remember_settings(folder, settings, "an evaluation")
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from transformers import TrainingArguments
 
+from trl_capo.chat_templates import with_defaults
 from trl_capo.memory import GIB, KNOWN_OPTIMIZERS, Memory, memory
 from trl_capo.model_source import explained, model_path
 from trl_capo.preflight.prompts import check_prompts_fit, vocabulary_of
@@ -182,7 +183,8 @@ def describe(
     rows = dict(train_dataset=train_dataset, eval_dataset=eval_dataset)
     check_prompts_fit(tokenizer, vocabulary_of(config), args.chat_template_kwargs, **rows)
     if max_prompt_tokens is None:
-        max_prompt_tokens = max(map(len, tokenize(tokenizer, list(train_dataset["prompt"]))))
+        as_asked = with_defaults(tokenizer, args.chat_template_kwargs)
+        max_prompt_tokens = max(map(len, tokenize(as_asked, list(train_dataset["prompt"]))))
     tokens = max_prompt_tokens + args.max_completion_length
     gpu_bytes = round(options.gpu_memory * GIB)
     found, model = estimate(method_class, args, model_args, path, launch, gpu_bytes, tokens)

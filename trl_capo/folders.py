@@ -55,6 +55,17 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file of any kind, all or nothing.
+
+    Args:
+        path: Where.
+        content: The whole content.
+    """
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
 def check_names(what: str, names: Sequence[Any]) -> None:
     """Refuse names that cannot become files or folders beside each other, on any system.
 

@@ -37,6 +37,7 @@ from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler, get_config_model_id, use_adapter
 
 from trl_capo.calibration import metrics
+from trl_capo.chat_templates import with_defaults
 from trl_capo.checkpoints import (
     MANIFEST,
     STATE_FILE,
@@ -230,6 +231,8 @@ class GroupAdvantageTrainer(GRPOTrainer):
         self.beta = beta
         if not prompts_are_checked:
             check_prompts(self.model, args, {**given, "processing_class": self.processing_class})
+        # Saved with the model, so that whoever asks it later renders the prompts that it was trained on.
+        self.processing_class = with_defaults(self.processing_class, self.chat_template_kwargs)
 
         self._correctness_index = find_correctness_reward(
             self.reward_func_names, args.correctness_reward, needed=self.needs_correct(args)

@@ -106,6 +106,32 @@ def test_how_samples_were_drawn_goes_with_the_threshold(policy, tmp_path, capsys
     assert "/nowhere/model" in captured.err and captured.out == ""
 
 
+def test_template_variables_go_with_the_threshold(policy, tmp_path, capsys):
+    """`evaluate` asks with them, `abstain` records them, `answer` uses them or refuses others."""
+    model = shutil.copytree(BASE_MODEL, tmp_path / "model")
+    template = AutoTokenizer.from_pretrained(model).chat_template
+    template = "{% if hard is defined and hard %}9*9*{% endif %}" + template
+    (model / "chat_template.jinja").write_text(template)
+    samples = {}
+    for name, options in {"plain": [], "hard": ["--chat_template_kwargs", '{"hard": true}']}.items():
+        command = ["evaluate", str(model), "--benchmark", "arithmetic_test_2", "--num_prompts", "60", *options]
+        assert cli.main([*command, "--num_samples", "2", "--output_dir", str(tmp_path / name)]) == 0
+        samples[name] = read_samples(tmp_path / name / "model")[0].grid("completion")[:, 0]
+    assert (samples["plain"] != samples["hard"]).mean() > 0.9
+    command = ["abstain", str(tmp_path / "hard" / "model"), "--precision", "0.02", "--model", str(model)]
+    assert cli.main([*command, "--force"]) == 0
+    assert json.loads((model / "abstention.json").read_text())["sampling"]["chat_template_kwargs"] == {"hard": True}
+    predictor = SelectivePredictor.from_pretrained(model)
+    assert predictor.tokenizer.apply_chat_template([{"role": "user", "content": "1+1="}], tokenize=False) == "9*9*1+1="
+    capsys.readouterr()
+    assert cli.main(["answer", str(model), "12+30=", "--chat_template_kwargs", '{"hard": false}']) == 2
+    assert "chosen with chat_template_kwargs={'hard': True}, not with {'hard': False}" in capsys.readouterr().err
+    # Samples of a folder that has changed since are no calibration of it.
+    (model / "chat_template.jinja").write_text(template + " ")
+    assert cli.main([*command, "--force"]) == 2
+    assert "has changed since the samples were drawn (chat_template.jinja)" in capsys.readouterr().err
+
+
 def test_the_system_prompt_is_asked_with(policy):
     plain, asked = (SelectivePredictor(*policy, system_prompt=text) for text in (None, "63*15-"))
     assert asked.predict(["43="])[0].completion.startswith("63*15=") and plain.predict(["43="]) is not None
@@ -135,7 +161,14 @@ def test_commands_from_samples_to_answers(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "has no abstention.json" in captured.err and "(confidence " in captured.out
 
-    assert cli.main(["abstain", samples, "--precision", "0.9999", "--model", str(model)]) == 0
+    never = ["abstain", samples, "--precision", "0.9999", "--model", str(model)]
+    before = (model / "abstention.json").read_text()
+    assert cli.main(never) == 2
+    error = capsys.readouterr().err
+    assert "should always abstain" in error and "best precision within reach is about 0.9" in error
+    assert "calibrate on about" in error and "--force" in error
+    assert (model / "abstention.json").read_text() == before
+    assert cli.main([*never, "--force"]) == 0
     assert "should always abstain" in capsys.readouterr().out
     assert json.loads((model / "abstention.json").read_text())["threshold"] is None
 

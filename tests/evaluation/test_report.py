@@ -1,6 +1,7 @@
 """The report page: what it says is what was sampled, and nothing in a completion can act."""
 
 import json
+import random
 import re
 
 import numpy as np
@@ -125,6 +126,37 @@ def test_formulas_are_found_and_the_rest_is_left_alone():
     assert all("<math" in p[0] for p in pieces if not isinstance(p, str))
     assert with_formulas(r"$\frac{$ broken") == [r"$\frac{$ broken"]
     assert with_formulas("") == []
+
+
+def by_regular_expression(text):
+    pattern = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+    return [(m.start(), m.end(), next(g for g in m.groups() if g is not None)) for m in pattern.finditer(text)]
+
+
+def test_formulas_are_those_of_the_regular_expression():
+    rng = random.Random(0)
+    for _ in range(5000):
+        text = "".join(
+            rng.choice(["$", "$$", r"\(", r"\)", r"\[", r"\]", "x", "\n"]) for _ in range(rng.randrange(14))
+        )
+        assert list(report._formulas(text)) == by_regular_expression(text), text
+
+
+@pytest.mark.parametrize("opening", [r"\(", r"\[", "$$ ", "$", r"\[\("])
+def test_formulas_take_linear_time(opening, monkeypatch):
+    """Counted, not timed: each end is looked for at most once more than there are formulas."""
+    calls = []
+
+    class Counting(str):
+        def find(self, *args):
+            calls.append(args)
+            return super().find(*args)
+
+    monkeypatch.setattr("latex2mathml.converter.convert", lambda source: "<math/>")
+    with_formulas(Counting(opening * (10**6 // len(opening)) + ("" if opening.startswith("$") else "(")))
+    assert len(calls) <= 10**6 // len(opening) + 8
+    if not opening.startswith("$"):
+        assert len(calls) <= 4
 
 
 def test_runs_of_other_prompts_are_compared_on_the_shared_ones(tmp_path):

@@ -7,7 +7,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trl_capo.evaluation.samples import merge_parts, part_path, read_samples, schema, write_part
+from trl_capo.evaluation.samples import (
+    merge_parts,
+    part_path,
+    read_samples,
+    sampled_prompts,
+    schema,
+    set_aside_broken_parts,
+    write_part,
+)
 
 
 def rows(benchmark="b", prompts=range(3), num_samples=2, **columns) -> pa.Table:
@@ -99,3 +107,20 @@ def test_what_is_no_samples_file_is_refused(tmp_path):
     (tmp_path / "samples.parquet").write_text("no parquet")
     with pytest.raises(ValueError, match="is not a parquet file"):
         read_samples(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 half", None], ids=["empty", "half", "no rows"])
+def test_a_broken_part_is_set_aside_and_its_prompts_are_missing(tmp_path, content):
+    write_part(tmp_path, "b", 0, rows(prompts=[0, 1]))
+    write_part(tmp_path, "b", 2, rows(prompts=[2]))
+    broken = part_path(tmp_path, "b", 2)
+    if content is None:
+        write_part(tmp_path, "b", 2, rows(prompts=[]))
+    else:
+        broken.write_bytes(content)
+    assert set_aside_broken_parts(tmp_path) == [broken] and not broken.exists()
+    assert set_aside_broken_parts(tmp_path) == []
+    assert sampled_prompts(tmp_path, "b", 2) == {0, 1}
+    write_part(tmp_path, "b", 2, rows(prompts=[2]))
+    merge_parts(tmp_path)
+    assert len(read_samples(tmp_path)[0].correct) == 3

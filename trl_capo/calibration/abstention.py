@@ -5,29 +5,44 @@ Of the questions whose confidence reaches the threshold, at least a share `preci
 
     P( precision on new questions >= target ) >= 1 - delta
 
-How: the candidate thresholds are the confidences of the surest 50 questions, then of 1% more each time. From the
-surest on, each is tested for "the true precision is below the target" with the exact binomial (Clopper-Pearson) bound,
-and the first that cannot be rejected ends the search; the one before it is the answer. Because the order is fixed
-beforehand and the search stops at the first failure, all tests may use the full delta (fixed-sequence testing, arXiv
-2110.01052).
+How: each candidate threshold keeps the most confident n questions. For each, an exact binomial test (Clopper-Pearson)
+asks whether its true precision can still be below the target. The candidates are tested from the most confident on,
+with the fallback procedure (Wiens, 2003): delta is divided over at most four *starts*. A candidate is tested at the
+level that the one before it hands on, plus its own share if it is a start; it hands its level on if it passes and
+loses it if it fails. The lowest candidate that passes is the threshold.
+
+The starts keep 10%, 25%, 40% and 50% of the questions, but no fewer than 50, nor fewer than could pass if all were
+right (`log(level) / log(precision)`). Where few questions make starts coincide, fewer are used. Several starts are
+needed because the most confident answers are not always the most often right: a single start among these would end
+the search.
+
+Why the promise holds: order, starts and shares depend only on the number of questions, the target and delta, never on
+which answers are right. Let the candidates below the target be t1 < t2 < ... (the true hypotheses). A first wrong pass
+at tk means that the one before it failed and lost its level, so tk was tested at no more than the shares of the starts
+after t(k-1) and up to tk. These shares add up to at most delta over all k, so by the union bound some wrong candidate
+passes with probability at most delta, however the tests depend on each other. `benchmarks/abstention.py` measures it.
 
 Assumption: calibration questions and new ones are drawn independently from the same source. One row is one question:
-sixteen samples of a question are not sixteen questions. Degenerate case: if already the surest 50 fail, no threshold
-is returned, and the answer is to abstain always. Nothing is promised below the lowest threshold that was tested.
+sixteen samples of a question are not sixteen questions. Questions of equal confidence are kept or left together.
+Degenerate case: if no candidate passes, there is no threshold, and the answer is to abstain always. The row that sets
+a threshold is counted with those above it, which can move the level by at most one row in n.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from trl_capo.calibration.metrics import paired_rows
+from trl_capo.errors import UserError
 from trl_capo.folders import write_json
 
 
-FIRST = 50  # questions that the highest threshold keeps: fewer prove nothing
+FIRST = 50  # questions that the highest threshold keeps at least: fewer prove nothing
+STARTS = (0.1, 0.5, 0.4, 0.25)  # shares of all questions, the most important first
 STEP = 0.01  # of all questions, from one threshold to the next
 FILE_NAME = "abstention.json"
 
@@ -45,8 +60,8 @@ class Abstention:
         calibration_precision: Share of these answers that are right; NaN if none is given.
         confidence: What the confidence is, e.g. "perplexity_consistency".
         num_samples: Samples of a question that it is made of; None for a confidence of another kind.
-        sampling: How these were drawn, which the promise holds for: `temperature`, `max_new_tokens`, `system_prompt`;
-            empty where it is not known.
+        sampling: How these were drawn, which the promise holds for: `temperature`, `max_new_tokens`, `system_prompt`
+            and, if any were given, `chat_template_kwargs`; empty where it is not known.
     """
 
     threshold: float | None
@@ -75,21 +90,66 @@ class Abstention:
         """Read `abstention.json`, or the one in a folder.
 
         Raises:
-            ValueError: If the file is not there or holds something else.
+            UserError: If the file is not there or holds something else; names the key and its value.
         """
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
         if not path.exists():
-            raise ValueError(
+            raise UserError(
                 f"{path} does not exist. Choose a threshold first, with choose_threshold(...).save(folder)."
             )
         try:
-            content = json.loads(path.read_text())
-            if content["calibration_precision"] is None:
-                content["calibration_precision"] = float("nan")
-            return cls(**content)
-        except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} does not hold a threshold: {error!r}. Choose it again.") from error
+            content = json.loads(path.read_text(encoding="utf-8"))
+            _check_content(content)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path} does not hold a threshold: {error}. Choose it again with trl-capo abstain."
+            ) from error
+        if content["calibration_precision"] is None:
+            content["calibration_precision"] = math.nan
+        return cls(**content)
+
+
+def _check_content(content) -> None:
+    """Refuse what `save` does not write. JSON of others may hold NaN, text for numbers, or keys of another version."""
+
+    def number(value, low=-math.inf, high=math.inf) -> bool:
+        return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+
+    if not isinstance(content, dict):
+        raise ValueError(f"it is a {type(content).__name__}, not an object with the key 'threshold'")
+    known = {of.name for of in fields(Abstention)}
+    required = known - {"confidence", "num_samples", "sampling"}
+    if missing := sorted(required - set(content)):
+        raise ValueError(f"the key {missing[0]!r} is missing")
+    if unknown := sorted(set(content) - known):
+        raise ValueError(f"the key {unknown[0]!r} is unknown, so another version may have written it")
+    never = content["threshold"] is None
+    sampling = content.get("sampling", {})
+    drawn = sampling if isinstance(sampling, dict) else {}
+    fit = {
+        "threshold": never or number(content["threshold"]),
+        "precision": number(content["precision"]) and 0 < content["precision"] < 1,
+        "delta": number(content["delta"]) and 0 < content["delta"] < 1,
+        "num_questions": type(content["num_questions"]) is int and content["num_questions"] >= 1,
+        "coverage": number(content["coverage"], 0, 1),
+        "calibration_precision": number(content["calibration_precision"], 0, 1)
+        or (never and content["calibration_precision"] is None),
+        "confidence": isinstance(content.get("confidence", ""), str),
+        "num_samples": content.get("num_samples") is None
+        or (type(content["num_samples"]) is int and content["num_samples"] >= 1),
+        "sampling": isinstance(sampling, dict)
+        and (drawn.get("temperature") is None or (number(drawn["temperature"]) and drawn["temperature"] > 0))
+        and (
+            drawn.get("max_new_tokens") is None
+            or (type(drawn["max_new_tokens"]) is int and drawn["max_new_tokens"] >= 1)
+        )
+        and isinstance(drawn.get("system_prompt"), str | None)
+        and isinstance(drawn.get("chat_template_kwargs"), dict | None),
+    }
+    for name, good in fit.items():
+        if not good:
+            raise ValueError(f"{name!r} is {content[name]!r}")
 
 
 def choose_threshold(
@@ -105,44 +165,25 @@ def choose_threshold(
         name: What the confidence is; kept with the threshold.
 
     Returns:
-        The threshold and its promise; threshold None if no one reaches it.
+        The threshold and its promise; `threshold` is None if no candidate reaches the target.
 
     Raises:
-        ValueError: If there are fewer than 50 questions, or a level lies outside (0, 1).
+        UserError: If there are fewer than 50 questions, or a level lies outside (0, 1).
 
     Example:
         >>> rng = np.random.default_rng(0)
         >>> confidence = rng.random(5000)
         >>> chosen = choose_threshold(rng.random(5000) < confidence, confidence, 0.8)  # the oracle answers 0.4
-        >>> round(chosen.threshold, 2), round(chosen.coverage, 2)
-        (0.65, 0.35)
+        >>> bool(0.6 < chosen.threshold < 0.7), bool(0.3 < chosen.coverage < 0.4)
+        (True, True)
     """
-    from scipy.stats import beta
-
     for label, level in (("precision", precision), ("delta", delta)):
         if not 0 < level < 1:
-            raise ValueError(f"`{label}` must lie in (0, 1), got {level}.")
-    correct, confidence, usable = paired_rows(correct, confidence)
-    if correct.ndim != 1:
-        raise ValueError(f"one row a question, shape (P,): got {correct.shape}. Choose one answer a question first.")
-    correct, confidence = correct[usable], confidence[usable]
-    if correct.size < FIRST:
-        raise ValueError(
-            f"at least {FIRST} calibration questions are needed, got {correct.size}. Sample more prompts."
-        )
-    order = np.argsort(-confidence, kind="stable")
-    correct, confidence = correct[order], confidence[order]
-
-    step = max(1, round(STEP * correct.size))
-    # A threshold answers all rows of its confidence; two candidates inside one tie are the same threshold.
-    kept = np.unique([np.count_nonzero(confidence >= confidence[n - 1]) for n in range(FIRST, correct.size + 1, step)])
-    right = np.cumsum(correct)[kept - 1]
-    # Clopper-Pearson: the precision at which so many right answers or more would be seen with probability delta.
-    bounds = beta.ppf(delta, np.maximum(right, 1), kept - right + 1)
-    passed = np.cumprod(np.where(right > 0, bounds, 0) >= precision).sum()
-    if passed == 0:
+            raise UserError(f"`{label}` must lie in (0, 1), got {level}.")
+    correct, confidence = _most_confident_first(correct, confidence)
+    n = _lowest_pass(correct, confidence, precision, delta)
+    if n == 0:
         return Abstention(None, precision, delta, correct.size, 0.0, float("nan"), name)
-    n = kept[passed - 1]
     return Abstention(
         float(confidence[n - 1]),
         precision,
@@ -152,3 +193,90 @@ def choose_threshold(
         float(correct[:n].mean()),
         name,
     )
+
+
+def starts(num_questions: int, precision: float, delta: float) -> list[int]:
+    """How many questions each start keeps, ascending; each gets an equal share of delta.
+
+    Example:
+        >>> starts(4000, 0.9, 0.05), starts(300, 0.99, 0.05)
+        ([400, 1000, 1600, 2000], [299])
+    """
+    for count in range(len(STARTS), 0, -1):
+        least = max(FIRST, math.ceil(math.log(delta / count) / math.log(precision)))
+        found = sorted({max(least, math.ceil(share * num_questions)) for share in STARTS[:count]})
+        if count == 1 or (len(found) == count and found[-1] <= num_questions):
+            return found
+    raise AssertionError("count == 1 returns")
+
+
+def reach(correct: ArrayLike, confidence: ArrayLike, precision: float, *, delta: float = 0.05) -> tuple[float, float]:
+    """What calibration can promise where `choose_threshold` finds nothing.
+
+    Args:
+        correct: See `choose_threshold`.
+        confidence: See `choose_threshold`.
+        precision: The target that was missed.
+        delta: Probability that the promise fails.
+
+    Returns:
+        The highest precision, to 0.001, for which these questions yield a threshold, NaN if there is none. A guide to
+        the next attempt: whoever picks a target by its success loses the promise. And about how many questions, of
+        the same source, would make the target succeed four times in five; infinite if no start is observed to be that
+        precise.
+    """
+    from scipy.stats import norm
+
+    correct, confidence = _most_confident_first(correct, confidence)
+    passes = (p for p in np.arange(999, 0, -1) / 1000 if _lowest_pass(correct, confidence, float(p), delta))
+    best = float(next(passes, math.nan))
+    # Where a search may start; any other candidate needs one of these to pass before it.
+    counts = sorted({max(FIRST, math.ceil(share * correct.size)) for share in STARTS})
+    kept = _kept(confidence, counts)
+    seen = np.cumsum(correct)[kept - 1] / kept
+    kept, seen = kept[seen > precision], seen[seen > precision]
+    if kept.size == 0:
+        return best, math.inf
+    level = delta / len(STARTS)
+    noise = norm.isf(level) * math.sqrt(precision * (1 - precision)) + norm.ppf(0.8) * np.sqrt(seen * (1 - seen))
+    least = max(FIRST, math.log(level) / math.log(precision))
+    needed = np.maximum((noise / (seen - precision)) ** 2, least) * correct.size / kept
+    return best, float(np.ceil(needed.min()))
+
+
+def _most_confident_first(correct: ArrayLike, confidence: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    correct, confidence, usable = paired_rows(correct, confidence)
+    if correct.ndim != 1:
+        raise UserError(f"one row a question, shape (P,): got {correct.shape}. Choose one answer a question first.")
+    correct, confidence = correct[usable], confidence[usable]
+    if correct.size < FIRST:
+        raise UserError(f"at least {FIRST} calibration questions are needed, got {correct.size}. Sample more prompts.")
+    order = np.argsort(-confidence, kind="stable")
+    return correct[order], confidence[order]
+
+
+def _kept(confidence: np.ndarray, counts) -> np.ndarray:
+    """Of each count, how many questions are at least as confident as the last of them: ties stay together."""
+    return np.searchsorted(-confidence, -confidence[np.asarray(counts) - 1], side="right")
+
+
+def _lowest_pass(correct: np.ndarray, confidence: np.ndarray, precision: float, delta: float) -> int:
+    """How many questions the lowest threshold that passes keeps; 0 if none does."""
+    from scipy.stats import binom
+
+    begin = [n for n in starts(correct.size, precision, delta) if n <= correct.size]
+    if not begin:
+        return 0
+    step = max(1, round(STEP * correct.size))
+    counts = sorted({*begin, *range(begin[0], correct.size + 1, step)})
+    kept = _kept(confidence, counts)
+    # The probability of so many right answers or more if the true precision were the target.
+    p_values = binom.sf(np.cumsum(correct)[kept - 1] - 1, kept, precision)
+    level, lowest = 0.0, 0
+    for count, n, p_value in zip(counts, kept, p_values, strict=True):
+        level += delta / len(begin) * (count in begin)
+        if level > 0 and p_value <= level:
+            lowest = int(n)
+        else:
+            level = 0.0
+    return lowest

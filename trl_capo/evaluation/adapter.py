@@ -1,21 +1,55 @@
 """What a LoRA run leaves, an adapter without the weights that it stands on, as a model that every engine can load.
 
+Merging can change what an adapter means: weights that embedding and output share, modules that are saved whole, or a
+resized vocabulary. So the merged model is loaded once more and must give the adapter's log-probs on a few tokens.
+
 Only folders are looked at: of a model on the Hub, download the adapter first. Needs peft (`pip install
 'trl-capo[peft]'`).
 """
 
+from __future__ import annotations
+
 import json
 import os
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from trl_capo.errors import UserError
+
+
+if TYPE_CHECKING:
+    import torch
 
 CONFIG = "adapter_config.json"
+NUM_TOKENS = 64  # of the check
+TOLERANCE = 1e-3  # mean difference in log-prob, nats, in float32
+HALF_TOLERANCE = (
+    0.02  # in bfloat16 or float16, whose rounding a merge moves; a tenth of what the adapter does is added
+)
 
 
 def base_of(model: str) -> str:
-    """The model that an adapter stands on; any other model is its own."""
+    """The model that an adapter stands on; any other model is its own.
+
+    Raises:
+        UserError: The adapter's configuration cannot be read, or its base is a folder that does not exist.
+    """
     path = Path(model) / CONFIG
-    return json.loads(path.read_text())["base_model_name_or_path"] if path.exists() else model
+    if not path.exists():
+        return model
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if not isinstance(base, str) or not base:
+            raise ValueError(f"base_model_name_or_path is {base!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} does not name the base of the adapter: {error!r}.") from error
+    if not Path(base).is_dir() and (base[0] in "./~" or base.count("/") > 1):
+        raise UserError(
+            f"{model} is an adapter whose base, {base}, does not exist. Put the base there, or name another place or "
+            f"a model on the Hub as base_model_name_or_path in {path}."
+        )
+    return base
 
 
 def merged(model: str, folder: Path) -> str:
@@ -24,6 +58,9 @@ def merged(model: str, folder: Path) -> str:
     Args:
         model: A folder, or a name on the Hub.
         folder: Where the merged model goes, unless it is there.
+
+    Raises:
+        UserError: The merged model would not be what the adapter and its base are.
     """
     if not (Path(model) / CONFIG).exists():
         return model
@@ -31,12 +68,84 @@ def merged(model: str, folder: Path) -> str:
         from trl_capo.extras import require
 
         require("peft")
-        from peft import PeftModel  # its AutoPeftModelForCausalLM resizes the vocabulary to that of the tokenizer
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         partial = folder.with_suffix(f".{os.getpid()}.partial")  # killed meanwhile, it is not taken for the whole
-        base = AutoModelForCausalLM.from_pretrained(base_of(model), dtype="auto")
-        PeftModel.from_pretrained(base, model).merge_and_unload().save_pretrained(partial)
-        AutoTokenizer.from_pretrained(model).save_pretrained(partial)
-        partial.rename(folder)
+        try:
+            expected, tolerance, tied = _merge(model, partial)
+            gap = _mean_gap(_saved_logps(partial), expected)
+            if not gap <= tolerance and tied:
+                _merge(model, partial, untie=True)
+                gap = _mean_gap(_saved_logps(partial), expected)
+            if not gap <= tolerance:
+                raise UserError(
+                    f"{model} cannot be merged with its base: log-probs of the merged model differ by {gap:.3g} nats "
+                    "on average. Merge it yourself and evaluate the result."
+                )
+            AutoTokenizer.from_pretrained(model).save_pretrained(partial)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return str(folder)
+
+
+def _merge(model: str, folder: Path, untie: bool = False) -> tuple[torch.Tensor, float, bool]:
+    """Merge and save; returns the adapter's log-probs, the tolerance, and whether the base's embeddings are tied."""
+    from peft import PeftModel  # its AutoPeftModelForCausalLM resizes the vocabulary to that of the tokenizer
+    from transformers import AutoModelForCausalLM
+
+    shutil.rmtree(folder, ignore_errors=True)
+    base = AutoModelForCausalLM.from_pretrained(base_of(model), dtype="auto")
+    rows = _vocabulary(model, base)
+    if rows not in (None, base.get_input_embeddings().weight.shape[0]):
+        base.resize_token_embeddings(rows, mean_resizing=False)
+    tied = base.get_input_embeddings().weight is getattr(base.get_output_embeddings(), "weight", None)
+    if untie and tied:
+        import torch
+
+        base.config.get_text_config().tie_word_embeddings = base.config.tie_word_embeddings = False
+        output = base.get_output_embeddings()
+        output.weight = torch.nn.Parameter(output.weight.detach().clone(), requires_grad=False)
+    adapter = PeftModel.from_pretrained(base, model).eval()
+    expected, tolerance = _logps(adapter), TOLERANCE
+    if base.dtype.itemsize < 4:
+        with adapter.disable_adapter():
+            tolerance = HALF_TOLERANCE + 0.1 * _mean_gap(_logps(adapter), expected)
+    adapter.merge_and_unload().save_pretrained(folder)
+    return expected, tolerance, tied
+
+
+def _vocabulary(model: str, base) -> int | None:
+    """Rows of the embedding that the adapter holds whole, if it does: training may have resized it."""
+    from safetensors import safe_open
+
+    path = Path(model) / "adapter_model.safetensors"
+    if not path.exists():
+        return None
+    embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
+    names = [name for name, module in base.named_modules() if any(module is of for of in embeddings)]
+    with safe_open(path, "pt") as file:
+        for key in file.keys():  # noqa: SIM118  (not a dictionary)
+            if any(key.endswith(f"{name}.weight") for name in names):
+                return file.get_slice(key).get_shape()[0]
+    return None
+
+
+def _saved_logps(folder: Path) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    return _logps(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval())
+
+
+def _logps(model) -> torch.Tensor:
+    """Log-probs after each of a few tokens from all over the vocabulary, the last, often added ones among them."""
+    import torch
+
+    rows = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.linspace(rows - 1, 0, min(NUM_TOKENS, rows)).long()
+    with torch.no_grad():
+        return model(input_ids=tokens[None]).logits.float().log_softmax(-1)
+
+
+def _mean_gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).abs().mean()) if ours.shape == theirs.shape else float("nan")

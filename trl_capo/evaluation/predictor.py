@@ -17,6 +17,8 @@ import numpy as np
 
 from trl_capo.calibration.abstention import Abstention, choose_threshold
 from trl_capo.calibration.selection import Selection, choose_all, perplexity_consistency
+from trl_capo.chat_templates import with_defaults
+from trl_capo.errors import UserError
 
 
 if TYPE_CHECKING:
@@ -66,6 +68,13 @@ def question_table(of: SampleSet) -> tuple[np.ndarray, np.ndarray]:
     return right, np.array([_mean_weight(choice, of.num_samples) for choice in choices])
 
 
+def all_questions(sets: Sequence[SampleSet]) -> tuple[np.ndarray, np.ndarray]:
+    """`question_table` of several benchmarks, one after the other."""
+    tables = [question_table(of) for of in sets]
+    right, confidence = (np.concatenate(column) for column in zip(*tables, strict=True))
+    return right, confidence
+
+
 def _mean_weight(choice: Selection, num_samples: int) -> float:
     return 0.0 if choice.answer is None else choice.scores[choice.answer] / num_samples
 
@@ -86,12 +95,16 @@ def choose_abstention(
     """
     counts = {of.num_samples for of in sets}
     if len(counts) > 1:
-        raise ValueError(
+        raise UserError(
             f"the benchmarks have {', '.join(map(str, sorted(counts)))} samples a question; confidence would differ "
             "in kind. Evaluate all with one --num_samples."
         )
-    tables = [question_table(of) for of in sets]
-    right, confidence = (np.concatenate(column) for column in zip(*tables, strict=True))
+    right, confidence = all_questions(sets)
+    if np.isnan(right).all():
+        raise UserError(
+            "no calibration question can be scored: its gold answer cannot be read, or no sample has an answer. Check "
+            "the columns 'correct' and 'answer'."
+        )
     chosen = choose_threshold(right, confidence, precision, delta=delta, name="perplexity_consistency")
     return replace(chosen, num_samples=counts.pop(), sampling=sampling or {})
 
@@ -108,6 +121,7 @@ class SelectivePredictor:
             3000.
         temperature: Of the sampler. None: that of the threshold, else 1.
         system_prompt: System message before each question. None: that of the threshold, if any.
+        chat_template_kwargs: Variables of the chat template. None: those of the threshold, if any.
 
     Raises:
         ValueError: One of these is not that of the threshold.
@@ -123,8 +137,11 @@ class SelectivePredictor:
         max_new_tokens: int | None = None,
         temperature: float | None = None,
         system_prompt: str | None = None,
+        chat_template_kwargs: dict | None = None,
     ):
         chosen_with = dict(abstention.sampling) if abstention else {}
+        if chosen_with:  # it is left out where there were none
+            chosen_with.setdefault("chat_template_kwargs", None)
         if abstention and abstention.num_samples is not None:
             chosen_with["num_samples"] = abstention.num_samples
         wanted = dict(
@@ -132,17 +149,19 @@ class SelectivePredictor:
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             system_prompt=system_prompt,
+            chat_template_kwargs=chat_template_kwargs or None,
         )
         for name, value in wanted.items():
             known = chosen_with.get(name)
             if value is None:
                 wanted[name] = known
             elif name in chosen_with and value != known:
-                raise ValueError(
+                raise UserError(
                     f"the threshold was chosen with {name}={known!r}, not with {value!r}. Use {known!r}, or choose a "
                     "threshold again."
                 )
-        self.model, self.tokenizer, self.abstention = model, tokenizer, abstention
+        self.model, self.abstention = model, abstention
+        self.tokenizer = with_defaults(tokenizer, wanted["chat_template_kwargs"])
         self.num_samples, self.temperature = wanted["num_samples"] or 16, wanted["temperature"] or 1.0
         self.max_new_tokens, self.system_prompt = wanted["max_new_tokens"], wanted["system_prompt"]
 
@@ -159,9 +178,10 @@ class SelectivePredictor:
 
         from trl_capo.calibration.abstention import FILE_NAME
         from trl_capo.data.arithmetic import model_path
+        from trl_capo.evaluation.adapter import base_of
 
         path = model_path(str(path))
-
+        base_of(path)  # an adapter without its base is refused by name
         abstention = Abstention.load(path) if (Path(path) / FILE_NAME).exists() else None
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device)

@@ -14,6 +14,7 @@ import html
 import io
 import json
 import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from trl_capo.calibration import metrics
 from trl_capo.calibration.bootstrap import prompt_difference, prompt_interval
 from trl_capo.calibration.metrics import nanmean
 from trl_capo.calibration.selection import SELECTORS, choose_all
+from trl_capo.folders import write_bytes, write_text
 from trl_capo.markdown import markdown_text
 
 
@@ -37,7 +39,10 @@ MARKDOWN_HEAD = """## Can its confidence be trusted?
 
 Confidence is the mean log-prob of a completion; AUC within: how often, of a right and a wrong answer to one question,
 the right one is surer. 95% intervals over questions."""
-FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+FORMULAS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
+OPENING = re.compile("|".join(re.escape(opening) for opening, _ in FORMULAS))
+LONGEST_FORMULA = 2000  # characters; longer ones stay text, because the converter's time is not linear in them
+
 
 # Header, and a function of correctness and confidence, (P, N) each.
 METRICS = {
@@ -94,7 +99,7 @@ def write_report(
         figure = draw_benchmark(of)
         # Not quoted with %, which a link in Markdown would read as an escape; numbered, as two may then be equal.
         picture = path.parent / f"{re.sub(r'[^0-9A-Za-z._-]', '_', f'{path.stem}-{number}-{benchmark}')}.png"
-        picture.write_bytes(figure)
+        write_bytes(picture, figure)
         figures = f"![figures of {re.sub(r'[^0-9A-Za-z._ -]', '_', benchmark)}]({picture.name})"
         tables.append(f"### {markdown_text(benchmark)}\n\n{markdown(header, rows)}\n\n{figures}")
         sections.append(
@@ -102,12 +107,12 @@ def write_report(
         )
     if histories:
         figure = draw_histories(histories, list(runs))
-        (path.parent / f"{path.stem}-training.png").write_bytes(figure)
+        write_bytes(path.parent / f"{path.stem}-training.png", figure)
         sections.append(f"<h2>Training</h2>{_image(figure, 'training curves')}")
     page = TEMPLATE.read_text().replace("<!-- sections -->", "\n".join(sections))
     page = page.replace("<!-- data -->", _embedded(completions(runs, shared)))
-    path.write_text(page)
-    path.with_suffix(".md").write_text("\n\n".join([MARKDOWN_HEAD, *tables]) + "\n")
+    write_text(path, page)
+    write_text(path.with_suffix(".md"), "\n\n".join([MARKDOWN_HEAD, *tables]) + "\n")
     return path
 
 
@@ -278,15 +283,39 @@ def with_formulas(text: str) -> list[str | list[str]]:
     from latex2mathml.converter import convert
 
     pieces, end = [], 0
-    for found in FORMULA.finditer(text):
-        source = next(group for group in found.groups() if group is not None)
+    for start, stop, source in _formulas(text):
         try:
             formula = convert(source)
         except Exception:  # what a model writes between dollars need not be LaTeX, and the converter raises anything
             continue
-        pieces += [text[end : found.start()], [formula, source]]
-        end = found.end()
+        pieces += [text[end:start], [formula, source]]
+        end = stop
     return [piece for piece in [*pieces, text[end:]] if piece]
+
+
+def _formulas(text: str) -> Iterator[tuple[int, int, str]]:
+    """Start, end and content of what stands between delimiters, in linear time.
+
+    A regular expression would look for the end of `\\(\\(\\(...` anew from each of them.
+    """
+    missing, at = set(), 0
+    while found := OPENING.search(text, at):
+        at = found.start()
+        for opening, closing in FORMULAS:
+            begin = at + len(opening)
+            if closing in missing or not text.startswith(opening, at):
+                continue
+            close = text.find(closing, begin + 1)  # at least one character in between
+            if close < 0:
+                missing.add(closing)  # nor is there one farther on
+                continue
+            stop = close + len(closing)
+            if close - begin <= LONGEST_FORMULA:
+                yield at, stop, text[begin:close]
+            at = stop
+            break
+        else:
+            at += 1
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

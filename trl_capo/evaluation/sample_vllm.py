@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trl_capo.chat_templates import with_defaults
 from trl_capo.evaluation.sample import STATISTICS, TOP_K, Prompt, Samples, sequence_statistics, tokenize
 from trl_capo.extras import require
 from trl_capo.model_source import model_path
@@ -33,6 +34,7 @@ def sample_completions_vllm(
     seed: int = 0,
     first_prompt: int = 0,
     statistics: bool = False,
+    chat_template_kwargs: dict | None = None,
 ) -> Samples:
     """Sample `num_samples` completions of every prompt.
 
@@ -45,13 +47,14 @@ def sample_completions_vllm(
         seed: Seed of the samples.
         first_prompt: Number of the first prompt.
         statistics: Also compute `STATISTICS`.
+        chat_template_kwargs: Variables of the chat template.
 
     Returns:
         The samples, in the order of `prompts`.
     """
     from vllm import SamplingParams
 
-    tokenizer = llm.get_tokenizer()
+    tokenizer = with_defaults(llm.get_tokenizer(), chat_template_kwargs)
     prompt_ids = tokenize(tokenizer, list(prompts))
     requests = [{"prompt_token_ids": ids} for ids in prompt_ids for _ in range(num_samples)]
     parameters = [

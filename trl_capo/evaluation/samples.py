@@ -24,7 +24,6 @@ killed loses the prompts it was at and repeats no other.
 from __future__ import annotations
 
 import glob
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +33,9 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import numpy as np
+
+from trl_capo.errors import UserError
+from trl_capo.folders import replacing
 
 
 if TYPE_CHECKING:
@@ -61,9 +63,8 @@ def write_part(folder: Path, benchmark: str, first_prompt: int, rows: pyarrow.Ta
 
     path = part_path(folder, benchmark, first_prompt)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    pq.write_table(rows, partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        pq.write_table(rows, partial)
 
 
 def part_path(folder: Path, benchmark: str, first_prompt: int) -> Path:
@@ -83,6 +84,24 @@ def sampled_prompts(folder: Path, benchmark: str, num_samples: int) -> set[int]:
     return done
 
 
+def set_aside_broken_parts(folder: Path) -> list[Path]:
+    """Rename parts that cannot be read, as a full disk leaves them; returns their former paths."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    broken = []
+    for path in sorted((folder / "parts").glob("*.parquet")):
+        try:
+            rows = pq.read_table(path, columns=list(REQUIRED))
+            fit = len(rows) > 0
+        except (pa.ArrowException, OSError, ValueError):
+            fit = False
+        if not fit:
+            path.replace(path.with_suffix(".broken"))
+            broken.append(path)
+    return broken
+
+
 def merge_parts(folder: Path) -> Path:
     """All parts as one `samples.parquet`, sorted; the parts are removed. Done already, nothing happens."""
     import pyarrow as pa
@@ -92,11 +111,10 @@ def merge_parts(folder: Path) -> Path:
     if not path.exists():
         parts = [pq.read_table(part) for part in sorted((folder / "parts").glob("*.parquet"))]
         table = pa.concat_tables(parts).sort_by([(name, "ascending") for name in KEY])
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        pq.write_table(table, partial)
-        partial.replace(path)
+        with replacing(path) as partial:
+            pq.write_table(table, partial)
     shutil.rmtree(folder / "parts", ignore_errors=True)
-    for left in folder.glob(f"{path.stem}.*.partial"):  # of a merge that was killed
+    for left in folder.glob(f"{path.name}.*.partial"):  # of a merge that was killed
         left.unlink()
     return path
 
@@ -156,7 +174,7 @@ def read_samples(path: str | Path) -> list[SampleSet]:
         One set for each benchmark, in order of their names.
 
     Raises:
-        ValueError: The file or a column is missing or of another type, a row is there twice, a prompt has fewer
+        UserError: The file or a column is missing or of another type, a row is there twice, a prompt has fewer
             samples than another, or a log-prob is not finite or positive.
     """
     import pyarrow as pa
@@ -166,35 +184,37 @@ def read_samples(path: str | Path) -> list[SampleSet]:
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
-        raise ValueError(f"{path} does not exist. Make it with `trl-capo evaluate MODEL --benchmark ...`.")
+        raise UserError(f"{path} does not exist. Make it with `trl-capo evaluate MODEL --benchmark ...`.")
     try:
         table = pq.read_table(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a parquet file: {error}") from error
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read as a parquet file: {error}. Evaluate again into another folder."
+        ) from error
     missing = [name for name in REQUIRED if name not in table.column_names]
     if missing:
-        raise ValueError(f"{path} has no column {', '.join(missing)}, only {', '.join(table.column_names)}.")
+        raise UserError(f"{path} has no column {', '.join(missing)}, only {', '.join(table.column_names)}.")
     if len(table) == 0:
-        raise ValueError(f"{path} has no rows.")
+        raise UserError(f"{path} has no rows.")
     try:
         for i, field in enumerate(table.schema):
             if field.name in schema().names:
                 table = table.set_column(i, field.name, table[field.name].cast(schema().field(field.name).type))
     except pa.ArrowException as error:
-        raise ValueError(f"{path}: column {field.name!r} cannot be read as it must be: {error}") from error
+        raise UserError(f"{path}: column {field.name!r} cannot be read as it must be: {error}") from error
     for name in KEY:
         if table[name].null_count:
-            raise ValueError(f"{path}: `{name}` is null in {table[name].null_count} rows. Every row needs one.")
+            raise UserError(f"{path}: `{name}` is null in {table[name].null_count} rows. Every row needs one.")
     logps = table["mean_logp"]
     bad = pc.sum(pc.invert(pc.fill_null(pc.and_(pc.is_finite(logps), pc.less_equal(logps, 0)), False))).as_py()
     if bad:
-        raise ValueError(
+        raise UserError(
             f"{path}: `mean_logp` must be a finite number of at most 0, which it is not in {bad} rows. It is a mean "
             "log-prob, not a perplexity or a probability."
         )
     strange = pc.sum(pc.invert(pc.is_in(table["correct"].drop_null(), pa.array([0.0, 1.0])))).as_py()
     if strange:
-        raise ValueError(f"{path}: `correct` must be 0, 1 or null, which it is not in {strange} rows.")
+        raise UserError(f"{path}: `correct` must be 0, 1 or null, which it is not in {strange} rows.")
     table = table.sort_by([(name, "ascending") for name in KEY])
     return [_sample_set(path, table, name) for name in sorted(pc.unique(table["benchmark"]).to_pylist())]
 
@@ -206,13 +226,13 @@ def _sample_set(path: Path, table: pyarrow.Table, benchmark: str) -> SampleSet:
     prompts, samples = (table[name].to_numpy() for name in KEY[1:])
     twice = np.flatnonzero((prompts[1:] == prompts[:-1]) & (samples[1:] == samples[:-1]))
     if len(twice):
-        raise ValueError(
+        raise UserError(
             f"{path}: {benchmark}, prompt {prompts[twice[0]]}, sample {samples[twice[0]]} is there twice "
             f"({len(twice)} such rows). Remove the copies."
         )
     _, counts = np.unique(prompts, return_counts=True)
     if counts.min() != counts.max():
-        raise ValueError(
+        raise UserError(
             f"{path}: the prompts of {benchmark} have between {counts.min()} and {counts.max()} samples; all must "
             "have the same number. Sample the missing ones, or drop these prompts."
         )

@@ -11,6 +11,7 @@ import argparse
 import sys
 
 from trl_capo.cli import main as cli_main
+from trl_capo.errors import UserError
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -22,6 +23,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_new_tokens", type=int, help="longest completion (default: the threshold's, or 3000)")
     parser.add_argument("--temperature", type=float, help="of the sampler (default: the threshold's, or 1)")
     parser.add_argument("--system_prompt", help="system message (default: the threshold's, or none)")
+    parser.add_argument(
+        "--chat_template_kwargs", metavar="JSON", help="variables of the chat template (default: the threshold's)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     parser.add_argument("--show", action="store_true", help="also the surest completion with the answer")
     return parser
@@ -30,9 +34,18 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Ask, and ask the fallback where needed."""
     args = make_parser().parse_args(argv)
+    from trl_capo.chat_templates import read_kwargs
+
+    if empty := [question for question in args.questions if not question.strip()]:
+        raise UserError(f"a question is empty: {empty[0]!r}. Ask something, or leave it out.")
+    for name in ("num_samples", "max_new_tokens", "temperature"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} must be positive, got {value}.")
+    options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "system_prompt")}
+    options["chat_template_kwargs"] = read_kwargs(args.chat_template_kwargs) or None
     from trl_capo.evaluation.predictor import SelectivePredictor
 
-    options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "system_prompt")}
     predictor = SelectivePredictor.from_pretrained(args.model, num_samples=args.num_samples, **options)
     if predictor.abstention is None:
         print(

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from trl_capo.cli import main as cli_main
-from trl_capo.folders import write_json
+from trl_capo.folders import replacing, write_json
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -52,6 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--engine", choices=("auto", "transformers", "vllm"), default="auto", help="as trl-capo evaluate"
     )
     keep.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
+    keep.add_argument("--chat_template_kwargs", metavar="JSON", help="as trl-capo evaluate")
     keep.add_argument("--output_dir", default="runs/filter", help="where the samples go (default: %(default)s)")
     return parser
 
@@ -167,6 +168,8 @@ def keep_mixed(args: argparse.Namespace) -> None:
     state.wait_for_everyone()
     sampling = ("num_samples", "max_new_tokens", "batch_size", "engine", "seed", "output_dir")
     options = [f"--{name}={getattr(args, name)}" for name in sampling]
+    if args.chat_template_kwargs is not None:
+        options.append(f"--chat_template_kwargs={args.chat_template_kwargs}")
     evaluate.main([args.model, "--benchmark", str(questions), *options])
     if state.is_main_process:
         write_mixed(rows, Path(args.output_dir) / evaluate.folder_names([args.model])[0], args)
@@ -187,7 +190,7 @@ def write_mixed(rows, samples: Path, args: argparse.Namespace) -> None:
     kept = np.flatnonzero((rates > args.lowest) & (rates < args.highest))
     plain = argparse.Namespace(**{**vars(args), "system_prompt": None, "prompt_template": None})
     raw = load(args.name, plain)
-    with Path(args.output).open("w") as file:
+    with replacing(Path(args.output)) as path, path.open("w", encoding="utf-8") as file:
         for row in kept.tolist():
             messages = raw[row]["prompt"]
             prompt = messages[0]["content"] if len(messages) == 1 else messages

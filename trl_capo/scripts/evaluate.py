@@ -9,7 +9,6 @@ For each model a folder of `--output_dir` gets `samples.parquet` (one row a comp
 
 import argparse
 import functools
-import hashlib
 import importlib.util
 import json
 import os
@@ -20,11 +19,13 @@ from datetime import timedelta
 from pathlib import Path
 
 from trl_capo.cli import main as cli_main
+from trl_capo.errors import UserError
 from trl_capo.folders import check_names, remember_settings, write_json
 
 
 PROMPTS_PER_PART = 32  # at most; kept, and lost if the run is killed, together
 SAMPLING = ("num_samples", "temperature", "max_new_tokens", "seed", "statistics", "engine", "batch_size", "dtype")
+SAMPLING += ("chat_template_kwargs",)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -53,6 +54,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--normalize_operators", action="store_true", help=r"let \frac13, 2\sqrt3 and \boxed 7 in answers count"
     )
+    parser.add_argument(
+        "--chat_template_kwargs",
+        metavar="JSON",
+        help="variables of the chat template, e.g. '{\"enable_thinking\": false}' (default: those of the training)",
+    )
     parser.add_argument("--output_dir", default="runs/evaluation", help="where everything goes (default: %(default)s)")
     return parser
 
@@ -60,11 +66,20 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Sample, grade, summarise; each model in turn, each process of the launcher its share of the questions."""
     args = make_parser().parse_args(argv)
-    from trl_capo.checks import check_launch, check_output_dir
-    from trl_capo.data.benchmarks import load_benchmark
-    from trl_capo.evaluation.samples import FILE_NAME
+    from trl_capo.chat_templates import read_kwargs
+    from trl_capo.extras import require
 
     _check_numbers(args)
+    args.chat_template_kwargs = read_kwargs(args.chat_template_kwargs) or None
+    if args.engine == "vllm":
+        require("vllm")
+    from trl_capo.checks import check_launch, check_output_dir
+    from trl_capo.data.arithmetic import model_path
+    from trl_capo.data.benchmarks import load_benchmark
+    from trl_capo.evaluation.adapter import base_of
+
+    for model in args.models:
+        base_of(model_path(model))  # a model or a base that does not exist is refused before anything is loaded
     check_output_dir(args.output_dir)
     columns = {
         name: getattr(args, name) for name in ("prompt_column", "solution_column", "system_prompt", "prompt_template")
@@ -77,17 +92,14 @@ def main(argv: list[str] | None = None) -> None:
     sampling["engine"] = choose_engine(args.engine)
     folders = [Path(args.output_dir) / name for name in folder_names(args.models)]
     for model in args.models:
-        check_model(model, data, args.max_new_tokens)
+        check_model(model, data, args.max_new_tokens, args.chat_template_kwargs)
     for model, folder in zip(args.models, folders, strict=True):
         if state.is_main_process:
-            if not (folder / FILE_NAME).exists() and not any((folder / "parts").glob("*.parquet")):
-                (folder / "settings.json").unlink(missing_ok=True)  # of a run that sampled nothing
-            remember_settings(folder, _settings(model, data, sampling), "an evaluation")
+            _remember(folder, _settings(model, data, sampling))
         state.wait_for_everyone()
         evaluate(model, folder, data, state, **sampling)
     if state.is_main_process:
-        read = {folder.name: json.loads((folder / "summary.json").read_text()) for folder in folders}
-        _print_summaries({name: summary["benchmarks"] for name, summary in read.items()})
+        _print_summaries({folder.name: _read_summary(folder) for folder in folders})
         print(f"\nSamples and summaries: {args.output_dir}/")
         print(f"What to type next: trl-capo report {' '.join(map(str, folders))} --output report.html")
 
@@ -97,6 +109,27 @@ def patient_state():
     from accelerate import PartialState
 
     return PartialState(timeout=timedelta(weeks=1))
+
+
+def _remember(folder: Path, settings: dict) -> None:
+    """Refuse a folder whose samples come from another model, other questions or other settings."""
+    from trl_capo.evaluation.identity import is_recorded, read_settings
+    from trl_capo.evaluation.samples import FILE_NAME, set_aside_broken_parts
+
+    for part in set_aside_broken_parts(folder):
+        print(f"{part} cannot be read and is set aside: its questions are sampled again.")
+    if not (folder / FILE_NAME).exists() and not any((folder / "parts").glob("*.parquet")):
+        (folder / "settings.json").unlink(missing_ok=True)  # of a run that sampled nothing
+        shutil.rmtree(folder / "merged", ignore_errors=True)  # it may be of another model
+    known = read_settings(folder)
+    if known and not is_recorded(known):
+        print(
+            f"{folder} was made by an earlier version, which recorded neither tokenizer, configuration, base nor "
+            "commit of the model: whether these have changed is not checked. To be sure, choose another --output_dir."
+        )
+        checked = {*known, "chat_template_kwargs"}
+        settings = {name: value for name, value in settings.items() if name in checked or value is None}
+    remember_settings(folder, settings, "an evaluation")
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -110,16 +143,20 @@ def _check_numbers(args: argparse.Namespace) -> None:
         )
 
 
-def check_model(model: str, data: dict, max_new_tokens: int | None) -> None:
-    """Refuse a model that is not there or whose context is too short for a question, before anything is sampled."""
+def check_model(model: str, data: dict, max_new_tokens: int | None, chat_template_kwargs: dict | None = None) -> None:
+    """Refuse a model that is not there, cannot be asked so, or has too short a context, before anything is sampled."""
     from transformers import AutoConfig, AutoTokenizer
 
+    from trl_capo.chat_templates import with_defaults
     from trl_capo.data.arithmetic import model_path
     from trl_capo.evaluation.adapter import base_of
     from trl_capo.evaluation.sample import check_lengths, tokenize
 
     path = model_path(model)
     config, tokenizer = AutoConfig.from_pretrained(base_of(path)), AutoTokenizer.from_pretrained(path)
+    if chat_template_kwargs and tokenizer.chat_template is None:
+        raise UserError(f"--chat_template_kwargs has no effect: {model} has no chat template. Leave it out.")
+    tokenizer = with_defaults(tokenizer, chat_template_kwargs)
     for name, rows in data.items():
         check_lengths(tokenize(tokenizer, list(rows["prompt"])), _limit(name, max_new_tokens), config)
 
@@ -208,6 +245,7 @@ def load_engine(
     engine: str = "transformers",
     dtype: str = "auto",
     batch_size: int = 256,
+    chat_template_kwargs: dict | None = None,
     **sampling,
 ) -> tuple[Callable, Callable[[], None]]:
     """A function from prompts, `max_new_tokens` and `first_prompt` to `Samples`, and one that frees what it holds.
@@ -218,8 +256,10 @@ def load_engine(
         engine: "transformers" or "vllm".
         dtype: Of the weights.
         batch_size: Completions at a time, with transformers.
+        chat_template_kwargs: Variables of the chat template.
         sampling: `num_samples`, `temperature`, `seed`, `statistics`.
     """
+    from trl_capo.chat_templates import with_defaults
     from trl_capo.data.arithmetic import model_path
 
     model = model_path(model)
@@ -229,6 +269,7 @@ def load_engine(
         if state.num_processes > 1:
             _show_own_device(state.local_process_index)
         llm = load_vllm(model, dtype=dtype)
+        sampling["chat_template_kwargs"] = chat_template_kwargs
         return functools.partial(sample_completions_vllm, llm, **sampling), functools.partial(shut_down, llm)
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -236,7 +277,7 @@ def load_engine(
     from trl_capo.evaluation.sample import sample_completions
 
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(state.device)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = with_defaults(AutoTokenizer.from_pretrained(model), chat_template_kwargs)
     options = dict(batch_size=batch_size, progress=False)
     return functools.partial(sample_completions, policy, tokenizer, **options, **sampling), lambda: None
 
@@ -302,25 +343,20 @@ def folder_names(models: list[str]) -> list[str]:
 
 
 def _settings(model: str, data: dict, sampling: dict) -> dict:
-    """What decides the samples. Weights in a folder count by size and time of change: they may be trained on."""
+    """What decides the samples."""
     from trl_capo.data.arithmetic import model_path
+    from trl_capo.evaluation.identity import fingerprint, model_identity
 
-    weights = sorted(path for kind in ("safetensors", "bin") for path in Path(model_path(model)).glob(f"*.{kind}"))
-    written = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
-    questions = {name: _fingerprint([list(rows["prompt"]), list(rows["solution"])]) for name, rows in data.items()}
+    questions = {name: fingerprint([list(rows["prompt"]), list(rows["solution"])]) for name, rows in data.items()}
     firsts = {name: rows["prompt"][0][0] for name, rows in data.items()}  # the first message of the first question
     return {
         **{name: value for name, value in sampling.items() if name != "batch_size"},
         "model": model,
-        "weights": _fingerprint(written) if written else None,
+        **model_identity(model_path(model)),
         "questions": questions,
         "max_new_tokens": {name: _limit(name, sampling["max_new_tokens"]) for name in data},
         "system_prompt": {name: m["content"] if m["role"] == "system" else None for name, m in firsts.items()},
     }
-
-
-def _fingerprint(content: list) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _with_progress(
@@ -337,6 +373,8 @@ def _with_progress(
 
 
 def _summarize(model: str, folder: Path) -> None:
+    import numpy as np
+
     from trl_capo.evaluation.samples import read_samples
     from trl_capo.evaluation.summary import summarize
 
@@ -346,10 +384,16 @@ def _summarize(model: str, folder: Path) -> None:
             "num_prompts": len(of.correct),
             "num_samples": of.num_samples,
             "grading_failed": int(of.grid("grading_failed").sum()),
+            "ungraded": int(np.isnan(of.correct).sum()),
+            "truncated": int(of.grid("truncated").sum()),
         }
         for of in read_samples(folder)
     }
     write_json(folder / "summary.json", {"model": model, "benchmarks": summary})
+
+
+def _read_summary(folder: Path) -> dict[str, dict]:
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))["benchmarks"]
 
 
 def _print_summaries(summaries: dict[str, dict]) -> None:
@@ -359,6 +403,24 @@ def _print_summaries(summaries: dict[str, dict]) -> None:
     failed = sum(of["grading_failed"] for benchmarks in summaries.values() for of in benchmarks.values())
     if failed:
         print(f"{failed} completions count as neither right nor wrong because math-verify hung or crashed on them.")
+    for model, benchmarks in summaries.items():
+        for benchmark, of in benchmarks.items():
+            for problem in _problems(of):
+                print(f"Warning: {model}, {benchmark}: {problem}")
+
+
+def _problems(summary: dict) -> list[str]:
+    """What leaves the numbers of a benchmark without a meaning. Summaries of earlier versions lack some counts."""
+    total, problems = summary["num_prompts"] * summary["num_samples"], []
+    if summary["grading_failed"] == total:
+        problems.append("grading failed for every completion, so every number is undefined.")
+    if summary.get("ungraded") == total:
+        problems.append("no gold answer can be read, so nothing is graded and every number is undefined.")
+    if summary.get("truncated") == total:
+        problems.append("every completion ran into --max_new_tokens. Raise it, or check the end-of-sequence token.")
+    if summary["num_samples"] == 1:
+        problems.append("AUC within needs several samples of each question: --num_samples 2 or more.")
+    return problems
 
 
 if __name__ == "__main__":

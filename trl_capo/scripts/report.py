@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from trl_capo.cli import main as cli_main
+from trl_capo.errors import UserError
 from trl_capo.extras import require
 
 
@@ -35,13 +36,20 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Read, check, write."""
     args = make_parser().parse_args(argv)
+    if missing := [path for path in args.samples if not Path(path).exists()]:
+        raise UserError(
+            f"{missing[0]} does not exist. Give samples.parquet or its folder, as `trl-capo evaluate MODEL "
+            "--benchmark ...` makes them."
+        )
+    import numpy as np
+
     from trl_capo.evaluation.model_card import add_to_model_card
     from trl_capo.evaluation.report import write_report
     from trl_capo.evaluation.samples import read_samples
 
     require("report")
     if args.model_card is not None and not Path(args.model_card).is_dir():
-        raise ValueError(f"--model_card takes the folder of a model; {args.model_card} is none.")
+        raise UserError(f"--model_card takes the folder of a model; {args.model_card} is none.")
     names = args.names or _names(args.samples)
     if len(names) != len(args.samples) or len(set(names)) != len(names):
         raise ValueError(f"{len(args.samples)} runs need as many different --names, got {', '.join(names)}.")
@@ -52,6 +60,14 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--trainer_states takes NAME=FILE with a NAME of {', '.join(names)}, got {pair!r}.")
         histories[name] = _history(Path(file))
     runs = {name: read_samples(path) for name, path in zip(names, args.samples, strict=True)}
+    for name, sets in runs.items():
+        for samples in sets:
+            if np.isnan(samples.correct).all():
+                print(
+                    f"Note: no answer of {name} to {samples.benchmark} is graded, because no gold answer can be read. "
+                    "Every number that needs grades is undefined.",
+                    file=sys.stderr,
+                )
     path = write_report(runs, args.output, histories=histories)
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB), with figures and {path.with_suffix('.md').name} beside it")
     if args.model_card is not None:
@@ -63,8 +79,8 @@ def _history(path: Path) -> list[dict]:
     try:
         content = json.loads(path.read_text())
         return content if isinstance(content, list) else content["log_history"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{path} is not the trainer_state.json of a run: {error!r}.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the trainer_state.json of a run: {error!r}.") from error
 
 
 def _names(paths: list[str]) -> list[str]:

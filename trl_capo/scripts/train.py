@@ -238,6 +238,7 @@ def load_data(script_args, data_args, mixture, training_args, model_args) -> tup
     from datasets import IterableDataset
     from transformers import AutoTokenizer
 
+    from trl_capo.chat_templates import with_defaults
     from trl_capo.data.training import VALIDATION, load_splits, prepare
 
     evaluates, test_split = training_args.eval_strategy != "no", script_args.dataset_test_split
@@ -251,6 +252,7 @@ def load_data(script_args, data_args, mixture, training_args, model_args) -> tup
         tokenizer = AutoTokenizer.from_pretrained(
             _model_path(model_args.model_name_or_path), revision=model_args.model_revision
         )
+        tokenizer = with_defaults(tokenizer, training_args.chat_template_kwargs)
     state = PartialState()
     with state.main_process_first():
         splits = load_splits(

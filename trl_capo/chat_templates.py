@@ -1,0 +1,94 @@
+"""A chat template that knows the `chat_template_kwargs` it was trained with.
+
+Training may render prompts with variables of the template, e.g. `enable_thinking: false`. A saved template in which
+these values are defaults makes every later tool render the same prompt; whoever passes a variable still decides it.
+"""
+
+import copy
+import inspect
+import json
+from typing import Any
+
+from trl_capo.errors import UserError
+
+
+def with_defaults(tokenizer, chat_template_kwargs: dict[str, Any] | None):
+    """A tokenizer whose chat template has these variables as defaults; the given one where there is nothing to change.
+
+    Args:
+        tokenizer: Tokenizer or processor, left as it is.
+        chat_template_kwargs: Variables of the template, with values that JSON knows.
+
+    Returns:
+        A shallow copy with another `chat_template`.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if not chat_template_kwargs or template is None:
+        return tokenizer
+    changed = copy.copy(tokenizer)
+    if isinstance(template, dict):  # several by name
+        changed.chat_template = {name: add_defaults(of, chat_template_kwargs) for name, of in template.items()}
+    else:
+        changed.chat_template = add_defaults(template, chat_template_kwargs)
+    return changed
+
+
+def add_defaults(template: str, variables: dict[str, Any]) -> str:
+    r"""A Jinja template in which variables that are not passed have these values; done once however often it is asked.
+
+    Example:
+        >>> add_defaults("{{ a }}", {"a": False})
+        '{% if a is not defined %}{% set a = false %}{% endif %}\n{{ a }}'
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    own = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters  # never reach the template
+    prefix = ""
+    for name, value in variables.items():
+        if name not in own:
+            prefix += f"{{% if {name} is not defined %}}{{% set {name} = {_literal(name, value)} %}}{{% endif %}}"
+    # transformers renders with `trim_blocks`, which drops this newline, and with `lstrip_blocks`, which drops blanks
+    # before the template's own first block only if that starts a line.
+    prefix += "\n" if prefix else ""
+    return template if template.startswith(prefix) else prefix + template
+
+
+def read_kwargs(text: str | dict | None, name: str = "--chat_template_kwargs") -> dict[str, Any]:
+    """Template variables from the command line: a JSON object. None is none.
+
+    Raises:
+        UserError: It is something else.
+    """
+    try:
+        value = json.loads(text) if isinstance(text, str) else text or {}
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{name} must be a JSON object such as '{{\"enable_thinking\": false}}', got {text!r}.")
+    for variable, content in value.items():
+        _literal(variable, content)
+    return value
+
+
+def _literal(name: str, value: Any) -> str:
+    """A value of JSON as Jinja writes it: the same but for null."""
+    try:
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise ValueError("its name is not that of a variable")
+        json.dumps(value, allow_nan=False)
+        return _write(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"chat_template_kwargs: {name}={value!r} cannot be kept in a chat template ({error}). Use text, numbers, "
+            "true, false, null, lists and objects."
+        ) from error
+
+
+def _write(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_write(str(key))}: {_write(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_write, value)) + "]"
+    if value is None:
+        return "none"
+    return json.dumps(value, ensure_ascii=False)  # Jinja reads no surrogate pairs

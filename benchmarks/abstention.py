@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from trl_capo.calibration.abstention import choose_threshold
-from trl_capo.folders import write_json, write_text
+from trl_capo.files import write_json, write_text
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -789,7 +789,7 @@ def sample_sets(of: Runs, seed: int) -> list[SampleSet]:
 
 def write_page(world: str, seed: int = 0) -> None:
     """Base, GRPO and CAPO of one seed on the page that `trl-capo report` makes."""
-    from trl_capo.evaluation.report import write_report
+    from trl_capo.report.page import write_report
 
     runs = {NAMES[name]: of for name, of in load(world).items() if name in ("base", "grpo", "capo")}
     histories = {name: of.numbers[seed]["training"] for name, of in runs.items() if of.numbers[seed]["training"]}

@@ -381,7 +381,7 @@ def step_credit(completions, prompts, solution, **kwargs) -> list[float]:
 def evaluate(model, tokenizer, splits: dict[str, int], seed: int, temperature: float = 1.0) -> tuple[dict, dict]:
     """Held-out prompts x 16 samples: numbers by split, and what happened on each prompt as compact arrays."""
     from trl_capo.calibration.metrics import auc_by_prompt
-    from trl_capo.evaluation.sample import sample_completions
+    from trl_capo.evaluation.sampling import sample_completions
     from trl_capo.evaluation.summary import summarize
 
     numbers, arrays = {}, {}

@@ -1,4 +1,4 @@
-"""Does `trl_capo.cost` predict times? One size is measured to learn this machine's FLOPs per second, others predicted.
+"""Does `trl_capo.planning.cost` predict times? One size measures this machine, the others are predicted.
 
     python benchmarks/cost_model.py
 
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from trl_capo import cost
+from trl_capo.planning import cost
 
 
 RESULTS = Path(__file__).parent / "results"

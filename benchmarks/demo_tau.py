@@ -42,7 +42,7 @@ def run(tau: float | None, seed: int, steps: int, prompts: int) -> dict:
     from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer
     from trl_capo.data.arithmetic import BASE_MODEL, arithmetic_dataset
     from trl_capo.evaluation.grade import grade_samples
-    from trl_capo.evaluation.sample import sample_completions
+    from trl_capo.evaluation.sampling import sample_completions
     from trl_capo.evaluation.summary import summarize
     from trl_capo.scripts.demo import be_quiet, training_options
 

@@ -49,7 +49,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer
-from trl_capo.advantages import pairwise_logistic_advantages
+from trl_capo.methods.advantages import pairwise_logistic_advantages
 
 
 RESULTS = Path(__file__).parent / "results"

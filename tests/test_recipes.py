@@ -34,7 +34,7 @@ def test_there_are_recipes():
 
 @pytest.mark.parametrize("path", RECIPES, ids=str)
 def test_recipe_parses(path, monkeypatch):
-    from trl_capo.checks import check_save_steps
+    from trl_capo.preflight.checks import check_save_steps
 
     script, training, model = parse(path)
     assert path.parent.name == script.method

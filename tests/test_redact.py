@@ -212,7 +212,7 @@ def test_pickled_arguments(tiny_model, tmp_path, own):
 
 
 def test_settings_of_a_folder(tmp_path):
-    from trl_capo.folders import check_settings, remember_settings, write_json
+    from trl_capo.files import check_settings, remember_settings, write_json
 
     settings = {"train": {"hub_token": "geheim", "tau": 1}, "model": f"https://me:geheim@x.y/{LETTERS}"}
     remember_settings(tmp_path / "run", settings, "a run")

@@ -13,8 +13,9 @@ from transformers import TrainerCallback
 
 from tests.helpers import config_kwargs, parity_reward, prompt_dataset
 from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer, cli
-from trl_capo.baselines.codapo import CoDaPOConfig, CoDaPOTrainer
-from trl_capo.checkpoints import (
+from trl_capo.errors import UserError
+from trl_capo.methods.codapo import CoDaPOConfig, CoDaPOTrainer
+from trl_capo.trainer.checkpoints import (
     MANIFEST,
     RUN_FILE,
     STATE_FILE,
@@ -23,7 +24,6 @@ from trl_capo.checkpoints import (
     last_complete_checkpoint,
     read_checkpoint,
 )
-from trl_capo.errors import UserError
 
 
 SAVES = dict(save_strategy="steps", save_steps=2, max_steps=4, learning_rate=0.01)
@@ -374,7 +374,7 @@ def test_a_gradient_that_is_not_finite_stops_the_training(tiny_model, tmp_path, 
 def test_a_skipped_step_of_float16_is_no_fault():
     from types import SimpleNamespace
 
-    from trl_capo.finite import check_gradient_norm
+    from trl_capo.trainer.finite import check_gradient_norm
 
     args = SimpleNamespace(fp16=True, learning_rate=1e-5, max_grad_norm=1.0)
     scaler = SimpleNamespace(is_enabled=lambda: True, get_scale=lambda: 1024.0)

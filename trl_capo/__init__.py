@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "CAPOConfig": "capo_config",
-    "CAPOTrainer": "capo_trainer",
-    "GroupAdvantageConfig": "group_config",
-    "GroupAdvantageTrainer": "group_trainer",
-    "RolloutGroups": "group_trainer",
+    "CAPOConfig": "methods.capo_config",
+    "CAPOTrainer": "methods.capo",
+    "GroupAdvantageConfig": "trainer.config",
+    "GroupAdvantageTrainer": "trainer.group_advantage",
+    "RolloutGroups": "trainer.group_advantage",
 }
 
 __all__ = ["CAPOConfig", "CAPOTrainer", "GroupAdvantageConfig", "GroupAdvantageTrainer", "RolloutGroups"]
 
 if TYPE_CHECKING:
-    from trl_capo.capo_config import CAPOConfig
-    from trl_capo.capo_trainer import CAPOTrainer
-    from trl_capo.group_config import GroupAdvantageConfig
-    from trl_capo.group_trainer import GroupAdvantageTrainer, RolloutGroups
+    from trl_capo.methods.capo import CAPOTrainer
+    from trl_capo.methods.capo_config import CAPOConfig
+    from trl_capo.trainer.config import GroupAdvantageConfig
+    from trl_capo.trainer.group_advantage import GroupAdvantageTrainer, RolloutGroups
 
 
 def _check_trl_version() -> None:

@@ -3,7 +3,7 @@
     python docs/figures/advantage_by_gap.py
 
 Two completions of one prompt, one right and one wrong, and nothing else: the advantage of the right one against its
-lead in mean log-prob. All values come from `trl_capo.advantages`. Needs matplotlib (the extra `report`).
+lead in mean log-prob. All values come from `trl_capo.methods.advantages`. Needs matplotlib (the extra `report`).
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from trl_capo.advantages import pairwise_logistic_advantages, reward_only_advantages
+from trl_capo.methods.advantages import pairwise_logistic_advantages, reward_only_advantages
 
 
 # tau, colour (Okabe and Ito's palette, safe for colour-blind readers), line style and where the label begins.

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.evaluation.test_samples import rows
-from trl_capo.evaluation.report import write_report
 from trl_capo.evaluation.samples import merge_parts, read_samples, write_part
+from trl_capo.report.page import write_report
 
 
 pytestmark = pytest.mark.browser

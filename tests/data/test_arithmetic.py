@@ -24,7 +24,7 @@ from trl_capo.data.arithmetic import (
     split_chain,
     write_answer,
 )
-from trl_capo.evaluation.sample import sample_completions
+from trl_capo.evaluation.sampling import sample_completions
 from trl_capo.scripts.arithmetic_base import main, make_batch
 
 

@@ -7,9 +7,9 @@ import pytest
 from tests.data.standins import ROWS, make_repositories
 from trl_capo.data.benchmarks import BENCHMARKS, load_benchmark
 from trl_capo.data.catalogue import CATALOGUE, load_catalogued
+from trl_capo.data.conversations import BOXED
 from trl_capo.data.golds import unparsable_golds
-from trl_capo.data.health import health
-from trl_capo.data.math import BOXED
+from trl_capo.evaluation.health import health
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*rows, .* were expected")

@@ -7,8 +7,8 @@ from datasets import Dataset
 from trl.rewards import accuracy_reward
 
 from trl_capo.data.golds import gold_problem, problems, wrap_gold
-from trl_capo.data.health import health
 from trl_capo.data.rows import check_gold
+from trl_capo.evaluation.health import health
 
 
 def reward(gold: str, *answers: str) -> list[float | None]:

@@ -4,10 +4,10 @@ import pytest
 from datasets import Dataset
 
 from trl_capo.data.files import is_local, read_dataset
-from trl_capo.data.health import health
 from trl_capo.data.messages import answer_of, question_of
 from trl_capo.data.prepare import deduplicate, without_questions_of
 from trl_capo.data.rows import check_data, check_prompts, prompt_problems, with_checked_streams
+from trl_capo.evaluation.health import health
 
 
 def user(text):
@@ -111,7 +111,7 @@ def test_conversations_are_the_same_as_a_whole_and_questions_by_what_the_user_as
 
 
 def test_a_template_hides_no_question_of_a_benchmark():
-    from trl_capo.data.math import BOXED
+    from trl_capo.data.conversations import BOXED
 
     rows = Dataset.from_dict({"prompt": [[user("1+1?\n" + BOXED)], [user("2+1?\n" + BOXED)]]})
     plain = Dataset.from_dict({"prompt": [[user("1+1?")]]})

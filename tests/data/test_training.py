@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from tests.data.standins import make_repositories, question
-from trl_capo.data.math import BOXED
+from trl_capo.data.conversations import BOXED
 from trl_capo.data.training import DataArguments, load_splits, prepare
 
 

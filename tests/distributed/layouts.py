@@ -13,10 +13,10 @@ from tests.distributed.fast_step import whole_parameters
 from tests.distributed.two_ranks import recording
 from tests.helpers import config_kwargs, parity_reward, prompt_dataset
 from trl_capo import CAPOConfig, CAPOTrainer
-from trl_capo.baselines.codapo import CoDaPOConfig, CoDaPOTrainer
-from trl_capo.baselines.simko import CAPOSimKOConfig, CAPOSimKOTrainer, SimKOConfig, SimKOTrainer
-from trl_capo.checkpoints import current_run, read_checkpoint
 from trl_capo.errors import UserError
+from trl_capo.methods.codapo import CoDaPOConfig, CoDaPOTrainer
+from trl_capo.methods.simko import CAPOSimKOConfig, CAPOSimKOTrainer, SimKOConfig, SimKOTrainer
+from trl_capo.trainer.checkpoints import current_run, read_checkpoint
 
 
 RANK, PROCESSES = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

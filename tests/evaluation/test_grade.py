@@ -10,7 +10,7 @@ from trl.rewards import accuracy_reward
 
 from trl_capo.evaluation import grade as grade_module
 from trl_capo.evaluation.grade import Grades, canonical_answers, grade, grade_samples
-from trl_capo.evaluation.sample import Samples
+from trl_capo.evaluation.sampling import Samples
 from trl_capo.workers import Failure
 
 
@@ -153,7 +153,7 @@ def test_lengths_must_match():
 
 def test_import_is_light():
     heavy = "{'torch', 'transformers', 'trl', 'sympy', 'math_verify'}"
-    code = f"import sys, trl_capo.evaluation.grade, trl_capo.evaluation.sample; print({heavy} & set(sys.modules))"
+    code = f"import sys, trl_capo.evaluation.grade, trl_capo.evaluation.sampling; print({heavy} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
 

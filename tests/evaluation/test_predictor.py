@@ -14,8 +14,8 @@ from trl_capo.calibration.abstention import Abstention, choose_threshold
 from trl_capo.data.arithmetic import BASE_MODEL, arithmetic_dataset
 from trl_capo.evaluation.grade import grade_samples
 from trl_capo.evaluation.predictor import SelectivePredictor, choose_abstention, question_confidence, question_table
-from trl_capo.evaluation.sample import sample_completions
 from trl_capo.evaluation.samples import merge_parts, read_samples, write_part
+from trl_capo.evaluation.sampling import sample_completions
 
 
 def make_samples(folder, num_prompts=200, num_samples=4, benchmark="b"):

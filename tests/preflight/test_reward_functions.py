@@ -6,8 +6,8 @@ import pytest
 
 from tests.helpers import config_kwargs, parity_reward, prompt_dataset
 from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer, rewards
-from trl_capo.checks import find_correctness_reward
 from trl_capo.errors import UserError
+from trl_capo.preflight.checks import find_correctness_reward
 from trl_capo.preflight.rewards import load_reward_function
 
 

@@ -10,10 +10,10 @@ from trl.trainer.utils import RepeatSampler
 
 from tests.helpers import config_kwargs, parity_reward, prompt_dataset
 from trl_capo import CAPOConfig, CAPOTrainer
-from trl_capo.baselines.codapo import CoDaPOConfig, CoDaPOTrainer
 from trl_capo.cli import main
-from trl_capo.dry_run import as_if_launched, batch_lines
 from trl_capo.errors import UserError
+from trl_capo.methods.codapo import CoDaPOConfig, CoDaPOTrainer
+from trl_capo.planning.dry_run import as_if_launched, batch_lines
 from trl_capo.preflight.schedule import check_enough_prompts, check_some_steps, schedule
 
 

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.helpers import config_kwargs, parity_reward
 from trl_capo import CAPOConfig, CAPOTrainer, cli
 from trl_capo.data.arithmetic import BASE_MODEL, arithmetic_dataset
-from trl_capo.evaluation.sample import TOP_K, sequence_statistics, token_statistics
-from trl_capo.evaluation.sample_vllm import load_vllm, sample_completions_vllm
 from trl_capo.evaluation.samples import read_samples
+from trl_capo.evaluation.sampling import TOP_K, sequence_statistics, token_statistics
+from trl_capo.evaluation.vllm import load_vllm, sample_completions_vllm
 
 
 pytestmark = pytest.mark.vllm

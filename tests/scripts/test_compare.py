@@ -14,8 +14,8 @@ import yaml
 
 from trl_capo import cli
 from trl_capo.calibration.bootstrap import holm, paired_difference
-from trl_capo.evaluation.comparison import by_prompt, check_same_questions, compare, evaluation_folder, table
 from trl_capo.evaluation.samples import read_samples
+from trl_capo.report.comparison import by_prompt, check_same_questions, compare, evaluation_folder, table
 from trl_capo.scripts import compare as script
 
 

@@ -13,7 +13,7 @@ import yaml
 from tests.fake_hub import running_hub
 from tests.helpers import config_kwargs, parity_reward, prompt_dataset
 from trl_capo import cli
-from trl_capo.hub import push_command
+from trl_capo.publish.hub import push_command
 
 
 @pytest.fixture

@@ -185,7 +185,7 @@ def test_killed_and_resumed_run_ends_where_the_uninterrupted_one_does(tiny_model
 
 
 def test_half_written_checkpoints_are_passed_over(tmp_path):
-    from trl_capo.checkpoints import last_complete_checkpoint
+    from trl_capo.trainer.checkpoints import last_complete_checkpoint
 
     for step, state in ((9, "{}"), (10, '{"global_step":'), (100, None)):
         folder = tmp_path / f"checkpoint-{step}"

@@ -38,7 +38,7 @@ from numpy.typing import ArrayLike
 
 from trl_capo.calibration.metrics import paired_rows
 from trl_capo.errors import UserError
-from trl_capo.folders import write_json
+from trl_capo.files import write_json
 
 
 FIRST = 50  # questions that the highest threshold keeps at least: fewer prove nothing

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from datasets import Dataset
 from transformers import AddedToken, Qwen2Tokenizer
 
-from trl_capo.model_source import SHIPPED, model_path  # noqa: F401  (model_path: callers import it from here)
+from trl_capo.models.source import SHIPPED, model_path  # noqa: F401  (model_path: callers import it from here)
 
 
 BASE_MODEL, FLAT_MODEL = SHIPPED["arithmetic-base"], SHIPPED["arithmetic-flat"]

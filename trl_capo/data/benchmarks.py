@@ -13,9 +13,9 @@ from datasets import Dataset
 
 from trl_capo.data.arithmetic import SPLITS, arithmetic_dataset
 from trl_capo.data.catalogue import CATALOGUE, load_catalogued
+from trl_capo.data.conversations import to_conversations
 from trl_capo.data.files import FORMATS, read_dataset
 from trl_capo.data.golds import problems
-from trl_capo.data.math import to_conversations
 from trl_capo.data.rows import check_prompts
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import datasets
 from datasets import Dataset
 
+from trl_capo.data.conversations import to_conversations
 from trl_capo.data.files import read_dataset
-from trl_capo.data.math import to_conversations
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from datasets import Dataset
 
-from trl_capo.data.math import without_template
+from trl_capo.data.conversations import without_template
 from trl_capo.data.messages import question_of, text_of
 
 
@@ -71,7 +71,7 @@ def _questions(prompt: str | list[dict]) -> set[str]:
 
 def within_budget(rows: Dataset, tokenizer, max_prompt_tokens: int) -> Dataset:
     """The questions whose prompt, with the chat template, has at most so many tokens."""
-    from trl_capo.evaluation.sample import tokenize
+    from trl_capo.evaluation.sampling import tokenize
 
     lengths = map(len, tokenize(tokenizer, list(rows["prompt"])))
     return rows.select([i for i, length in enumerate(lengths) if length <= max_prompt_tokens])

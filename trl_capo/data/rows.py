@@ -160,7 +160,7 @@ def check_gold(dataset: Dataset, name: str) -> None:
         raise UserError(
             f"{name}: math-verify cannot parse {len(bad)} of {len(golds)} gold answers in 'solution', or reads them "
             f"as something else ({examples}). Wrap each gold in $...$ or \\boxed{{...}} (see "
-            "trl_capo.data.golds.wrap_gold), or drop those rows: trl_capo.data.math.drop_unparsable_gold(dataset), or "
+            "trl_capo.data.golds.wrap_gold), or drop those rows: trl_capo.data.conversations.drop_unparsable_gold(dataset), or "
             "--drop_unparsable_gold true of trl-capo train."
         )
 

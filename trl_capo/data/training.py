@@ -11,8 +11,8 @@ from datasets import Dataset, IterableDataset
 
 from trl_capo.data.benchmarks import load_benchmark
 from trl_capo.data.catalogue import CATALOGUE, load_catalogued, location
+from trl_capo.data.conversations import drop_unparsable_gold, to_conversations
 from trl_capo.data.files import read_dataset
-from trl_capo.data.math import drop_unparsable_gold, to_conversations
 from trl_capo.data.prepare import deduplicate, train_and_validation, within_budget, without_questions_of
 
 
@@ -32,7 +32,7 @@ class DataArguments:
         system_prompt (`str`, *optional*):
             System message put before questions that are plain text.
         prompt_template (`str`, *optional*):
-            Instead of a system prompt, a key of `trl_capo.data.math.PROMPT_TEMPLATES`.
+            Instead of a system prompt, a key of `trl_capo.data.conversations.PROMPT_TEMPLATES`.
         drop_unparsable_gold (`bool`, *optional*, defaults to `False`):
             Drop rows whose gold answer math-verify cannot parse instead of refusing them.
         deduplicate (`bool`, *optional*, defaults to `False`):

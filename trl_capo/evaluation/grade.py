@@ -20,7 +20,7 @@ from trl_capo.workers import DeadlinePool, Failure, can_start_workers
 
 
 if TYPE_CHECKING:
-    from trl_capo.evaluation.sample import Samples
+    from trl_capo.evaluation.sampling import Samples
 
 CHUNK = 1000  # completions between two ticks of the progress bar
 

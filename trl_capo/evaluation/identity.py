@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 
 from trl_capo.errors import UserError
-from trl_capo.evaluation.adapter import base_of
-from trl_capo.folders import SETTINGS
+from trl_capo.files import SETTINGS
+from trl_capo.models.adapter import base_of
 
 
 WEIGHTS = ("*.safetensors", "*.bin")

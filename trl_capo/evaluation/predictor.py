@@ -17,8 +17,8 @@ import numpy as np
 
 from trl_capo.calibration.abstention import Abstention, choose_threshold
 from trl_capo.calibration.selection import Selection, choose_all, perplexity_consistency
-from trl_capo.chat_templates import with_defaults
 from trl_capo.errors import UserError
+from trl_capo.models.chat_templates import with_defaults
 
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class SelectivePredictor:
 
         from trl_capo.calibration.abstention import FILE_NAME
         from trl_capo.data.arithmetic import model_path
-        from trl_capo.evaluation.adapter import base_of
+        from trl_capo.models.adapter import base_of
 
         path = model_path(str(path))
         base_of(path)  # an adapter without its base is refused by name
@@ -196,7 +196,7 @@ class SelectivePredictor:
             progress: Show a progress bar.
         """
         from trl_capo.evaluation.grade import canonical_answers, grade
-        from trl_capo.evaluation.sample import sample_completions
+        from trl_capo.evaluation.sampling import sample_completions
 
         prompts = list(questions)
         if self.tokenizer.chat_template is not None or self.system_prompt is not None:
@@ -231,7 +231,7 @@ class SelectivePredictor:
 
     def _room(self, prompts: list) -> int:
         """What the longest prompt leaves of the context, at most 3000 tokens."""
-        from trl_capo.evaluation.sample import tokenize
+        from trl_capo.evaluation.sampling import tokenize
 
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
         return max(1, min(3000, context - max(map(len, tokenize(self.tokenizer, prompts)))))

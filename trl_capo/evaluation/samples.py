@@ -35,7 +35,7 @@ from urllib.parse import quote
 import numpy as np
 
 from trl_capo.errors import UserError
-from trl_capo.folders import replacing
+from trl_capo.files import replacing
 
 
 if TYPE_CHECKING:

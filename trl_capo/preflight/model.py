@@ -2,7 +2,7 @@
 
 from trl_capo.errors import UserError
 from trl_capo.extras import require
-from trl_capo.model_source import check_trainable, model_path
+from trl_capo.models.source import check_trainable, model_path
 
 
 def check_model(model):

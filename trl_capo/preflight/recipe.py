@@ -4,15 +4,15 @@ import warnings
 
 from trl import GRPOConfig
 
-from trl_capo.checks import (
+from trl_capo.data.rows import check_data
+from trl_capo.preflight.best_metric import check_best_metric
+from trl_capo.preflight.checks import (
     check_sampler_logps,
     check_save_steps,
     find_correctness_reward,
     reward_list,
     reward_names,
 )
-from trl_capo.data.rows import check_data
-from trl_capo.preflight.best_metric import check_best_metric
 from trl_capo.preflight.rewards import check_numbers, repeated_names
 from trl_capo.preflight.schedule import check_enough_prompts, schedule
 

@@ -2,7 +2,7 @@
 
 from trl import GRPOConfig
 
-from trl_capo.checks import check_launch, check_output_dir, reward_list
+from trl_capo.preflight.checks import check_launch, check_output_dir, reward_list
 from trl_capo.preflight.model import check_engine, check_model, check_others
 from trl_capo.preflight.prompts import check_prompts
 from trl_capo.preflight.recipe import check_recipe

@@ -34,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Ask, and ask the fallback where needed."""
     args = make_parser().parse_args(argv)
-    from trl_capo.chat_templates import read_kwargs
+    from trl_capo.models.chat_templates import read_kwargs
 
     if empty := [question for question in args.questions if not question.strip()]:
         raise UserError(f"a question is empty: {empty[0]!r}. Ask something, or leave it out.")

@@ -36,7 +36,7 @@ from trl_capo.data.arithmetic import (
     write_answer,
 )
 from trl_capo.evaluation.grade import grade_samples
-from trl_capo.evaluation.sample import sample_completions
+from trl_capo.evaluation.sampling import sample_completions
 
 
 MAX_COMPLETION_LENGTH = 64  # the written-out steps of five numbers take at most 50 tokens

@@ -31,10 +31,10 @@ from queue import SimpleQueue
 import yaml
 
 from trl_capo.cli import main as cli_main
+from trl_capo.compare.plan import BASE, Plan, evaluation_options, read_plan
 from trl_capo.errors import UserError, one_line
 from trl_capo.extras import require
-from trl_capo.folders import check_settings, remember_settings, write_json, write_text
-from trl_capo.plan import BASE, Plan, evaluation_options, read_plan
+from trl_capo.files import check_settings, remember_settings, write_json, write_text
 from trl_capo.processes import Children
 from trl_capo.workers import num_cores
 
@@ -64,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--minutes must be a positive number, got {args.minutes}.")
     require("report")
     plan = read_plan(args.plan)
-    from trl_capo.checks import check_output_dir
-    from trl_capo.evaluation.comparison import run_name, write_comparison
+    from trl_capo.preflight.checks import check_output_dir
+    from trl_capo.report.comparison import run_name, write_comparison
 
     for option, wanted, known in (("methods", args.methods, plan.methods), ("seeds", args.seeds, plan.seeds)):
         if missing := [str(name) for name in wanted or [] if name not in known]:
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_folder(plan: Plan, name: str, seed: int | None) -> Path:
     """Where a run is."""
-    from trl_capo.evaluation.comparison import run_name
+    from trl_capo.report.comparison import run_name
 
     return Path(plan.output_dir) / run_name(name, seed)
 

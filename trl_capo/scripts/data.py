@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from trl_capo.cli import main as cli_main
-from trl_capo.folders import replacing, write_json
+from trl_capo.files import replacing, write_json
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -69,7 +69,7 @@ def check(args: argparse.Namespace) -> None:
 
     from trl_capo.data.arithmetic import model_path
     from trl_capo.data.catalogue import CATALOGUE
-    from trl_capo.data.health import health
+    from trl_capo.evaluation.health import health
 
     tokenizer = AutoTokenizer.from_pretrained(model_path(args.model)) if args.model else None
     against = {name: load(name, args) for name in args.against}
@@ -147,7 +147,7 @@ def print_health(found: dict[str, dict]) -> None:
 
 def keep_mixed(args: argparse.Namespace) -> None:
     """Sample and grade every question with `trl-capo evaluate`, and write those with mixed outcomes."""
-    from trl_capo.checks import check_output_dir
+    from trl_capo.preflight.checks import check_output_dir
     from trl_capo.scripts import evaluate
 
     if not 0 <= args.lowest < args.highest <= 1:

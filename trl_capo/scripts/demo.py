@@ -20,7 +20,7 @@ from pathlib import Path
 
 from trl_capo.cli import main as cli_main
 from trl_capo.extras import require
-from trl_capo.folders import remember_settings, replacing, write_json
+from trl_capo.files import remember_settings, replacing, write_json
 from trl_capo.processes import end_with_parent
 from trl_capo.workers import num_cores
 
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from the Hub
     require("report")
-    from trl_capo.checks import check_output_dir
+    from trl_capo.preflight.checks import check_output_dir
 
     folder = Path(args.output_dir)
     check_output_dir(str(folder))
@@ -148,9 +148,9 @@ def _train(position: int, method: str, folder: Path, steps: int, seed: int) -> N
     from trl.rewards import accuracy_reward
 
     from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer
-    from trl_capo.checkpoints import last_complete_checkpoint
+    from trl_capo.compare.progress import RunProgress
     from trl_capo.data.arithmetic import BASE_MODEL, arithmetic_dataset
-    from trl_capo.progress import RunProgress
+    from trl_capo.trainer.checkpoints import last_complete_checkpoint
 
     be_quiet()
     torch.set_num_threads(1)
@@ -223,9 +223,9 @@ def _draw(folder: Path, training: dict) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from trl_capo.evaluation.figures import draw_precision_coverage, draw_training
-    from trl_capo.evaluation.report import write_report
     from trl_capo.evaluation.samples import read_samples
+    from trl_capo.report.figures import draw_precision_coverage, draw_training
+    from trl_capo.report.page import write_report
 
     runs = {model: read_samples(folder / "evaluation" / model) for model in MODELS}
     print("Writing the report ...")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from trl_capo.cli import main as cli_main
 from trl_capo.errors import UserError
-from trl_capo.folders import check_names, remember_settings, write_json
+from trl_capo.files import check_names, remember_settings, write_json
 
 
 PROMPTS_PER_PART = 32  # at most; kept, and lost if the run is killed, together
@@ -66,17 +66,17 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Sample, grade, summarise; each model in turn, each process of the launcher its share of the questions."""
     args = make_parser().parse_args(argv)
-    from trl_capo.chat_templates import read_kwargs
     from trl_capo.extras import require
+    from trl_capo.models.chat_templates import read_kwargs
 
     _check_numbers(args)
     args.chat_template_kwargs = read_kwargs(args.chat_template_kwargs) or None
     if args.engine == "vllm":
         require("vllm")
-    from trl_capo.checks import check_launch, check_output_dir
     from trl_capo.data.arithmetic import model_path
     from trl_capo.data.benchmarks import load_benchmark
-    from trl_capo.evaluation.adapter import base_of
+    from trl_capo.models.adapter import base_of
+    from trl_capo.preflight.checks import check_launch, check_output_dir
 
     for model in args.models:
         base_of(model_path(model))  # a model or a base that does not exist is refused before anything is loaded
@@ -147,10 +147,10 @@ def check_model(model: str, data: dict, max_new_tokens: int | None, chat_templat
     """Refuse a model that is not there, cannot be asked so, or has too short a context, before anything is sampled."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from trl_capo.chat_templates import with_defaults
     from trl_capo.data.arithmetic import model_path
-    from trl_capo.evaluation.adapter import base_of
-    from trl_capo.evaluation.sample import check_lengths, tokenize
+    from trl_capo.evaluation.sampling import check_lengths, tokenize
+    from trl_capo.models.adapter import base_of
+    from trl_capo.models.chat_templates import with_defaults
 
     path = model_path(model)
     config, tokenizer = AutoConfig.from_pretrained(base_of(path)), AutoTokenizer.from_pretrained(path)
@@ -187,8 +187,8 @@ def evaluate(
         sampling: See `load_engine`.
     """
     from trl_capo.data.arithmetic import model_path
-    from trl_capo.evaluation.adapter import merged
     from trl_capo.evaluation.samples import FILE_NAME, merge_parts, write_part
+    from trl_capo.models.adapter import merged
 
     if (folder / FILE_NAME).exists():
         state.print(f"{folder / FILE_NAME} is there already: nothing was sampled.")
@@ -259,12 +259,12 @@ def load_engine(
         chat_template_kwargs: Variables of the chat template.
         sampling: `num_samples`, `temperature`, `seed`, `statistics`.
     """
-    from trl_capo.chat_templates import with_defaults
     from trl_capo.data.arithmetic import model_path
+    from trl_capo.models.chat_templates import with_defaults
 
     model = model_path(model)
     if engine == "vllm":
-        from trl_capo.evaluation.sample_vllm import load_vllm, sample_completions_vllm, shut_down
+        from trl_capo.evaluation.vllm import load_vllm, sample_completions_vllm, shut_down
 
         if state.num_processes > 1:
             _show_own_device(state.local_process_index)
@@ -274,7 +274,7 @@ def load_engine(
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from trl_capo.evaluation.sample import sample_completions
+    from trl_capo.evaluation.sampling import sample_completions
 
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(state.device)
     tokenizer = with_defaults(AutoTokenizer.from_pretrained(model), chat_template_kwargs)

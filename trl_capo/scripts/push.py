@@ -16,10 +16,10 @@ from time import sleep
 
 from trl_capo.cli import main as cli_main
 from trl_capo.errors import UserError
-from trl_capo.hub import check_private, push_command
-from trl_capo.model_files import CALIBRATION, CARD, RECIPE, RECORD, files_to_upload, left_behind
+from trl_capo.publish.hub import check_private, push_command
+from trl_capo.publish.model_files import CALIBRATION, CARD, RECIPE, RECORD, files_to_upload, left_behind
+from trl_capo.publish.record import run_folder
 from trl_capo.redact import mask, redact
-from trl_capo.reproduction import run_folder
 
 
 WAITS = (5, 20, 60)  # seconds between attempts
@@ -124,7 +124,7 @@ def push_trained(trainer) -> bool:
     Returns:
         False if the push failed. Why, and how to go on, is printed: the model itself is safe.
     """
-    from trl_capo.reproduction import hub_dataset
+    from trl_capo.publish.record import hub_dataset
 
     if not trainer.is_world_process_zero():
         return True
@@ -208,7 +208,7 @@ def _content(name: str, path: Path) -> bytes | str:
 def _push(folder, files: dict[str, Path], repo_id: str, private, dataset, revision, token) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    from trl_capo.evaluation.model_card import complete_card
+    from trl_capo.publish.card import complete_card
 
     api = HfApi(library_name="trl-capo", token=token)
     url = api.create_repo(repo_id, private=private, exist_ok=True)

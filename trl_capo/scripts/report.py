@@ -43,9 +43,9 @@ def main(argv: list[str] | None = None) -> None:
         )
     import numpy as np
 
-    from trl_capo.evaluation.model_card import add_to_model_card
-    from trl_capo.evaluation.report import write_report
     from trl_capo.evaluation.samples import read_samples
+    from trl_capo.publish.card import add_to_model_card
+    from trl_capo.report.page import write_report
 
     require("report")
     if args.model_card is not None and not Path(args.model_card).is_dir():

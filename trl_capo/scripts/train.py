@@ -26,13 +26,13 @@ from trl_capo.recipe import check_options, check_recipe, read_yaml
 
 # One line a method: the configuration and the trainer, imported once the method is chosen.
 METHODS = {
-    "capo": ("trl_capo.capo_config:CAPOConfig", "trl_capo.capo_trainer:CAPOTrainer"),
-    "grpo": ("trl_capo.reference_mask:ReferenceMaskConfig", "trl_capo.reference_mask:ReferenceMaskTrainer"),
-    "gspo": ("trl_capo.baselines.gspo:GSPOConfig", "trl_capo.baselines.gspo:GSPOTrainer"),
-    "codapo": ("trl_capo.baselines.codapo:CoDaPOConfig", "trl_capo.baselines.codapo:CoDaPOTrainer"),
-    "cde": ("trl_capo.baselines.cde:CDEConfig", "trl_capo.baselines.cde:CDETrainer"),
-    "simko": ("trl_capo.baselines.simko:SimKOConfig", "trl_capo.baselines.simko:SimKOTrainer"),
-    "capo_simko": ("trl_capo.baselines.simko:CAPOSimKOConfig", "trl_capo.baselines.simko:CAPOSimKOTrainer"),
+    "capo": ("trl_capo.methods.capo_config:CAPOConfig", "trl_capo.methods.capo:CAPOTrainer"),
+    "grpo": ("trl_capo.trainer.mask:ReferenceMaskConfig", "trl_capo.trainer.mask:ReferenceMaskTrainer"),
+    "gspo": ("trl_capo.methods.gspo:GSPOConfig", "trl_capo.methods.gspo:GSPOTrainer"),
+    "codapo": ("trl_capo.methods.codapo:CoDaPOConfig", "trl_capo.methods.codapo:CoDaPOTrainer"),
+    "cde": ("trl_capo.methods.cde:CDEConfig", "trl_capo.methods.cde:CDETrainer"),
+    "simko": ("trl_capo.methods.simko:SimKOConfig", "trl_capo.methods.simko:SimKOTrainer"),
+    "capo_simko": ("trl_capo.methods.simko:CAPOSimKOConfig", "trl_capo.methods.simko:CAPOSimKOTrainer"),
 }
 
 # Whose fields are options, beside those of the method.
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     train_dataset, eval_dataset = load_data(script_args, data_args, mixture, training_args, model_args)
     trainer_class = resolve_name(METHODS[method][1])
     if dry_run:
-        from trl_capo.dry_run import describe
+        from trl_capo.planning.dry_run import describe
         from trl_capo.preflight.recipe import check_recipe as check_run
 
         check_run(trainer_class, training_args, reward_funcs, train_dataset, eval_dataset)
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from trl import get_peft_config, get_quantization_config
 
-    from trl_capo.reproduction import write_reproduction
+    from trl_capo.publish.record import write_reproduction
     from trl_capo.scripts.push import push_trained
 
     training_args.model_init_kwargs = {
@@ -153,7 +153,7 @@ def _take_dry_run(argv: list[str]) -> tuple[argparse.Namespace | None, list[str]
         return None, argv
     import torch
 
-    from trl_capo import dry_run
+    from trl_capo.planning import dry_run
 
     options, rest = dry_run.make_parser().parse_known_args(argv)
     return options, rest if torch.cuda.is_available() else [*rest, "--use_cpu", "true"]
@@ -164,7 +164,7 @@ def _as_launched(dry_run: argparse.Namespace | None):
 
     if dry_run is None:
         return nullcontext()
-    from trl_capo.dry_run import as_if_launched, read_launch
+    from trl_capo.planning.dry_run import as_if_launched, read_launch
 
     return as_if_launched(read_launch(dry_run.accelerate_config)[0])
 
@@ -186,7 +186,7 @@ def _method_and_config(argv: list[str]) -> tuple[str, str | None]:
 
 def _checkpoint_to_resume(training_args) -> str | None:
     """`--resume_from_checkpoint` takes a folder, or `true` for the newest complete checkpoint, if there is one."""
-    from trl_capo.resume import checkpoint_named, newest_or_zero
+    from trl_capo.trainer.resume import checkpoint_named, newest_or_zero
 
     wanted, output_dir = training_args.resume_from_checkpoint, training_args.output_dir
     say = print if training_args.process_index == 0 else lambda line: None
@@ -222,7 +222,7 @@ def _model_path(name: str | None) -> str:
         raise ValueError(
             "model_name_or_path is missing: set it to a model id, a folder, arithmetic-base or arithmetic-flat."
         )
-    from trl_capo.model_source import model_path
+    from trl_capo.models.source import model_path
 
     return model_path(name)
 
@@ -238,8 +238,8 @@ def load_data(script_args, data_args, mixture, training_args, model_args) -> tup
     from datasets import IterableDataset
     from transformers import AutoTokenizer
 
-    from trl_capo.chat_templates import with_defaults
     from trl_capo.data.training import VALIDATION, load_splits, prepare
+    from trl_capo.models.chat_templates import with_defaults
 
     evaluates, test_split = training_args.eval_strategy != "no", script_args.dataset_test_split
     if data_args.num_validation_prompts and not (evaluates and test_split == VALIDATION):

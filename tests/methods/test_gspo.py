@@ -1,0 +1,69 @@
+"""GSPO: TRL's GRPOTrainer with the published setting gives the same parameters, and its loss is the formula."""
+
+import pytest
+import torch
+from trl import GRPOConfig, GRPOTrainer
+
+from tests.helpers import config_kwargs, first_batch, literal_logits, move, parity_reward, prompt_dataset
+from trl_capo.methods.gspo import GSPOConfig, GSPOTrainer
+
+
+PUBLISHED = dict(importance_sampling_level="sequence", loss_type="grpo", beta=0.0, epsilon=3e-4, epsilon_high=4e-4)
+LAYOUT = dict(gradient_accumulation_steps=1, steps_per_generation=4)
+
+
+def parameters(trainer):
+    trainer.train()
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def test_defaults_are_the_published_setting(tiny_model, tmp_path):
+    options = config_kwargs(tmp_path / "trl", max_steps=8, optim="sgd", learning_rate=0.05)
+    expected = parameters(
+        GRPOTrainer(tiny_model, parity_reward, GRPOConfig(**options, **PUBLISHED, **LAYOUT), prompt_dataset(32))
+    )
+    options = config_kwargs(tmp_path / "ours", max_steps=8, optim="sgd", learning_rate=0.05)
+    for name in set(options) & {*PUBLISHED, *LAYOUT}:
+        del options[name]
+    ours = GSPOTrainer(tiny_model, parity_reward, GSPOConfig(**options), prompt_dataset(32))
+    found = parameters(ours)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    clipped = [
+        entry["clip_ratio/region_mean"] for entry in ours.state.log_history if "clip_ratio/region_mean" in entry
+    ]
+    assert max(clipped) > 0, "the bounds matter"
+
+
+def test_the_gradient_is_that_of_the_formula(tiny_model, tmp_path):
+    """Row by row without padding: clipped ratio of the two sequence probabilities, to the power of one over length."""
+    options = config_kwargs(tmp_path, per_device_train_batch_size=16, epsilon=0.02, epsilon_high=0.03, repack=False)
+    trainer = GSPOTrainer(tiny_model, parity_reward, GSPOConfig(**options), prompt_dataset(32))
+    batch, model = first_batch(trainer), trainer.model
+    old = [logits.log_softmax(-1).detach() for logits in literal_logits(model, batch)]
+    move(model, 0.02)
+    loss, ratios = 0.0, []
+    for logits, old_logps, row in zip(literal_logits(model, batch), old, range(16), strict=True):
+        tokens = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
+        at = (range(len(tokens)), tokens)
+        ratio = (logits.log_softmax(-1)[at].sum() - old_logps[at].sum()).exp() ** (1 / len(tokens))
+        advantage = batch["advantages"][row]
+        loss = loss - torch.minimum(ratio * advantage, ratio.clamp(1 - 0.02, 1 + 0.03) * advantage) / 16
+        ratios.append(ratio.item())
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    found = torch.autograd.grad(trainer._compute_loss(model, batch), list(model.parameters()))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert min(ratios) < 0.98 and max(ratios) > 1.03, "both bounds matter"
+
+
+@pytest.mark.parametrize(("accumulated", "warns"), [(1, False), (2, False), (4, True), (8, True)])
+def test_without_mini_batches_it_says_that_it_is_grpo(tmp_path, recwarn, accumulated, warns):
+    GSPOConfig(str(tmp_path), gradient_accumulation_steps=accumulated, bf16=False)
+    assert any("GSPO is GRPO" in str(warning.message) for warning in recwarn) == warns
+
+
+def test_a_generation_batch_size_takes_the_place_of_mini_batches(tmp_path):
+    layout = dict(per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    options = {k: v for k, v in config_kwargs(tmp_path).items() if k not in (*layout, "steps_per_generation")}
+    assert GSPOConfig(**options, **layout).steps_per_generation == 4
+    assert GSPOConfig(**options, **layout, generation_batch_size=32).steps_per_generation == 8

@@ -1,0 +1,1 @@
+"""Several methods and seeds from one base, compared."""

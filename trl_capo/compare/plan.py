@@ -1,0 +1,158 @@
+"""The plan of `trl-capo compare`: read, and checked as a whole before anything runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from trl_capo.errors import UserError, UserErrors
+from trl_capo.files import check_names
+from trl_capo.recipe import check_recipe, read_yaml
+
+
+BASE = "base"
+MAX_SEED = 2**32 - 1  # numpy's
+SET_BY_PLAN = {"seed": "seeds", "output_dir": "output_dir of the plan"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared: the content of the YAML.
+
+    Attributes:
+        baseline: The method that the others are compared with.
+        methods: Options of `trl-capo train` by name of the configuration; each names its `method`.
+        train: Options that all share.
+        benchmarks: What `trl-capo evaluate` takes.
+        seeds: Of the trainings; the evaluation draws the same random numbers for all.
+        evaluate: Further options of `trl-capo evaluate`.
+        output_dir: Where everything goes.
+    """
+
+    baseline: str
+    methods: dict[str, dict]
+    train: dict
+    benchmarks: list[str]
+    seeds: list[int]
+    evaluate: dict = field(default_factory=dict)
+    output_dir: str = "runs/compare"
+
+
+def read_plan(path: str) -> Plan:
+    """Read and check the YAML.
+
+    Raises:
+        UserError: Names every key whose value cannot work, the value, and what is allowed.
+    """
+    content = read_yaml(path)
+    known = [f.name for f in fields(Plan)]
+    if set(content) - set(known) or set(known[:5]) - set(content):
+        raise UserError(f"{path} must hold {', '.join(known[:5])} and may hold {', '.join(known[5:])}, nothing else.")
+    plan = Plan(**content)
+    if problems := list(_shapes(path, plan)):
+        raise UserErrors(problems)
+    if problems := [*_names_and_seeds(path, plan), *_options(path, plan)]:
+        raise UserErrors(problems)
+
+    from trl_capo.data.benchmarks import load_benchmark
+
+    for benchmark in plan.benchmarks:
+        load_benchmark(benchmark, plan.evaluate.get("num_prompts"))
+    return plan
+
+
+def _shapes(path: str, plan: Plan) -> Iterator[str]:
+    """Without these nothing else can be checked."""
+    for key, kind, wanted in (
+        ("methods", dict, "hold one `name: {method: ...}` a line"),
+        ("train", dict, "hold one `option: value` a line"),
+        ("benchmarks", list, "be a list of names or files"),
+        ("seeds", list, "be a list of whole numbers"),
+    ):
+        value = getattr(plan, key)
+        if not isinstance(value, kind) or not value:
+            yield f"{path}: {key} must {wanted}, got {value!r}."
+    if not isinstance(plan.evaluate, dict):
+        yield f"{path}: evaluate must hold one `option: value` a line, got {plan.evaluate!r}."
+    if not isinstance(plan.output_dir, str) or not plan.output_dir.strip() or not plan.output_dir.isprintable():
+        yield f"{path}: output_dir must be the path of a folder, got {plan.output_dir!r}."
+
+
+def _names_and_seeds(path: str, plan: Plan) -> Iterator[str]:
+    """What decides where runs lie."""
+    try:
+        check_names(f"{path}: methods", [*plan.methods])
+    except UserError as error:
+        yield str(error)
+    if plan.baseline not in [*plan.methods] or BASE in [str(name).casefold() for name in plan.methods]:
+        yield (
+            f"{path}: baseline must be one of {', '.join(map(str, plan.methods))}, got {plan.baseline!r}; and no "
+            f"method may be called {BASE!r}, which is the model that all start from."
+        )
+    for seed in plan.seeds:
+        if type(seed) is not int or not 0 <= seed <= MAX_SEED:
+            yield f"{path}: seeds must be whole numbers from 0 to {MAX_SEED}, got {seed!r}."
+    for key, values in (("seed", plan.seeds), ("benchmark", plan.benchmarks)):
+        for value in _repeated(values):
+            yield f"{path}: no {key} may be named twice, but {value!r} is."
+    for benchmark in plan.benchmarks:
+        # A benchmark may be a path, so it is quoted where it becomes a file; an option it must not look like.
+        if not isinstance(benchmark, str) or not benchmark.strip() or not benchmark.isprintable():
+            yield f"{path}: benchmarks must be names or files, got {benchmark!r}."
+        elif benchmark.startswith("-"):
+            yield f"{path}: benchmarks: {benchmark!r} starts with '-'. Write a file of that name as ./{benchmark}."
+
+
+def _repeated(values: list) -> list:
+    return [value for i, value in enumerate(values) if value in values[:i] and value not in values[i + 1 :]]
+
+
+def _options(path: str, plan: Plan) -> Iterator[str]:
+    """Options that `trl-capo train` and `trl-capo evaluate` do not take."""
+    from trl_capo.scripts import evaluate
+    from trl_capo.scripts.train import METHODS, OPTION_CLASSES
+
+    if not isinstance(plan.train.get("model_name_or_path"), str):
+        yield f"{path}: train needs a model_name_or_path, got {plan.train.get('model_name_or_path')!r}."
+    for key in SET_BY_PLAN.keys() & plan.train.keys():
+        yield f"{path}: train: {key} comes from the {SET_BY_PLAN[key]}. Remove it."
+    for name, options in plan.methods.items():
+        method = options.get("method") if isinstance(options, dict) else None
+        if not isinstance(method, str) or method not in METHODS:
+            yield f"{path}: {name} needs a `method` of {', '.join(METHODS)}, got {method!r}."
+            continue
+        for key in SET_BY_PLAN.keys() & options.keys():
+            yield f"{path}: {name}: {key} comes from the {SET_BY_PLAN[key]}. Remove it."
+        try:
+            check_recipe(f"{path}, {name}", plan.train | options, method, METHODS, OPTION_CLASSES)
+        except UserError as error:
+            yield str(error)
+    for key in {"models", "benchmark", "output_dir"} & plan.evaluate.keys():
+        yield f"{path}: evaluate: {key} comes from the plan itself. Remove it."
+    for key, value in plan.evaluate.items():
+        if not isinstance(key, str) or not isinstance(value, (str, int, float)) or value is False:
+            yield f"{path}: evaluate: {key} must be text, a number or true, got {value!r}. Remove it for its default."
+            return
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{path}: evaluate: {key} must be a finite number, got {value!r}."
+    parser = evaluate.make_parser()
+
+    def refuse(message: str) -> None:
+        raise UserError(f"{path}: evaluate: {message}.")
+
+    parser.error = refuse
+    try:
+        args = parser.parse_args(["model", *evaluation_options(["benchmark"], plan.evaluate)])
+        evaluate._check_numbers(args)
+    except (UserError, ValueError) as error:
+        yield str(error) if path in str(error) else f"{path}: evaluate: {error}"
+
+
+def evaluation_options(benchmarks: list[str], options: dict[str, Any]) -> list[str]:
+    """Options of `trl-capo evaluate` as words."""
+    words = ["--benchmark", *benchmarks]
+    for name, value in options.items():
+        words += [f"--{name}"] if value is True else [f"--{name}={value}"]
+    return words

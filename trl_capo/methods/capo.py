@@ -1,0 +1,170 @@
+"""CAPO as a TRL trainer (arXiv 2604.12632): GRPO with pairwise logistic advantages and a reference-perplexity mask.
+
+What is ours and not the paper's is opt-in and listed in `docs/method.md`. Where the paper is silent:
+
+- a masked completion has advantage 0, but still weighs in its partners' sums (`mask_partners=True` removes it);
+- scores are mean log-probs of the policy that generated the batch, recomputed by the trainer, EOS included.
+"""
+
+import math
+import textwrap
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trl_capo.calibration import metrics
+from trl_capo.methods.advantages import (
+    cross_prompt_advantages,
+    pairwise_logistic_advantages,
+    reward_only_advantages,
+    soft_misranking,
+)
+from trl_capo.methods.capo_config import CAPOConfig
+from trl_capo.methods.estimates import GapScale
+from trl_capo.trainer.group_advantage import RolloutGroups
+from trl_capo.trainer.mask import ReferenceMaskTrainer
+from trl_capo.trainer.state_values import finite_number, finite_numbers
+
+
+class CAPOTrainer(ReferenceMaskTrainer):
+    """`GRPOTrainer` with CAPO's advantages; takes a `CAPOConfig` and otherwise the same arguments.
+
+    Example:
+        ```python
+        from datasets import load_dataset
+        from trl.rewards import accuracy_reward
+
+        from trl_capo import CAPOConfig, CAPOTrainer
+        from trl_capo.data.conversations import drop_unparsable_gold
+
+        trainer = CAPOTrainer(
+            model="Qwen/Qwen2.5-Math-1.5B",
+            reward_funcs=accuracy_reward,
+            args=CAPOConfig(output_dir="qwen-capo"),
+            train_dataset=drop_unparsable_gold(load_dataset("trl-lib/DeepMath-103K", split="train")),
+        )
+        trainer.train()
+        ```
+    """
+
+    config_class = CAPOConfig
+    _tag_names = ["trl", "trl-capo", "capo"]
+    _name = "CAPO"
+    _paper = {
+        "title": "Calibration-Aware Policy Optimization",
+        "id": "2604.12632",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{wang2026capo,
+                title        = {{Calibration-Aware Policy Optimization}},
+                author       = {Wang and Lou and Wu and Wen and Zhang},
+                year         = 2026,
+                booktitle    = {Annual Meeting of the Association for Computational Linguistics (ACL)},
+                pages        = {18375--18390},
+                eprint       = {arXiv:2604.12632},
+            }"""),
+    }
+
+    def _setup_method(self) -> None:
+        super()._setup_method()
+        self._gap_scale = GapScale() if self.args.tau_unit == "gap" else None
+
+    @property
+    def tau(self) -> float:
+        """Temperature of the logistic loss in nats; NaN while its unit is unknown."""
+        if self._gap_scale is None:
+            return self.args.tau
+        return self.args.tau * max(self._gap_scale.median, 1e-6)  # equal scores everywhere would make it 0
+
+    def _rows_needing_logps(self, groups: RolloutGroups) -> Tensor:
+        if self.args.pair_scope == "batch":
+            return groups.valid
+        labels = self._labels(groups)
+        valid = groups.valid & labels.isfinite()
+        highest = labels.masked_fill(~valid, -torch.inf).amax(dim=1, keepdim=True)
+        lowest = labels.masked_fill(~valid, torch.inf).amin(dim=1, keepdim=True)
+        return valid & (highest > lowest)  # graded labels may differ where no answer is wrong
+
+    def _rows_to_mask(self, groups: RolloutGroups) -> Tensor:
+        return self._rows_needing_logps(groups)
+
+    def _compute_advantages(self, groups: RolloutGroups) -> Tensor:
+        args = self.args
+        labels = self._labels(groups)
+        valid = groups.valid & labels.isfinite()
+        if self.model.training and self._gap_scale is not None:
+            self._gap_scale.update(groups.correct, groups.mean_logps, valid)
+        self._update_thresholds(groups, valid)
+        keep = self._kept(groups) & valid
+        partners = keep if args.mask_partners else valid
+        advantages = self._pairwise(labels, groups.mean_logps, partners).masked_fill(~keep, 0.0)
+        return advantages + self._auxiliary_advantages(groups)
+
+    def _labels(self, groups: RolloutGroups) -> Tensor:
+        if not self.args.graded_rewards:
+            return groups.correct
+        rewards = groups.rewards_per_func[..., self._correctness_index]
+        outside = rewards[(rewards < -1e-6) | (rewards > 1 + 1e-6)]
+        if len(outside) > 0:
+            name = self.reward_func_names[self._correctness_index]
+            raise ValueError(
+                f"graded_rewards=True needs rewards in [0, 1], but {name!r} returned {outside[0].item():g}. Rescale "
+                "it, or set graded_rewards=False and a correct_threshold."
+            )
+        return rewards.clamp(0, 1)
+
+    def _pairwise(self, labels: Tensor, mean_logps: Tensor, valid: Tensor) -> Tensor:
+        tau, scale_by_tau = self.tau, self.args.scale_by_tau
+        if math.isnan(tau):  # its unit is unknown until the first mixed group
+            return torch.zeros_like(mean_logps)
+        advantages = pairwise_logistic_advantages(
+            labels,
+            mean_logps,
+            tau,
+            valid=valid,
+            normalization=self.args.pair_normalization,
+            scale_by_tau=scale_by_tau,
+        )
+        if self.args.pair_scope == "batch":
+            advantages += cross_prompt_advantages(labels, mean_logps, tau, valid=valid, scale_by_tau=scale_by_tau)
+        return advantages
+
+    def _auxiliary_advantages(self, groups: RolloutGroups) -> Tensor:
+        """The other reward functions: weight times (reward minus group mean), summed, shape (P, G)."""
+        advantages = torch.zeros_like(groups.mean_logps)
+        if self.args.auxiliary_rewards == "ignore":
+            return advantages
+        for index, weight in enumerate(self.reward_weights.tolist()):
+            if index != self._correctness_index:
+                rewards = groups.rewards_per_func[..., index]
+                advantages += weight * reward_only_advantages(rewards, valid=groups.valid, scale_rewards="none")
+        return advantages
+
+    def _calibration_arrays(self, groups: RolloutGroups) -> dict[str, Tensor]:
+        if math.isnan(self.tau):
+            misranking = torch.full_like(groups.mean_logps[:, 0], torch.nan)
+        else:
+            misranking = soft_misranking(groups.correct, groups.mean_logps, self.tau, valid=groups.valid)
+        return {**super()._calibration_arrays(groups), "soft_misranking": misranking}
+
+    def _calibration_metrics(self, window: dict[str, np.ndarray]) -> dict[str, float]:
+        return {
+            **super()._calibration_metrics(window),
+            "capo/soft_misranking": metrics.nanmean(window["soft_misranking"]),
+            "capo/tau": self.tau,
+        }
+
+    def _method_state(self) -> dict:
+        return {
+            **super()._method_state(),
+            "tau": None if math.isnan(self.tau) else self.tau,  # for the reader
+            "gaps": self._gap_scale.gaps if self._gap_scale else [],
+        }
+
+    def _load_method_state(self, state: dict) -> None:
+        super()._load_method_state(state)
+        finite_number(state, "tau", above=0)
+        gaps = finite_numbers(state, "gaps", minimum=0)
+        if self._gap_scale is not None:
+            self._gap_scale.gaps = gaps

@@ -1,0 +1,162 @@
+"""CoDaPO, confidence and difficulty adaptive (arXiv 2606.07950): prompts weigh more where they teach more.
+
+    d = 1 - share of right answers,    V = 1 - 4 (d - 1/2)^2,    c = exp(mean over the group of s_i)
+    w = c V + w0,                      A_i = w (R_i - mean R) / (std R + 1e-6)
+
+with s_i the mean token log-prob under the policy that sampled. One weight a prompt: prompts that are half solved and
+confidently answered lead. It cannot change the order of answers to one prompt, which is what AUC within measures.
+
+Every batch of prompts is used twice: after the first generation the prompts with w at or above a quantile are kept,
+and the second generation answers these anew: each of them four times in turn, from the first again until the batch is
+full, and cut there. So where many tie and most are kept, a batch has a quarter of its prompts, the first ones.
+
+Source: the released code, which CAPO's comparison may predate: its CoDaPO may be the workshop version, unverified.
+Departures: a completion without a token or a reward takes no part; right is a reward of at least `correct_threshold`,
+there exactly 1.
+
+Degenerate cases: all right or all wrong have V = 0, w = w0 and advantages 0. Where fewer prompts are mixed than the
+quantile would keep, it is w0 and all are kept, as in the released code.
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from accelerate.utils import gather_object
+from datasets import IterableDataset
+from torch import Tensor
+
+from trl_capo.methods.advantages import reward_only_advantages
+from trl_capo.trainer.group_advantage import RolloutGroups
+from trl_capo.trainer.mask import ReferenceMaskConfig, ReferenceMaskTrainer
+from trl_capo.trainer.state_values import whole_numbers
+
+
+def prompt_weights(correct: Tensor, mean_logps: Tensor, valid: Tensor, base_weight: float = 0.1) -> Tensor:
+    """CoDaPO's weight of each prompt.
+
+    Args:
+        correct: 1, 0 or NaN, shape (P, G).
+        mean_logps: Mean token log-prob of each completion, shape (P, G); only read in groups with both.
+        valid: Boolean, shape (P, G).
+        base_weight: w0, the weight of a prompt that is always or never solved.
+
+    Returns:
+        Shape (P,).
+
+    Source: arXiv 2606.07950.
+
+    Example:
+        >>> correct, logps = torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log()
+        >>> prompt_weights(correct, logps, torch.ones(2, 2, dtype=torch.bool))
+        tensor([0.6000, 0.1000])
+    """
+    valid = valid & correct.isfinite()
+    count = valid.sum(dim=1).clamp(min=1)
+    accuracy = (correct == 1).logical_and(valid).sum(dim=1) / count
+    value = 1 - 4 * (0.5 - accuracy) ** 2
+    confidence = (mean_logps.masked_fill(~valid, 0.0).sum(dim=1) / count).exp()
+    return torch.where(value > 0, confidence * value, 0.0) + base_weight
+
+
+def kept_prompts(weights: Tensor, quantile: float) -> list[int]:
+    """Prompts for the second generation: those whose weight is at or above a quantile of the batch.
+
+    Example:
+        >>> kept_prompts(torch.tensor([0.1, 0.6, 0.1, 0.5]), 0.75)
+        [1]
+    """
+    return (weights >= weights.quantile(quantile)).nonzero().squeeze(1).tolist()
+
+
+def refilled(kept: list[int], size: int, repeats: int) -> list[int]:
+    """A batch of `size` prompts made of those that were kept, each `repeats` times in turn.
+
+    Example:
+        >>> refilled([1, 4], 5, repeats=2), refilled([1, 4, 5], 5, repeats=2)
+        ([1, 1, 4, 4, 1], [1, 1, 4, 4, 5])
+    """
+    in_turn = [prompt for prompt in kept for _ in range(repeats)]
+    return [in_turn[i % len(in_turn)] for i in range(size)]
+
+
+@dataclass
+class CoDaPOConfig(ReferenceMaskConfig):
+    """Configuration of `CoDaPOTrainer`.
+
+    Parameters:
+        base_weight (`float`, *optional*, defaults to `0.1`):
+            w0, added to every prompt's weight.
+        replay (`bool`, *optional*, defaults to `True`):
+            Use every batch of prompts twice. Half as many different prompts are then seen in the same steps. `False`
+            is the weighting alone.
+        replay_quantile (`float`, *optional*, defaults to `0.75`):
+            Prompts from this quantile of the weights on are answered again.
+        replay_repeats (`int`, *optional*, defaults to `4`):
+            How often in a row each of them enters the second batch; 4 in the released code.
+    """
+
+    base_weight: float = field(default=0.1, metadata={"help": "Added to every prompt's weight (w0)."})
+    replay: bool = field(default=True, metadata={"help": "Use every batch twice, the second time its best prompts."})
+    replay_quantile: float = field(
+        default=0.75, metadata={"help": "Prompts from this quantile of the weights on are answered again."}
+    )
+    replay_repeats: int = field(
+        default=4, metadata={"help": "How often in a row each of these prompts enters the second batch."}
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.replay_quantile <= 1:
+            raise ValueError(f"replay_quantile must lie in [0, 1], got {self.replay_quantile}.")
+        if self.replay_repeats < 1:
+            raise ValueError(f"replay_repeats must be at least 1, got {self.replay_repeats}.")
+        super().__post_init__()
+
+
+class CoDaPOTrainer(ReferenceMaskTrainer):
+    """`GRPOTrainer` with CoDaPO's weights and its second pass over the best prompts; takes a `CoDaPOConfig`."""
+
+    config_class = CoDaPOConfig
+    _tag_names = ["trl", "trl-capo", "codapo"]
+    _name = "CoDaPO"
+    _paper = {"title": "CoDaPO: Confidence and Difficulty-Adaptive Policy Optimization", "id": "2606.07950"}
+
+    def _setup_method(self) -> None:
+        super()._setup_method()
+        if self.args.replay and isinstance(self.train_dataset, IterableDataset):
+            raise ValueError("a stream cannot be drawn twice: load the dataset, or set replay=False.")
+        self._batch: list[dict] = []  # the prompts of the first generation
+        self._replayed: list[int] | None = None  # which of them the second one answers, while that is to come
+
+    @staticmethod
+    def generations_per_batch(args: CoDaPOConfig) -> int:
+        return 2 if args.replay else 1
+
+    def _rows_needing_logps(self, groups: RolloutGroups) -> Tensor:
+        return groups.mixed & groups.valid
+
+    def _choose_prompts(self, inputs: list[dict]) -> list[dict]:
+        if self._replayed is None or not self._batch:  # none: resumed between the two, and the sampler draws it again
+            self._batch = gather_object(inputs)[:: self.num_generations]
+        if self._replayed is None:
+            return inputs
+        chosen = [self._batch[i] for i in refilled(self._replayed, len(self._batch), self.args.replay_repeats)]
+        rows = [row for row in chosen for _ in range(self.num_generations)][self._local_slice(len(inputs))]
+        return [copy.deepcopy(row) for row in rows]  # tools and rollout functions write into them
+
+    def _compute_advantages(self, groups: RolloutGroups) -> Tensor:
+        weights = prompt_weights(groups.correct, groups.mean_logps, groups.valid, self.args.base_weight)
+        if self.model.training and self.args.replay:
+            self._replayed = kept_prompts(weights, self.args.replay_quantile) if self._replayed is None else None
+        advantages = reward_only_advantages(
+            groups.rewards, valid=groups.valid, scale_rewards=self.args.scale_rewards, eps=1e-6
+        )
+        return self._masked(weights.unsqueeze(1) * advantages, groups)
+
+    def _method_state(self) -> dict:
+        return {**super()._method_state(), "replayed": self._replayed}
+
+    def _load_method_state(self, state: dict) -> None:
+        super()._load_method_state(state)
+        prompts = self.args.generation_batch_size // self.num_generations
+        self._replayed = whole_numbers(state, "replayed", limit=prompts)

@@ -1,0 +1,158 @@
+"""SimKO, simple pass@K optimisation (arXiv 2510.14807): keeps a policy from betting all on its first token.
+
+It acts at forking tokens, those whose entropy is above the 0.8 quantile of their completion:
+
+    right completion:  grad log pi(y)  becomes  (1 - a) grad log pi(y) + a/K sum over the top K of grad log pi(k)
+    wrong completion:  grad log pi(y)  is multiplied by 1.1 where y is the likeliest token
+
+and everything else is GRPO. Values stay as they are, so the importance ratio and its clipping do too: both are one
+surrogate for the log-prob of a token, with the right value and this gradient. The released code mixes ratios to the
+old policy; in the gradient the old top-K log-probs cancel, so only the current ones are needed. It works on any
+advantages, CAPO's too (`CAPOSimKOTrainer`).
+
+Source: the released code, where a token at the quantile itself does not fork. Right and wrong are the signs of the
+advantage. The code's configuration also has an entropy bonus of 0.001 that one script
+resets and another does not. The bonus has no gradient in the released code, so it is left out here.
+
+Cost: top K needs all logits of a micro-batch at once, (B, T, vocabulary) in float32 and their gradient, where TRL's
+fused head never holds them. With a vocabulary of 152,000 that is 15 GB for 8 completions of 3,072 tokens, twice.
+
+Degenerate cases: with a = 0 and a penalty of 1 it is GRPO; a completion of one token, or whose entropies
+are all equal, does not fork.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from trl_capo.methods.capo import CAPOTrainer
+from trl_capo.methods.capo_config import CAPOConfig
+from trl_capo.trainer.mask import ReferenceMaskConfig, ReferenceMaskTrainer
+
+
+def surrogate_logps(
+    logps: Tensor,
+    entropies: Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    advantages: Tensor,
+    *,
+    top_k: int = 3,
+    mix: float = 0.01,
+    quantile: float = 0.8,
+    penalty: float = 1.1,
+) -> Tensor:
+    """Log-probs of the tokens with SimKO's gradient.
+
+    Args:
+        logps: Log-probs of the vocabulary at each position, shape (B, T, V).
+        entropies: Of these, shape (B, T).
+        tokens: Sampled tokens, shape (B, T).
+        mask: 1 = part of the completion, shape (B, T).
+        advantages: Advantage of each completion, shape (B,); its sign says whether it is right.
+        top_k: K.
+        mix: a, the share of the gradient that goes to the top K tokens.
+        quantile: Of the entropies of a completion, above which a token forks.
+        penalty: Factor on the gradient of a likeliest token in a wrong completion.
+
+    Returns:
+        Shape (B, T), equal in value to the log-probs of `tokens`.
+
+    Source: arXiv 2510.14807.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.zeros(1, 2, 2, requires_grad=True)
+        >>> entropies, tokens, mask = torch.tensor([[0.1, 0.6]]), torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2)
+        >>> options = dict(top_k=2, mix=0.5)
+        >>> surrogate_logps(logits.log_softmax(-1), entropies, tokens, mask, torch.ones(1), **options).sum().backward()
+        >>> logits.grad[0].tolist()  # the second token forks: half of it, for the mean over both has no gradient
+        [[0.5, -0.5], [0.25, -0.25]]
+    """
+    token_logps = logps.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    threshold = entropies.masked_fill(mask == 0, float("nan")).nanquantile(quantile, dim=1, keepdim=True)
+    forking = (entropies > threshold) & (mask != 0)
+    likeliest = logps.argmax(-1) == tokens
+    right, wrong = (advantages > 0).unsqueeze(1), (advantages < 0).unsqueeze(1)
+
+    mixed = mix * (logps.topk(top_k).values.mean(-1) - token_logps)
+    pushed = (penalty - 1) * token_logps
+    change = mixed * (forking & right) + pushed * (forking & likeliest & wrong)
+    return token_logps + change - change.detach()
+
+
+@dataclass
+class SimKOOptions:
+    """Options of SimKO's loss, beside those of the advantages.
+
+    Parameters:
+        simko_top_k (`int`, *optional*, defaults to `3`):
+            Tokens among which a right completion's gradient is shared.
+        simko_mix (`float`, *optional*, defaults to `0.01`):
+            Share of the gradient that they get.
+        simko_quantile (`float`, *optional*, defaults to `0.8`):
+            A token forks above this quantile of its completion's entropies.
+        simko_penalty (`float`, *optional*, defaults to `1.1`):
+            Factor on a wrong completion's gradient where it took the likeliest token.
+    """
+
+    simko_top_k: int = field(default=3, metadata={"help": "Tokens that share a right completion's gradient."})
+    simko_mix: float = field(default=0.01, metadata={"help": "Share of the gradient that they get."})
+    simko_quantile: float = field(default=0.8, metadata={"help": "Quantile of entropy above which a token forks."})
+    simko_penalty: float = field(default=1.1, metadata={"help": "Factor on likeliest tokens of wrong completions."})
+
+    def __post_init__(self):
+        if self.simko_top_k < 1 or not 0 <= self.simko_mix <= 1 or not 0 <= self.simko_quantile <= 1:
+            raise ValueError("simko_top_k must be at least 1, simko_mix and simko_quantile lie in [0, 1].")
+        if self.simko_penalty <= 0:
+            raise ValueError(f"simko_penalty must be positive, or it rewards wrong answers; got {self.simko_penalty}.")
+        super().__post_init__()
+        if self.beta != 0:
+            raise ValueError(f"SimKO would change the gradient of a KL term too: set beta=0, not {self.beta}.")
+
+
+@dataclass
+class SimKOConfig(SimKOOptions, ReferenceMaskConfig):
+    """Configuration of `SimKOTrainer`: `SimKOOptions` and `GroupAdvantageConfig`."""
+
+
+@dataclass
+class CAPOSimKOConfig(SimKOOptions, CAPOConfig):
+    """Configuration of `CAPOSimKOTrainer`: `SimKOOptions` and `CAPOConfig`."""
+
+
+class SimKOLoss:
+    """SimKO's loss on the advantages of the class that it is mixed into."""
+
+    _reads_logits = True
+
+    def _logps_from_logits(self, logps: Tensor, entropies: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        args, mask = self.args, inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        return surrogate_logps(
+            logps,
+            entropies,
+            inputs["completion_ids"],
+            mask,
+            inputs["advantages"],
+            top_k=args.simko_top_k,
+            mix=args.simko_mix,
+            quantile=args.simko_quantile,
+            penalty=args.simko_penalty,
+        )
+
+
+class SimKOTrainer(SimKOLoss, ReferenceMaskTrainer):
+    """`GRPOTrainer` with SimKO's loss; takes a `SimKOConfig`."""
+
+    config_class = SimKOConfig
+    _tag_names = ["trl", "trl-capo", "simko"]
+    _name = "SimKO"
+    _paper = {"title": "SimKO: Simple Pass@K Policy Optimization", "id": "2510.14807"}
+
+
+class CAPOSimKOTrainer(SimKOLoss, CAPOTrainer):
+    """CAPO's advantages in SimKO's loss; takes a `CAPOSimKOConfig`."""
+
+    config_class = CAPOSimKOConfig
+    _tag_names = ["trl", "trl-capo", "capo", "simko"]
+    _name = "CAPO + SimKO"

@@ -1,0 +1,1 @@
+"""Where models are, how they are asked, and adapters merged into them."""

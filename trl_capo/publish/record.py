@@ -1,0 +1,339 @@
+"""What a run leaves beside its model so that it can be repeated and cited.
+
+- `recipe.yaml`: every option that differs from its default, so that `trl-capo train --config recipe.yaml` repeats
+  the run. Paths stay as they were given, relative to the folder that the run was started in.
+- `reproduction.json`: command, date, versions, commit, machine, and fingerprints of the data and the model. A run that
+  is resumed adds an entry to its list `resumed` and changes nothing else.
+
+Neither ever holds a secret: what goes by a secret's name is left out, and its name noted; see `trl_capo.redact`.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from trl_capo import __version__
+from trl_capo.files import write_json, write_text
+from trl_capo.markdown import code_block, markdown_text
+from trl_capo.publish.model_files import RECIPE, RECORD
+from trl_capo.redact import redact, redact_words
+
+
+PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "peft", "vllm")
+
+
+def write_reproduction(
+    trainer, argv: list[str], method: str, config_path: str | None, resumed_from: str | None = None
+) -> None:
+    """Write `recipe.yaml` and `reproduction.json` into the run's folder, or note in the latter that it is resumed.
+
+    Args:
+        trainer: The trainer, before it trains. Only its main process writes.
+        argv: Words of the command line after `trl-capo train`, with `--config FILE` in two words.
+        method: Name of the method.
+        config_path: The recipe that was given, None without one.
+        resumed_from: Checkpoint that the run goes on from, None at its start.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(trainer.args.output_dir)
+    options, left_out = _options_and_secrets(argv, method, config_path)
+    event = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["trl-capo", "train", *redact_words(argv)]),
+        **({"left_out": left_out} if left_out else {}),
+        "versions": versions(),
+        "git": {
+            "working_directory": git_state(Path.cwd()),
+            "package": git_state(Path(__file__).parent, of=Path(__file__).name),
+        },
+    }
+    if resumed_from is not None and (folder / RECORD).exists():
+        record = json.loads((folder / RECORD).read_text())
+        entry = {**event, "from": Path(resumed_from).name, "changed_options": _changed(folder / RECIPE, options)}
+        write_json(folder / RECORD, {**redact(record), "resumed": [*record.get("resumed", []), entry]})
+        return
+    record = {
+        **event,
+        "world_size": trainer.accelerator.num_processes,
+        "device": _device_name(trainer.accelerator.device),
+        "model": redact(_model_record(trainer, options)),
+        "data": redact(_data_record(trainer, options)),
+    }
+    if resumed_from is not None:  # the run began without these files
+        record["resumed"] = [{**event, "from": Path(resumed_from).name}]
+    _write_recipe(folder / RECIPE, options, event["date"], left_out)
+    write_json(folder / RECORD, record)
+
+
+def resolved_options(argv: list[str], method: str, config_path: str | None = None) -> dict[str, Any]:
+    """The options of a run that differ from their defaults, as a recipe gives them.
+
+    They are taken as they were typed, before the configuration derives others from them: what is derived may not be
+    given together with what it is derived from.
+
+    Args:
+        argv: Words of the command line after `trl-capo train`, with `--config FILE` in two words.
+        method: Name of the method.
+        config_path: The recipe, None without one.
+
+    Returns:
+        Options by name, `method` first, without secrets and without `resume_from_checkpoint`.
+    """
+    return _options_and_secrets(argv, method, config_path)[0]
+
+
+def _options_and_secrets(argv: list[str], method: str, config_path: str | None) -> tuple[dict[str, Any], list[str]]:
+    """`resolved_options`, and the names of the secrets that were left out."""
+    import yaml
+
+    from trl_capo.scripts.train import make_parser
+
+    parser = make_parser(method)
+    defaults = vars(parser.parse_args([]))
+    words, environment = list(argv), {}
+    if config_path is not None:
+        recipe = yaml.safe_load(Path(config_path).read_text())
+        environment = recipe.pop("env", None) or {}
+        parser.set_defaults_with_config(**recipe)
+        at = words.index("--config")
+        del words[at : at + 2]
+    chosen = vars(parser.parse_args(words))
+    left_out = {"method", "resume_from_checkpoint"}
+    options = {name: value for name, value in chosen.items() if value != defaults[name] and name not in left_out}
+    options = {"method": method, **({"env": environment} if environment else {}), **options}
+    left_out = []
+    return redact(json.loads(json.dumps(options, default=str)), left_out), left_out
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and what it stands on; what is not installed is left out."""
+    found = {"python": platform.python_version(), "trl_capo": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state(folder: Path, of: str | None = None) -> dict[str, Any] | None:
+    """The commit that a folder is at.
+
+    Args:
+        folder: Any folder.
+        of: A file in it that git must know. An installed package may lie in a repository that is not its own.
+
+    Returns:
+        `commit`, and `dirty`: whether a file that git knows was changed since. None outside a repository.
+    """
+    try:
+        if of is not None:
+            _git(folder, "ls-files", "--error-unmatch", of)
+        commit = _git(folder, "rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def fingerprint(rows) -> str | None:
+    """SHA-256 over the rows as JSON, a line each in order, with sorted keys: the same on every machine.
+
+    Args:
+        rows: A `Dataset`, read in batches. Images and sounds count by their bytes.
+
+    Returns:
+        64 hexadecimal digits; None for a stream, which cannot be read in advance.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> fingerprint(Dataset.from_dict({"a": [1], "b": ["x"]})) == hashlib.sha256(b'{"a":1,"b":"x"}\\n').hexdigest()
+        True
+    """
+    from datasets import Dataset
+
+    if not isinstance(rows, Dataset):
+        return None
+    encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=_plain).encode
+    digest = hashlib.sha256()
+    for table in rows.with_format("arrow").iter(batch_size=1000):
+        digest.update("".join(encode(row) + "\n" for row in table.to_pylist()).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def run_folder(folder: str | Path) -> Path:
+    """Where the recipe of a model is: beside it, or above if the folder is a checkpoint of a run."""
+    folder = Path(folder)
+    return folder.resolve().parent if folder.resolve().name.startswith("checkpoint-") else folder
+
+
+def hub_dataset(folder: str | Path) -> str | None:
+    """The Hub's name of the dataset that a folder's model was trained on; None if it has none, or several."""
+    path = Path(folder) / RECORD
+    train = json.loads(path.read_text())["data"].get("train", {}) if path.exists() else {}
+    sources = train.get("hub") or []
+    return sources[0]["id"] if len(sources) == 1 else None
+
+
+def card_section(folder: str | Path) -> str | None:
+    """What a model card says about the run: data, base, versions and the recipe, without local folders.
+
+    Args:
+        folder: Where `recipe.yaml` and `reproduction.json` are.
+
+    Returns:
+        Markdown; None if one of the files is missing.
+    """
+    import yaml
+
+    folder = Path(folder)
+    if not (folder / RECIPE).exists() or not (folder / RECORD).exists():
+        return None
+    record = redact(json.loads((folder / RECORD).read_text()))
+    recipe = _without_folders(redact(yaml.safe_load((folder / RECIPE).read_text())))
+    lines = ["## How it was trained", "", f"With `trl-capo train --config {RECIPE}`, the recipe below.", ""]
+    model = record["model"]
+    lines.append(f"- Base model: {_base_model(model)}")
+    lines += [f"- Data, {name}: {_data_line(split)}" for name, split in record["data"].items()]
+    lines.append(f"- Processes: {record['world_size']}, on {record['device']}")
+    lines.append(f"- Versions: {', '.join(f'{name} {number}' for name, number in record['versions'].items())}")
+    for name, git in record["git"].items():
+        if git is not None:
+            changed = ", with uncommitted changes" if git["dirty"] else ""
+            lines.append(f"- Commit of the {name.replace('_', ' ')}: `{git['commit']}`{changed}")
+    if times := len(record.get("resumed", [])):
+        lines.append(f"- Resumed {times} time{'s' * (times > 1)}, see `{RECORD}`")
+    dumped = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100).strip()
+    return "\n".join([*lines, "", code_block(dumped, "yaml")])
+
+
+def _write_recipe(path: Path, options: dict, date: str, left_out: list[str]) -> None:
+    import yaml
+
+    text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True, width=100)
+    head = f"# The run of {date}. Relative paths start where it was started.\n"
+    if left_out:
+        head += f"# Secrets that were set and are not kept here: {' '.join(', '.join(left_out).split())}\n"
+    write_text(path, head + text)
+
+
+def _without_folders(value: Any) -> Any:
+    """Absolute paths, which say who trained rather than how, become their last part."""
+    if isinstance(value, dict):
+        return {name: _without_folders(content) for name, content in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(content) for content in value]
+    is_path = isinstance(value, str) and (os.path.isabs(value) or value.startswith("~")) and "\n" not in value
+    return Path(value).name if is_path else value
+
+
+def _changed(recipe: Path, options: dict) -> dict[str, Any]:
+    """Options of a resumed run that are others than those of its start; None for those at their default again."""
+    import yaml
+
+    before = yaml.safe_load(recipe.read_text()) if recipe.exists() else {}
+    names = [name for name in {**before, **options} if before.get(name) != options.get(name)]
+    return {name: options.get(name) for name in names}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    # Its own locks could disturb a git command that the user runs at the same time.
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    command = ["git", "-C", str(folder), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, env=environment)
+    return result.stdout.strip()
+
+
+def _device_name(device) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.processor() or platform.machine()})"
+
+
+def _model_record(trainer, options: dict) -> dict[str, Any]:
+    from trl_capo.data.arithmetic import model_path
+
+    name = options.get("model_name_or_path")
+    config = Path(model_path(name)) / "config.json" if name else None
+    loaded = trainer.accelerator.unwrap_model(trainer.model).config
+    return {
+        "name": name,
+        "revision": options.get("model_revision", "main") if config is None or not config.exists() else None,
+        "commit": getattr(loaded, "_commit_hash", None),
+        "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest() if config and config.exists() else None,
+    }
+
+
+def _data_record(trainer, options: dict) -> dict[str, dict]:
+    parts = {"train": (options.get("dataset_train_split", "train"), trainer.train_dataset)}
+    if isinstance(trainer.eval_dataset, dict):
+        parts |= {f"eval {name}": (name, rows) for name, rows in trainer.eval_dataset.items()}
+    elif trainer.eval_dataset is not None:
+        parts["eval"] = (options.get("dataset_test_split", "test"), trainer.eval_dataset)
+    return {part: _split_record(name, rows, options) for part, (name, rows) in parts.items()}
+
+
+def _split_record(split: str, rows, options: dict) -> dict[str, Any]:
+    from trl_capo.data.catalogue import CATALOGUE
+
+    digest = fingerprint(rows)
+    mixture = [source["path"] for source in options.get("datasets", [])]
+    names = [CATALOGUE[name].path if name in CATALOGUE else name for name in mixture or [options.get("dataset_name")]]
+    loaded_from = getattr(rows.info, "download_checksums", None) or {}
+    revisions = dict(re.findall(r"hf://datasets/([^@\s]+)@([0-9a-f]{40})/", "\n".join(loaded_from)))
+    on_hub = [name for name in names if name and name != "arithmetic" and not os.path.exists(name)]
+    return {
+        "name": ", ".join(str(name) for name in names),
+        "split": split,
+        "rows": len(rows) if digest else None,
+        "columns": rows.column_names,
+        "sha256_of_rows": digest,
+        **({} if digest else {"note": "a stream: neither counted nor fingerprinted"}),
+        "hub": [{"id": name, "revision": revisions.get(name), **_local_copy(name)} for name in on_hub] or None,
+    }
+
+
+def _local_copy(name: str) -> dict[str, str]:
+    """Where a dataset was read from, if not from the Hub."""
+    from trl_capo.data.catalogue import location
+
+    found = location(name)["path"]
+    return {} if found == name else {"local_copy": found}
+
+
+def _base_model(model: dict) -> str:
+    if model["config_sha256"]:
+        name = markdown_text(str(_without_folders(model["name"])))
+        return f"{name}, a folder whose `config.json` has SHA-256 `{model['config_sha256']}`"
+    return f"{_hub_link(model['name'])} at `{model['commit'] or model['revision']}`"
+
+
+def _data_line(split: dict) -> str:
+    if split["hub"]:
+        name = ", ".join(_hub_link(source["id"], "datasets/") for source in split["hub"])
+        revisions = [s["revision"] for s in split["hub"] if s["revision"]]
+        name += f" at `{', '.join(revisions)}`" if revisions else ""
+        name += ", read from a local copy" if any("local_copy" in s for s in split["hub"]) else ""
+    else:
+        name = markdown_text(str(_without_folders(split["name"])))
+    size = f"{split['rows']:,} rows with SHA-256 `{split['sha256_of_rows']}`" if split["rows"] else "a stream"
+    return f"{name}, split `{split['split']}`, {size}"
+
+
+def _hub_link(name: str, kind: str = "") -> str:
+    return f"[{markdown_text(str(name))}](https://huggingface.co/{kind}{quote(str(name))})"
+
+
+def _plain(value: Any) -> str:
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)

@@ -1,0 +1,319 @@
+"""Which differences between trained methods are sure: several seeds each, one configuration to compare them with.
+
+A number of a method is the mean over its seeds and over the prompts of a benchmark, averaged over benchmarks: in one
+heap, a method that leaves more easy prompts unsolved would gain in AUC by having more of them. Intervals are the
+crossed bootstrap over seeds and prompts of `trl_capo.calibration.bootstrap`, paired: a method and the baseline share
+seeds, prompts and random numbers. With several methods some difference will look sure by chance, so the p-values of a
+metric are corrected by Holm's method over all methods; the intervals are not.
+
+AUC within looks at prompts that a method answers both right and wrong, and training changes which these are. So the
+difference is also given on those that are mixed for both.
+
+Degenerate cases: with one seed the intervals are about prompts only; the table names the number of seeds. A method
+without a mixed prompt on some benchmark has no AUC within, no difference and no test. Metrics of a whole benchmark
+(AUC pooled, votes) are means over seeds and benchmarks, without an interval.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trl_capo.calibration.bootstrap import Estimate, holm, mean_over_seeds_and_prompts, paired_difference, two_sided_p
+from trl_capo.calibration.metrics import auc_by_prompt, nanmean
+from trl_capo.evaluation.samples import SampleSet, read_samples
+from trl_capo.files import replacing, write_json, write_text
+
+
+METRICS = ("auc_within", "accuracy")
+OF_BENCHMARK = ("auc_pooled", "perplexity_consistency")
+
+
+def write_comparison(
+    folder: Path, runs: dict[str, dict[int | None, Path]], baseline: str, planned: dict[str, Any] | None = None
+) -> str:
+    """Write `comparison.md`, `.json`, `.npz` and `.png`, and `report.html`.
+
+    Args:
+        folder: Where they go.
+        runs: Folders of finished runs, by method and seed, as `trl-capo compare` makes them. A method with the single
+            seed None was not trained: it is shown with the others and not compared.
+        baseline: The method that the others are compared with.
+        planned: What was to be run, for whoever reads the JSON.
+
+    Returns:
+        The tables, with what a reader needs to know about them.
+
+    Raises:
+        ValueError: The runs answered different questions.
+    """
+    from trl_capo.report.page import html_section, markdown, write_report
+
+    runs = {baseline: runs[baseline], **runs}  # first everywhere, so that it has one colour
+    evaluated = {name: {seed: evaluation_folder(path) for seed, path in of.items()} for name, of in runs.items()}
+    sets = {name: {seed: read_samples(path) for seed, path in of.items()} for name, of in evaluated.items()}
+    check_same_questions(sets)
+    summaries = {
+        name: {seed: json.loads((path / "summary.json").read_text())["benchmarks"] for seed, path in of.items()}
+        for name, of in evaluated.items()
+    }
+    rows = compare(sets, baseline)
+    for row in rows:
+        row["by_run"] = {
+            run_name(row["method"], seed): {name: numbers(of) for name, of in summary.items()}
+            for seed, summary in summaries[row["method"]].items()
+        }
+        for metric in OF_BENCHMARK:
+            row[metric] = nanmean([of[metric] for run in row["by_run"].values() for of in run.values()])
+    histories = {
+        name: mean_history([path / "model" for path in seeds.values()])
+        for name, seeds in runs.items()
+        if None not in seeds
+    }
+    records = {run_name(name, seed): record(path) for name, of in runs.items() for seed, path in of.items()}
+    caption = describe(sets, baseline, records, rows)
+    write_json(
+        folder / "comparison.json",
+        {
+            "baseline": baseline,
+            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+            "planned": planned,
+            "rows": rows,
+            "runs": records,
+        },
+    )
+    with replacing(folder / "comparison.npz") as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **arrays(sets))
+    header, cells = table(rows, baseline)
+    parts = [caption, markdown(header, cells), "Accuracy / AUC within by benchmark:", markdown(*by_benchmark(rows))]
+    text = "\n\n".join(parts)
+    write_text(folder / "comparison.md", text + "\n")
+    draw(folder / "comparison.png", rows, histories, list(runs))
+    picture = (folder / "comparison.png").read_bytes()
+    section = html_section("All seeds", caption, (header, cells), picture)
+    seed = next(iter(sets[baseline]))  # below it, single models: those of one seed
+    shown = {name: of.get(None, of.get(seed)) for name, of in sets.items()}
+    shown = {name if None in sets[name] else f"{name}, seed {seed}": of for name, of in shown.items() if of}
+    write_report(shown, folder / "report.html", first_section=section)
+    return text
+
+
+def run_name(method: str, seed: int | None) -> str:
+    """`method-seed`, and the method alone where it was not trained."""
+    return method if seed is None else f"{method}-{seed}"
+
+
+def check_same_questions(sets: dict[str, dict[int | None, list[SampleSet]]]) -> None:
+    """Rows are paired by their number, so all runs must have answered the same questions in one order."""
+    known: dict[str, list] = {}
+    for name, of in sets.items():
+        for seed, benchmarks in of.items():
+            for samples in benchmarks:
+                has_text = "prompt" in samples.table.column_names
+                asked = [samples.grid(column)[:, 0] for column in ("prompt_id", *["prompt"] * has_text)]
+                first = known.setdefault(samples.benchmark, asked)
+                if not all(np.array_equal(ours, theirs) for ours, theirs in zip(asked, first, strict=True)):
+                    raise ValueError(
+                        f"{run_name(name, seed)} answered other questions of {samples.benchmark} than the runs before "
+                        "it. Evaluate all on one version of it: remove the evaluation folder of the runs that differ."
+                    )
+
+
+def numbers(summary: dict[str, Any]) -> dict[str, float]:
+    """What a summary of a benchmark says in the comparison; NaN where that is nothing."""
+    named = {name: summary[name] for name in (*METRICS, *OF_BENCHMARK, "grading_failed")}
+    return {name: np.nan if value is None else value for name, value in named.items()}
+
+
+def record(run: Path) -> dict[str, Any]:
+    """How a run came to be: dates, versions, commits and device from its model, and the seconds that it took."""
+    found: dict[str, Any] = {}
+    for path in (run / "model" / "reproduction.json", run / "work.json"):
+        if path.exists():
+            found |= json.loads(path.read_text())
+    kept = {name: found[name] for name in ("date", "device", "seconds", "threads") if name in found}
+    events = [found, *found.get("resumed", [])] if "versions" in found else []
+    commits = [(of.get("git") or {}).get("package") for of in events]
+    return kept | {"versions": _distinct([of["versions"] for of in events]), "commits": _distinct(commits)}
+
+
+def _distinct(values: list) -> list:
+    return [value for i, value in enumerate(values) if value not in values[:i]]
+
+
+def describe(sets: dict, baseline: str, records: dict[str, dict], rows: list[dict]) -> str:
+    """What the table shows, and what would make its rows unlike."""
+    benchmarks = next(iter(sets[baseline].values()))
+    sizes = ", ".join(f"{of.benchmark} ({len(of.correct)} questions x {of.num_samples})" for of in benchmarks)
+    lines = [
+        f"Means over benchmarks: {sizes}. PC: accuracy of the vote weighted by confidence. Differences to {baseline} "
+        "with 95% intervals over seeds and questions, one by one, and p after Holm's correction over all methods, for "
+        "either metric; the difference in AUC within also on those questions alone that the method and "
+        f"{baseline} both answered right and wrong."
+    ]
+    for what in ("commits", "versions"):
+        if len(_distinct([value for of in records.values() for value in of[what]])) > 1:
+            lines.append(f"Not all runs are of the same {what}: see comparison.json.")
+    failed = sum(of["grading_failed"] for row in rows for run in row["by_run"].values() for of in run.values())
+    if failed:
+        lines.append(f"{failed} answers could not be graded and count as wrong.")
+    return " ".join(lines)
+
+
+def arrays(sets: dict[str, dict[int | None, list[SampleSet]]]) -> dict[str, np.ndarray]:
+    """Share of right samples and AUC of each question, by `run/benchmark/metric`: what the table is made of."""
+    return {
+        f"{run_name(name, seed)}/{samples.benchmark}/{metric}": of_prompt(samples, metric).astype(np.float32)
+        for name, of in sets.items()
+        for seed, benchmarks in of.items()
+        for samples in benchmarks
+        for metric in METRICS
+    }
+
+
+def evaluation_folder(run: Path) -> Path | None:
+    """Where `trl-capo evaluate` left the samples of a run; None if it has not ended."""
+    return next((summary.parent for summary in (run / "evaluation").glob("*/summary.json")), None)
+
+
+def compare(sets: dict[str, dict[int | None, list[SampleSet]]], baseline: str) -> list[dict[str, Any]]:
+    """Accuracy and AUC within of each method, and its differences to one of them.
+
+    Args:
+        sets: Samples by method and seed.
+        baseline: The method that the others are compared with, on the seeds that both have.
+
+    Returns:
+        A row a method: `method`, `seeds`, `seeds_compared` (shared with the baseline), the two metrics, and for each
+        `<metric>_difference` (value, low, high), `<metric>_p` (Holm-corrected; NaN with one seed) and
+        `<metric>_p_alone`; `auc_common_difference`, on prompts that are mixed for both; None where there is nothing to
+        compare.
+    """
+    rows = []
+    for name, of in sets.items():
+        shared = [seed for seed in of if seed is not None and seed in sets[baseline] and name != baseline]
+        row: dict[str, Any] = {"method": name, "seeds": len(of), "seeds_compared": len(shared)}
+        pair = [{seed: m[seed] for seed in shared} for m in (of, sets[baseline])]
+        for metric in METRICS:
+            row[metric] = float(np.mean([mean_over_seeds_and_prompts(values) for values in by_prompt(of, metric)]))
+            row |= dict.fromkeys((f"{metric}_difference", f"{metric}_p", f"{metric}_p_alone"))
+            if shared:
+                both = [by_prompt(m, metric) for m in pair]
+                row[f"{metric}_difference"] = _numbers(paired_difference(*both))
+                row[f"{metric}_p_alone"] = two_sided_p(*both, num_resamples=20_000)
+        row["auc_common_difference"] = None
+        if shared:
+            row["auc_common_difference"] = _numbers(paired_difference(*_where_both(*(by_prompt(m) for m in pair))))
+        rows.append(row)
+    compared = [row for row in rows if row["seeds_compared"]]
+    for metric in METRICS:
+        corrected = holm([row[f"{metric}_p_alone"] for row in compared])
+        for row, p in zip(compared, corrected, strict=True):
+            row[f"{metric}_p"] = float(p)
+    return rows
+
+
+def _numbers(estimate: Estimate) -> list[float]:
+    return [estimate.value, estimate.low, estimate.high]
+
+
+def _where_both(ours: list[np.ndarray], theirs: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """Both, where both are defined."""
+    undefined = [np.isnan(a) | np.isnan(b) for a, b in zip(ours, theirs, strict=True)]
+    return ([np.where(u, np.nan, of) for u, of in zip(undefined, tables, strict=True)] for tables in (ours, theirs))
+
+
+def by_prompt(of: dict[int | None, list[SampleSet]], metric: str = "auc_within") -> list[np.ndarray]:
+    """A metric of each seed and prompt, (S, P), a table a benchmark."""
+    return [np.stack([of_prompt(samples, metric) for samples in seeds]) for seeds in zip(*of.values(), strict=True)]
+
+
+def of_prompt(samples: SampleSet, metric: str) -> np.ndarray:
+    """A metric of each prompt, (P,)."""
+    if metric == "auc_within":
+        return auc_by_prompt(samples.correct, samples.mean_logps)
+    return np.array([nanmean(row) for row in samples.correct])
+
+
+def table(rows: list[dict], baseline: str) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the table."""
+    header = ["method", "seeds", "accuracy", "AUC within", "AUC pooled", "PC", f"AUC within minus {baseline}, p"]
+    header += ["where both are mixed", f"accuracy minus {baseline}, p"]
+    cells = []
+    for row in rows:
+        auc, accuracy = (_with_p(row[f"{metric}_difference"], row[f"{metric}_p"]) for metric in METRICS)
+        gaps = [auc, _with_p(row["auc_common_difference"], np.nan), accuracy]
+        numbers = [row[name] for name in ("accuracy", "auc_within", *OF_BENCHMARK)]
+        unequal = row["seeds_compared"] not in (0, row["seeds"])
+        seeds = f"{row['seeds']}, {row['seeds_compared']} compared" if unequal else str(row["seeds"])
+        cells.append([row["method"], seeds, *(f"{number:.3f}" for number in numbers), *gaps])
+    return header, cells
+
+
+def _with_p(gap: list[float] | None, p: float | None) -> str:
+    if gap is None or np.isnan(gap[0]):
+        return "" if gap is None else "undefined"
+    shown = "" if np.isnan(p) else ", <0.01" if p < 0.01 else f", {p:.3f}"  # see two_sided_p
+    return f"{gap[0]:+.3f} [{gap[1]:+.3f}, {gap[2]:+.3f}]{shown}"
+
+
+def by_benchmark(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """Accuracy and AUC within of each benchmark, averaged over seeds."""
+    names = list(next(iter(rows[0]["by_run"].values())))
+    cells = []
+    for row in rows:
+        seeds = row["by_run"].values()
+        pairs = [[nanmean([of[name][m] for of in seeds]) for m in ("accuracy", "auc_within")] for name in names]
+        cells.append([row["method"], *(f"{accuracy:.3f} / {auc:.3f}" for accuracy, auc in pairs)])
+    return ["method", *names], cells
+
+
+def mean_history(models: list[Path]) -> list[dict]:
+    """Reward and AUC within along training, averaged over seeds at the steps that all have logged.
+
+    `step` is the share of the training that is done: methods may take their mini-batches in more steps.
+    """
+    logs, last = [], 1
+    for model in models:
+        states = sorted(model.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))
+        state = json.loads(states[-1].read_text()) if states else {"log_history": [], "max_steps": 1}
+        logs.append({entry["step"]: entry for entry in state["log_history"] if "capo/auc_within" in entry})
+        last = state["max_steps"]
+    steps = sorted(set.intersection(*(set(log) for log in logs)))
+    history = []
+    for step in steps:
+        entry: dict[str, Any] = {"step": step / last}
+        for name in ("reward", "capo/auc_within"):
+            values = [log[step][name] for log in logs]
+            entry[name] = None if None in values else float(np.mean(values))
+        history.append(entry)
+    return history
+
+
+def draw(path: Path, rows: list[dict], histories: dict[str, list[dict]], runs: list[str]) -> None:
+    """Training curves, and AUC within against accuracy at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from trl_capo.report.figures import draw_frontier, draw_training
+
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    draw_training(axes[:2], histories, runs, x="share of the training")
+    points = {
+        row["method"]: [
+            tuple(float(np.mean([of[name] for of in run.values()])) for name in ("accuracy", "auc_within"))
+            for run in row["by_run"].values()
+        ]
+        for row in rows
+    }
+    draw_frontier(axes[2], points)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
+    plt.close(figure)

@@ -1,0 +1,1 @@
+"""The seam: all contact with TRL's private methods, in four layers."""

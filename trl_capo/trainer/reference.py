@@ -1,0 +1,40 @@
+"""Which model is the reference: the policy as it was when training began, or one of the user's choice."""
+
+import copy
+
+from transformers import PreTrainedModel
+
+from trl_capo.models.source import model_path
+from trl_capo.trainer.config import GroupAdvantageConfig
+
+
+def reference_source(
+    model: PreTrainedModel | str, args: GroupAdvantageConfig, policy_is_peft: bool
+) -> PreTrainedModel | str | None:
+    """What the reference model is to be built from: a model, an id or path, or None for TRL's own choice."""
+    if args.ref_model_name_or_path is not None:
+        if policy_is_peft:
+            raise ValueError(
+                "ref_model_name_or_path cannot be used with PEFT, where the reference is the model without its "
+                "adapter. Leave it unset, or merge the adapter and train without PEFT."
+            )
+        return model_path(args.ref_model_name_or_path)
+    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    if policy_is_peft or isinstance(model, str) or zero3:
+        return None
+    # TRL would reload an instance from the path in its config, which may be missing or hold other weights.
+    reference = copy.deepcopy(model).eval().requires_grad_(False)
+    reference.__dict__.pop("forward", None)  # an earlier trainer's patch, which would still run the policy
+    return reference
+
+
+def make_room_for_reference_adapter(model: PreTrainedModel) -> None:
+    """TRL copies the adapter "default" to "ref", the reference, and fails if one is missing or the other is there."""
+    if "default" not in model.peft_config:
+        raise ValueError(
+            f"The reference of a PEFT model is a copy of its adapter 'default', but it has "
+            f"{', '.join(model.peft_config)}. Load the adapter under that name (adapter_name='default'), or set "
+            "ref_ppl_mask=False."
+        )
+    if "ref" in model.peft_config:  # of an earlier trainer; the reference is where this one starts
+        model.delete_adapter("ref")

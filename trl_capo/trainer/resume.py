@@ -1,0 +1,132 @@
+"""Resuming, as all processes of a run agree on it."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from trl_capo.errors import UserError
+from trl_capo.trainer.checkpoints import (
+    Checkpoint,
+    Run,
+    Search,
+    check_checkpoint_of,
+    chosen_checkpoint,
+    find_checkpoint,
+)
+from trl_capo.trainer.resume_options import changed_options
+
+
+Answer = TypeVar("Answer")
+# Options that decide how many prompts a step takes, and so where in the data a resumed run starts.
+LAYOUT = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations")
+LAYOUT += ("num_generations",)
+
+
+def agree(find: Callable[[], Answer]) -> Answer:
+    """What the first process finds, on every process; its error too. Files of many GB are read once."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    state, found = PartialState(), [None]
+    if state.is_main_process:
+        try:
+            found = [find()]
+        except UserError as error:
+            found = [error]
+    if state.num_processes > 1:
+        broadcast_object_list(found)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return found[0]
+
+
+def newest_checkpoint(output_dir: str, say: Callable[[str], None]) -> tuple[str | None, Search]:
+    """The newest checkpoint to resume from, None without one; says which were skipped and why."""
+    search = agree(lambda: find_checkpoint(output_dir))
+    for line in search.lines:
+        say(line)
+    return search.newest and os.path.join(output_dir, search.newest.folder.name), search
+
+
+def newest_or_zero(output_dir: str, say: Callable[[str], None]) -> str | None:
+    """The newest checkpoint; None, and a word, where a run starts from zero because there is none yet.
+
+    Raises:
+        UserError: The run had checkpoints, and none is whole: starting over would replace what is left of them.
+    """
+    newest, search = newest_checkpoint(output_dir, say)
+    if newest is None and search.lost:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in search.skipped)
+        raise UserError(
+            f"resume_from_checkpoint=true: every checkpoint of the run in {output_dir!r} is damaged "
+            f"({reasons}). Restore one, or leave resume_from_checkpoint out to start over."
+        )
+    if newest is None:
+        say(f"ℹ️ There is no checkpoint of this run in {output_dir!r} yet: training starts from zero.")
+    return newest
+
+
+def checkpoint_named(folder: str, output_dir: str) -> Checkpoint:
+    """`chosen_checkpoint`, verified by the first process."""
+    return agree(lambda: chosen_checkpoint(folder, output_dir))
+
+
+def check_best(folder: str, run: Run) -> None:
+    """Refuses a best checkpoint that was damaged meanwhile, or that another run left in the folder."""
+    agree(lambda: check_checkpoint_of(folder, run))
+
+
+def what_differs(checkpoint: Checkpoint, args, deepspeed: bool) -> list[str]:
+    """Lines about why the resumed run is not exactly the uninterrupted one."""
+    name, lines = checkpoint.folder.name, []
+    if checkpoint.manifest is None:
+        lines.append(f"ℹ️ {name} was written by an earlier version, so its files cannot be verified.")
+    if not checkpoint.exact:
+        lines.append(
+            f"⚠️ {name} lacks the state of optimizer, scheduler or random numbers (save_only_model?): they start anew, "
+            "and the resumed run will not be exactly the uninterrupted one."
+        )
+    if checkpoint.manifest is None:
+        return lines
+    changed = changed_options(checkpoint.manifest["options"], args)
+    if changed:
+        values = ", ".join(f"{option} {old} -> {new}" for option, (old, new) in changed.items())
+        lines.append(f"ℹ️ Options changed since {name}, and the new values are used from here on: {values}.")
+        if deepspeed:
+            lines.append("⚠️ DeepSpeed restores the optimizer's options from the checkpoint: those stay the old ones.")
+        if {"seed", "data_seed"} & set(changed):
+            lines.append("⚠️ seed: prompts are drawn by the new seed, the random state continues from the checkpoint.")
+    before = checkpoint.manifest["world_size"]
+    if before != args.world_size:
+        lines.append(f"⚠️ {name} was written by {before} processes, now there are {args.world_size}: not exact.")
+    if before != args.world_size or set(LAYOUT) & set(changed):
+        lines.append("⚠️ A step takes other prompts than before: some may be seen twice or left out.")
+    return lines
+
+
+@dataclass
+class StreamPosition:
+    """Where in a stream a training is: a stream ends early and is read again, in passes of unknown length.
+
+    Attributes:
+        number: The pass, from 0; -1 before the first.
+        batches: Batches taken from it.
+    """
+
+    number: int = -1
+    batches: int = 0
+    _skipped: int = 0
+    _iterator: object = field(default=None, repr=False)
+
+    @classmethod
+    def at(cls, number: int, batches: int) -> "StreamPosition":
+        """The position of a run that skips to there."""
+        return cls(number - 1, _skipped=batches)
+
+    def count(self, iterator: object, batches: int) -> None:
+        """Counts batches that were taken from the iterator of a pass."""
+        if iterator is not self._iterator:
+            self._iterator, self.number = iterator, self.number + 1
+            self.batches, self._skipped = self._skipped, 0
+        self.batches += batches

@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from pkgutil import resolve_name
 
 import numpy as np
 from tqdm import tqdm
@@ -304,10 +303,10 @@ def _train(world: str, method: str, seed: int, tune: bool) -> tuple[dict, list]:
     from transformers import PrinterCallback, TrainerCallback
 
     from trl_capo.data.arithmetic import arithmetic_dataset
-    from trl_capo.scripts.train import METHODS
+    from trl_capo.methods import trainer_of
 
     kind, _ = (TUNING[world] if tune else methods(world))[method]
-    config_class, trainer_class = (resolve_name(path) for path in METHODS[kind])
+    trainer_class = trainer_of(kind)
     options, evaluations = options_of(world, method, seed, tune), {}
     last = options["max_steps"]
     every = WORLDS[world].checkpoints if method in MAIN and not tune else last
@@ -326,7 +325,7 @@ def _train(world: str, method: str, seed: int, tune: bool) -> tuple[dict, list]:
         trainer = trainer_class(
             str(base),
             step_credit if method.endswith("graded") else box_reward,
-            config_class(folder, **options),
+            trainer_class.config_class(folder, **options),
             arithmetic_dataset("train"),
             callbacks=[Evaluate()],
         )

@@ -4,7 +4,7 @@ import json
 import re
 
 from trl_capo.data.catalogue import CATALOGUE
-from trl_capo.scripts.train import METHODS
+from trl_capo.methods import METHODS
 
 
 def test_demo_table_is_the_committed_result(repository):
@@ -17,8 +17,8 @@ def test_demo_table_is_the_committed_result(repository):
         for benchmark in results["base"]
         for summary in (results[model][benchmark] for model in ("base", "grpo", "capo"))
     ]
-    readme = (repository / "README.md").read_text()
-    rows = [line for line in readme.splitlines() if re.match(r"\|[^|]*\| (base|GRPO|CAPO) \|", line)]
+    page = (repository / "docs" / "demo.md").read_text()
+    rows = [line for line in page.splitlines() if re.match(r"\|[^|]*\| (base|GRPO|CAPO) \|", line)]
     written = [re.findall(r"\d\.\d{3}", row) for row in rows]
     assert written == [[f"{value:.3f}" for value in row] for row in expected]
     gaps, accuracies = (
@@ -26,7 +26,7 @@ def test_demo_table_is_the_committed_result(repository):
         for name in ("auc_within", "accuracy")
     )
     for points in (min(gaps), max(gaps), max(accuracies), -min(accuracies)):
-        assert f"{100 * points:.1f}" in readme
+        assert f"{100 * points:.1f}" in page
 
 
 def test_every_method_is_in_the_table(repository):
@@ -86,10 +86,10 @@ def test_grading_figures_are_the_committed_results(repository):
     assert measured["equal"] and measured["others_equal"] and measured["others_given_up"] == 0
 
 
-def test_step_cost_in_the_readme(repository):
-    readme = (repository / "README.md").read_text()
+def test_step_cost_in_short(repository):
+    page = (repository / "docs" / "fast_step.md").read_text()
     results = repository / "benchmarks" / "results"
-    section = readme[readme.index("## What a step costs") : readme.index("## Is it working?")]
+    section = page[page.index("## In short") : page.index("## What is saved")]
     figures = []
     for name, variant in (("step_cost", "capo_ours"), ("step_cost_no_waste", "capo_ours"), ("step_cost", "grpo_ours")):
         layouts = json.loads((results / f"{name}.json").read_text())["layouts"]

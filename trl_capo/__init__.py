@@ -16,7 +16,7 @@ _EXPORTS = {
     "CAPOTrainer": "methods.capo",
     "GroupAdvantageConfig": "trainer.config",
     "GroupAdvantageTrainer": "trainer.group_advantage",
-    "RolloutGroups": "trainer.group_advantage",
+    "RolloutGroups": "trainer.groups",
 }
 
 __all__ = ["CAPOConfig", "CAPOTrainer", "GroupAdvantageConfig", "GroupAdvantageTrainer", "RolloutGroups"]
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from trl_capo.methods.capo import CAPOTrainer
     from trl_capo.methods.capo_config import CAPOConfig
     from trl_capo.trainer.config import GroupAdvantageConfig
-    from trl_capo.trainer.group_advantage import GroupAdvantageTrainer, RolloutGroups
+    from trl_capo.trainer.group_advantage import GroupAdvantageTrainer
+    from trl_capo.trainer.groups import RolloutGroups
 
 
 def _check_trl_version() -> None:

@@ -31,9 +31,13 @@ class RecordingTrainer(CAPOTrainer):
         self.generations = []
 
     def _compute_advantages(self, groups):
-        advantages = super()._compute_advantages(groups)
-        self.generations.append({"groups": groups, "advantages": advantages, "training": self.model.training})
-        return advantages
+        self.generations.append({"groups": groups, "training": self.model.training})
+        return super()._compute_advantages(groups)
+
+    def _replace_advantages(self, output, advantages):
+        groups = self.generations[-1]["groups"]
+        self.generations[-1]["advantages"] = advantages.view(groups.valid.shape)
+        super()._replace_advantages(output, advantages)
 
     def _generate_and_score_completions(self, inputs):
         policy = self.accelerator.unwrap_model(self.model)
@@ -233,7 +237,7 @@ def test_quantile_thresholds_are_estimated_once_from_valid_training_completions(
     )
     assert len(first) == 16
     expected = np.quantile(first, [0.25, 0.75])
-    np.testing.assert_allclose(trainer.ref_ppl_thresholds, expected, rtol=1e-5)
+    np.testing.assert_allclose(trainer.mask.thresholds, expected, rtol=1e-5)
     history = [entry for entry in trainer.state.log_history if "capo/mask_active" in entry]
     assert [entry["capo/mask_active"] for entry in history] == [0, 1, 1, 1, 1]
     assert history[0]["capo/ref_ppl_low"] is None
@@ -248,7 +252,7 @@ def test_quantiles_by_class(tiny_model, tmp_path):
     ref_ppl = np.concatenate([np.exp(-g.ref_mean_logps.double().numpy()).flatten() for g in groups])
     correct = np.concatenate([g.correct.numpy().flatten() for g in groups]) == 1
     expected = np.quantile(ref_ppl[~correct], 0.25), np.quantile(ref_ppl[correct], 0.75)
-    np.testing.assert_allclose(trainer.ref_ppl_thresholds, expected, rtol=1e-5)
+    np.testing.assert_allclose(trainer.mask.thresholds, expected, rtol=1e-5)
 
 
 def test_tau_in_gaps_is_the_frozen_median(tiny_model, tmp_path, monkeypatch):
@@ -448,12 +452,12 @@ def test_state_is_saved_beside_the_checkpoint(tiny_model, tmp_path):
     trainer.train()
     state = json.loads((tmp_path / "checkpoint-3" / "trl_capo_state.json").read_text())
     assert state["tau"] == trainer.tau
-    assert (state["ref_ppl_low"], state["ref_ppl_high"]) == trainer.ref_ppl_thresholds
+    assert (state["ref_ppl_low"], state["ref_ppl_high"]) == trainer.mask.thresholds
     resumed = make_trainer(tiny_model, tmp_path, max_steps=5, save_steps=3, **options)
     resumed._gap_scale.min_gaps = 8
     assert math.isnan(resumed.tau)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert resumed.tau == trainer.tau and resumed.ref_ppl_thresholds == trainer.ref_ppl_thresholds
+    assert resumed.tau == trainer.tau and resumed.mask.thresholds == trainer.mask.thresholds
 
 
 def test_restored_samples_serve_new_quantiles(tiny_model, tmp_path):
@@ -462,8 +466,8 @@ def test_restored_samples_serve_new_quantiles(tiny_model, tmp_path):
     first.train()
     second = make_trainer(tiny_model, tmp_path, max_steps=4, ref_ppl_quantiles=[0.05, 0.95], **options)
     second.train(resume_from_checkpoint=True)
-    values = first._estimated_thresholds.correct + first._estimated_thresholds.wrong
-    np.testing.assert_allclose(second.ref_ppl_thresholds, np.quantile(values, [0.05, 0.95]))
+    values = first.mask._estimated.correct + first.mask._estimated.wrong
+    np.testing.assert_allclose(second.mask.thresholds, np.quantile(values, [0.05, 0.95]))
 
 
 def test_options_reach_the_formula(tiny_model, tmp_path):
@@ -504,7 +508,7 @@ def test_evaluation_in_larger_batches_leaves_the_estimates_alone(tiny_model, tmp
     assert list(trainer._logs["advantages"]) == evaluated["advantages"].flatten().tolist()[-8:]
     trainer.train()
     training = [generation["groups"] for generation in trainer.generations if generation["training"]]
-    seen = len(trainer._estimated_thresholds.correct) + len(trainer._estimated_thresholds.wrong)
+    seen = len(trainer.mask._estimated.correct) + len(trainer.mask._estimated.wrong)
     assert seen == sum(groups.rewards.numel() for groups in training) == 8
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from trl_capo.methods.estimates import GapScale, PerplexityThresholds
+from trl_capo.methods.gap_scale import GapScale
+from trl_capo.trainer.mask import PerplexityThresholds
 
 
 def random_batch(seed: int, num_prompts: int = 6, num_generations: int = 8):

@@ -9,8 +9,8 @@ import pytest
 
 from tests.evaluation.test_samples import rows
 from trl_capo import cli
-from trl_capo.calibration.bootstrap import prompt_difference, prompt_interval
 from trl_capo.calibration.metrics import auc_within
+from trl_capo.calibration.prompt_bootstrap import prompt_difference, prompt_interval
 from trl_capo.evaluation.samples import merge_parts, read_samples, write_part
 from trl_capo.report import page as report_page
 from trl_capo.report.page import NUM_TEXTS, completions, surprise, with_formulas, write_report

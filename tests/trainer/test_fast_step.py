@@ -27,6 +27,7 @@ from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from tests.helpers import config_kwargs, literal_mean_logp, unpadded_rows
 from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer
+from trl_capo.methods.grpo import GRPO
 
 
 NUM_GENERATIONS = 4
@@ -281,7 +282,7 @@ class RecordingStock(Recording, GRPOTrainer):
     pass
 
 
-class RecordingTrainer(Recording, GroupAdvantageTrainer):
+class RecordingTrainer(Recording, GRPO):
     pass
 
 

@@ -286,7 +286,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny_model, tmp_pat
     second = make("parts")
     second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
     assert largest_change(parameters(whole), parameters(second)) <= 1e-5
-    assert second.tau == whole.tau and second.ref_ppl_thresholds == whole.ref_ppl_thresholds
+    assert second.tau == whole.tau and second.mask.thresholds == whole.mask.thresholds
 
 
 @pytest.mark.parametrize("way", ["folder", "newest"])

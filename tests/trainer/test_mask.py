@@ -1,15 +1,14 @@
 """CAPO's mask as an option of every method."""
 
-from pkgutil import resolve_name
-
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from tests.helpers import config_kwargs, length_reward, literal_mean_logp, parity_reward, prompt_dataset, unpadded_rows
-from trl_capo.scripts.train import METHODS
-from trl_capo.trainer.mask import ReferenceMaskConfig, ReferenceMaskTrainer
+from trl_capo import GroupAdvantageConfig
+from trl_capo.methods import METHODS, trainer_of
+from trl_capo.methods.grpo import GRPO
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:every optimizer step takes whole generations")  # GSPO, on-policy
@@ -27,7 +26,8 @@ def reference(tiny_model, tmp_path_factory) -> str:
 
 def generations(method, model, folder, reward_func=parity_reward, **options) -> tuple[list[dict], list[dict]]:
     """The batches of a run that learns nothing, with their advantages; and its log."""
-    config_class, trainer_class = (resolve_name(path) for path in METHODS[method])
+    trainer_class = trainer_of(method)
+    config_class = trainer_class.config_class
     batches = []
 
     class Recording(trainer_class):
@@ -92,7 +92,8 @@ def test_graded_rewards_are_masked_where_no_answer_is_right(method, tiny_model, 
 
 @pytest.mark.parametrize("method", ["grpo", "cde"])
 def test_quantiles_are_estimated_once_and_survive_a_restart(method, tiny_model, reference, tmp_path):
-    config_class, trainer_class = (resolve_name(path) for path in METHODS[method])
+    trainer_class = trainer_of(method)
+    config_class = trainer_class.config_class
     options = dict(ref_ppl_mask=True, ref_ppl_quantiles=[0.25, 0.75], ref_ppl_quantile_samples=16)
     options |= dict(ref_model_name_or_path=reference, save_strategy="steps", save_steps=2, max_steps=3)
 
@@ -103,21 +104,17 @@ def test_quantiles_are_estimated_once_and_survive_a_restart(method, tiny_model, 
 
     whole = make()
     whole.train()
-    estimated = whole._estimated_thresholds
-    np.testing.assert_allclose(
-        whole.ref_ppl_thresholds, np.quantile(estimated.correct + estimated.wrong, [0.25, 0.75])
-    )
+    estimated = whole.mask._estimated
+    np.testing.assert_allclose(whole.mask.thresholds, np.quantile(estimated.correct + estimated.wrong, [0.25, 0.75]))
     active = [entry["capo/mask_active"] for entry in whole.state.log_history if "capo/mask_active" in entry]
     assert active == [0, 1, 1]  # 8 completions a step
     resumed = make()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert resumed.ref_ppl_thresholds == whole.ref_ppl_thresholds
+    assert resumed.mask.thresholds == whole.mask.thresholds
 
 
 def test_without_the_mask_it_costs_and_logs_nothing(tiny_model, tmp_path):
-    trainer = ReferenceMaskTrainer(
-        tiny_model, parity_reward, ReferenceMaskConfig(**config_kwargs(tmp_path)), prompt_dataset()
-    )
+    trainer = GRPO(tiny_model, parity_reward, GroupAdvantageConfig(**config_kwargs(tmp_path)), prompt_dataset())
     assert trainer.ref_model is None
     trainer.train()
     assert not any("mask" in name or "ref_ppl" in name for entry in trainer.state.log_history for name in entry)
@@ -125,15 +122,16 @@ def test_without_the_mask_it_costs_and_logs_nothing(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_rewards_normalised_one_by_one_are_for_advantages_that_trl_computes(method, tiny_model, tmp_path):
-    config_class, trainer_class = (resolve_name(path) for path in METHODS[method])
+    trainer_class = trainer_of(method)
+    config_class = trainer_class.config_class
     has_its_own = method in ("capo", "capo_simko", "codapo", "cde")
     for mask in (False, True):
         options = dict(
             ref_ppl_mask=mask, multi_objective_aggregation="normalize_then_sum", per_device_train_batch_size=16
         )
         config = config_class(**config_kwargs(tmp_path, **options))
-        if mask or has_its_own:
+        if has_its_own:
             with pytest.raises(ValueError, match="multi_objective_aggregation='normalize_then_sum'.*: set it to"):
                 trainer_class(tiny_model, parity_reward, config, prompt_dataset())
-        else:
-            trainer_class(tiny_model, parity_reward, config, prompt_dataset())
+        else:  # the mask drops from TRL's own advantages
+            trainer_class(tiny_model, parity_reward, config, prompt_dataset()).train()

@@ -19,33 +19,28 @@ the mean over the drawn prompts. Needs scipy (`pip install 'trl-capo[report]'`).
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from trl_capo.calibration.estimate import Estimate, interval
+from trl_capo.calibration.prompt_bootstrap import prompt_difference, prompt_interval
 
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its percentile interval.
 
-    Attributes:
-        value: The estimate from what was measured.
-        low: Lower end of the interval; NaN if undefined.
-        high: Upper end.
-
-    Example:
-        >>> str(Estimate(0.05, 0.031, 0.0689))
-        '0.050 [0.031, 0.069]'
-    """
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+__all__ = [
+    "Estimate",
+    "bootstrap_means",
+    "bootstrap_statistic",
+    "holm",
+    "interval",
+    "mean_over_seeds_and_prompts",
+    "paired_difference",
+    "prompt_difference",
+    "prompt_interval",
+    "two_sided_p",
+    "widening",
+]
 
 
 def mean_over_seeds_and_prompts(values: ArrayLike) -> NDArray[np.float64]:
@@ -171,31 +166,6 @@ def bootstrap_statistic(
     return np.array(replicates)
 
 
-def interval(value: float, replicates: ArrayLike, *, level: float = 0.95) -> Estimate:
-    """A measured value with the percentile interval of its replicates.
-
-    Args:
-        value: The measured value.
-        replicates: Its bootstrap replicates, any shape; NaN ones are left out.
-        level: Share of the replicates inside the interval, in (0, 1).
-
-    Returns:
-        The estimate.
-
-    Example:
-        >>> str(interval(0.5, np.linspace(0, 1, 101), level=0.9))
-        '0.500 [0.050, 0.950]'
-    """
-    if not 0 < level < 1:
-        raise ValueError(f"`level` must lie in (0, 1), got {level}. Use 0.95 for a 95% interval.")
-    replicates = np.asarray(replicates, dtype=np.float64)
-    replicates = replicates[~np.isnan(replicates)]
-    if replicates.size == 0:
-        return Estimate(float(value), float("nan"), float("nan"))
-    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(float(value), float(low), float(high))
-
-
 def two_sided_p(values: ArrayLike, baseline: ArrayLike, *, num_resamples: int = 2000, seed: int = 0) -> float:
     """p-value of a difference: one minus the highest level whose `paired_difference` interval leaves 0 out.
 
@@ -301,105 +271,6 @@ def _crossed_differences(
         [_crossed_means(pair, num_resamples, seed, i) for i, pair in enumerate(pairs)], axis=0
     )  # (2, B, 2)
     return float(measured[0] - measured[1]), *(means[..., 0] - means[..., 1])
-
-
-def prompt_interval(
-    metric: Callable[[NDArray, NDArray], float],
-    correct: ArrayLike,
-    confidence: ArrayLike,
-    *,
-    level: float = 0.95,
-    num_resamples: int = 1000,
-    seed: int = 0,
-) -> Estimate:
-    """A metric of one model's samples with its interval: prompts are drawn again, each with all its samples.
-
-    Samples of one prompt are alike, so drawing single samples would make intervals too narrow.
-
-    Args:
-        metric: Of correctness and confidence, shape (P, G) each, e.g. `trl_capo.calibration.metrics.auc_within`.
-        correct: Correctness, shape (P, G).
-        confidence: Confidence, shape (P, G).
-        level: Share of the replicates inside the interval.
-        num_resamples: Number of replicates.
-        seed: Seed of the draws.
-
-    Returns:
-        The metric and its interval; of a single prompt the ends are NaN.
-
-    Example:
-        >>> from trl_capo.calibration.metrics import auc_pooled
-        >>> str(prompt_interval(auc_pooled, [[1, 0], [1, 0]], [[0.9, 0.1], [0.8, 0.2]]))
-        '1.000 [1.000, 1.000]'
-    """
-    correct, confidence = _paired_samples(correct, confidence)
-    draws = _draw_prompts(len(correct), num_resamples, seed)
-    replicates = [metric(correct[prompts], confidence[prompts]) for prompts in draws]
-    return _over_prompts(metric(correct, confidence), replicates, len(correct), level)
-
-
-def prompt_difference(
-    metric: Callable[[NDArray, NDArray], float],
-    samples: tuple[ArrayLike, ArrayLike],
-    baseline: tuple[ArrayLike, ArrayLike],
-    *,
-    level: float = 0.95,
-    num_resamples: int = 1000,
-    seed: int = 0,
-) -> Estimate:
-    """Difference of a metric between two models on the same prompts, with its paired interval.
-
-    Args:
-        metric: As in `prompt_interval`.
-        samples: Correctness and confidence of the one model, shape (P, G) each.
-        baseline: Those of the other, shape (P, G') each: row p is the same prompt.
-        level: Share of the replicates inside the interval.
-        num_resamples: Number of replicates.
-        seed: Seed of the draws.
-
-    Returns:
-        The one's metric minus the other's, and the interval; of a single prompt the ends are NaN.
-
-    Example:
-        >>> from trl_capo.calibration.metrics import auc_within
-        >>> better, worse = ([[1, 0]] * 3, [[0.9, 0.1]] * 3), ([[1, 0]] * 3, [[0.1, 0.9]] * 3)
-        >>> str(prompt_difference(auc_within, better, worse))
-        '1.000 [1.000, 1.000]'
-    """
-    ours, theirs = _paired_samples(*samples), _paired_samples(*baseline)
-    if len(ours[0]) != len(theirs[0]):
-        raise ValueError(
-            f"the two models answered {len(ours[0])} and {len(theirs[0])} prompts. Keep those that both answered, in "
-            "one order."
-        )
-
-    def difference(prompts: NDArray | slice) -> float:
-        return metric(*(array[prompts] for array in ours)) - metric(*(array[prompts] for array in theirs))
-
-    draws = _draw_prompts(len(ours[0]), num_resamples, seed)
-    replicates = [difference(prompts) for prompts in draws]
-    return _over_prompts(difference(slice(None)), replicates, len(ours[0]), level)
-
-
-def _over_prompts(value: float, replicates: list[float], num_prompts: int, level: float) -> Estimate:
-    if num_prompts == 1:  # it can only be drawn as it is, which says nothing about other prompts
-        return Estimate(value, float("nan"), float("nan"))
-    return interval(value, replicates, level=level)
-
-
-def _paired_samples(correct: ArrayLike, confidence: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    correct, confidence = np.asarray(correct, dtype=np.float64), np.asarray(confidence, dtype=np.float64)
-    if correct.shape != confidence.shape or correct.ndim != 2 or len(correct) == 0:
-        raise ValueError(
-            f"`correct` and `confidence` must have one shape (P, G) with at least one prompt, got {correct.shape} and "
-            f"{confidence.shape}."
-        )
-    return correct, confidence
-
-
-def _draw_prompts(num_prompts: int, num_resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    rng = np.random.default_rng(seed)
-    return (rng.integers(num_prompts, size=num_prompts) for _ in range(num_resamples))
 
 
 def _weighted_means(values: NDArray[np.float64], seed_counts: NDArray, prompt_counts: NDArray) -> NDArray[np.float64]:

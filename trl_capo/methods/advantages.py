@@ -200,33 +200,6 @@ def reward_only_advantages(
     return advantages
 
 
-def reference_perplexity_mask(correct: Tensor, ref_ppl: Tensor, low: float, high: float) -> Tensor:
-    """Which completions CAPO learns from, by the perplexity that a frozen reference gives them.
-
-    A correct completion that surprises the reference (perplexity above `high`) is taken for a lucky guess, a wrong one
-    that does not (below `low`) for a near miss: both are dropped.
-
-    Args:
-        correct: Correctness, shape (P, G): True or at least 0.5 = correct. NaN = unknown.
-        ref_ppl: Perplexity under the reference, exp of minus the mean token log-prob, shape (P, G). NaN = unknown.
-        low: Wrong completions below it are dropped, >= 1.
-        high: Correct completions above it are dropped, >= 1.
-
-    Returns:
-        Boolean, shape (P, G): True = kept. Unknown correctness or perplexity is not kept.
-
-    Source: arXiv 2604.12632.
-
-    Example:
-        >>> correct, ref_ppl = torch.tensor([[1.0, 1.0, 0.0, 0.0]]), torch.tensor([[1.2, 3.0, 1.2, 1.01]])
-        >>> reference_perplexity_mask(correct, ref_ppl, low=1.05, high=2.5)
-        tensor([[ True, False,  True, False]])
-    """
-    # In half precision the thresholds themselves would be rounded: 1.05 is 1.046875 in bfloat16.
-    correct, ref_ppl = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (correct, ref_ppl))
-    return ((correct >= 0.5) & (ref_ppl <= high)) | ((correct < 0.5) & (ref_ppl >= low))
-
-
 def _checked(rewards: Tensor, mean_logps: Tensor, tau: float, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs in at least float32 with everything that is not valid set to 0, so that it can enter no arithmetic."""
     if not tau > 0:

@@ -21,13 +21,13 @@ from trl_capo.methods.advantages import (
     soft_misranking,
 )
 from trl_capo.methods.capo_config import CAPOConfig
-from trl_capo.methods.estimates import GapScale
-from trl_capo.trainer.group_advantage import RolloutGroups
-from trl_capo.trainer.mask import ReferenceMaskTrainer
+from trl_capo.methods.gap_scale import GapScale
+from trl_capo.trainer.group_advantage import GroupAdvantageTrainer
+from trl_capo.trainer.groups import RolloutGroups
 from trl_capo.trainer.state_values import finite_number, finite_numbers
 
 
-class CAPOTrainer(ReferenceMaskTrainer):
+class CAPOTrainer(GroupAdvantageTrainer):
     """`GRPOTrainer` with CAPO's advantages; takes a `CAPOConfig` and otherwise the same arguments.
 
     Example:
@@ -36,7 +36,7 @@ class CAPOTrainer(ReferenceMaskTrainer):
         from trl.rewards import accuracy_reward
 
         from trl_capo import CAPOConfig, CAPOTrainer
-        from trl_capo.data.conversations import drop_unparsable_gold
+        from trl_capo.data.gold import drop_unparsable_gold
 
         trainer = CAPOTrainer(
             model="Qwen/Qwen2.5-Math-1.5B",
@@ -48,9 +48,11 @@ class CAPOTrainer(ReferenceMaskTrainer):
         ```
     """
 
+    args: CAPOConfig
     config_class = CAPOConfig
     _tag_names = ["trl", "trl-capo", "capo"]
     _name = "CAPO"
+    _replaces_advantages = True
     _paper = {
         "title": "Calibration-Aware Policy Optimization",
         "id": "2604.12632",
@@ -67,7 +69,6 @@ class CAPOTrainer(ReferenceMaskTrainer):
     }
 
     def _setup_method(self) -> None:
-        super()._setup_method()
         self._gap_scale = GapScale() if self.args.tau_unit == "gap" else None
 
     @property
@@ -86,7 +87,7 @@ class CAPOTrainer(ReferenceMaskTrainer):
         lowest = labels.masked_fill(~valid, torch.inf).amin(dim=1, keepdim=True)
         return valid & (highest > lowest)  # graded labels may differ where no answer is wrong
 
-    def _rows_to_mask(self, groups: RolloutGroups) -> Tensor:
+    def _rows_with_advantage(self, groups: RolloutGroups) -> Tensor:
         return self._rows_needing_logps(groups)
 
     def _compute_advantages(self, groups: RolloutGroups) -> Tensor:
@@ -95,11 +96,8 @@ class CAPOTrainer(ReferenceMaskTrainer):
         valid = groups.valid & labels.isfinite()
         if self.model.training and self._gap_scale is not None:
             self._gap_scale.update(groups.correct, groups.mean_logps, valid)
-        self._update_thresholds(groups, valid)
-        keep = self._kept(groups) & valid
-        partners = keep if args.mask_partners else valid
-        advantages = self._pairwise(labels, groups.mean_logps, partners).masked_fill(~keep, 0.0)
-        return advantages + self._auxiliary_advantages(groups)
+        partners = valid & groups.kept if args.mask_partners else valid
+        return self._pairwise(labels, groups.mean_logps, partners)
 
     def _labels(self, groups: RolloutGroups) -> Tensor:
         if not self.args.graded_rewards:
@@ -130,7 +128,7 @@ class CAPOTrainer(ReferenceMaskTrainer):
             advantages += cross_prompt_advantages(labels, mean_logps, tau, valid=valid, scale_by_tau=scale_by_tau)
         return advantages
 
-    def _auxiliary_advantages(self, groups: RolloutGroups) -> Tensor:
+    def _unmasked_advantages(self, groups: RolloutGroups) -> Tensor:
         """The other reward functions: weight times (reward minus group mean), summed, shape (P, G)."""
         advantages = torch.zeros_like(groups.mean_logps)
         if self.args.auxiliary_rewards == "ignore":
@@ -146,24 +144,21 @@ class CAPOTrainer(ReferenceMaskTrainer):
             misranking = torch.full_like(groups.mean_logps[:, 0], torch.nan)
         else:
             misranking = soft_misranking(groups.correct, groups.mean_logps, self.tau, valid=groups.valid)
-        return {**super()._calibration_arrays(groups), "soft_misranking": misranking}
+        return {"soft_misranking": misranking}
 
     def _calibration_metrics(self, window: dict[str, np.ndarray]) -> dict[str, float]:
         return {
-            **super()._calibration_metrics(window),
             "capo/soft_misranking": metrics.nanmean(window["soft_misranking"]),
             "capo/tau": self.tau,
         }
 
     def _method_state(self) -> dict:
         return {
-            **super()._method_state(),
             "tau": None if math.isnan(self.tau) else self.tau,  # for the reader
             "gaps": self._gap_scale.gaps if self._gap_scale else [],
         }
 
     def _load_method_state(self, state: dict) -> None:
-        super()._load_method_state(state)
         finite_number(state, "tau", above=0)
         gaps = finite_numbers(state, "gaps", minimum=0)
         if self._gap_scale is not None:

@@ -5,7 +5,7 @@ import warnings
 from dataclasses import dataclass, field
 
 from trl_capo.methods.advantages import NORMALIZATIONS
-from trl_capo.trainer.mask import ReferenceMaskConfig
+from trl_capo.trainer.config import GroupAdvantageConfig
 
 
 # Losses whose gradient at the sampling policy is that of the mean token log-prob, the score that CAPO ranks.
@@ -13,7 +13,7 @@ SEQUENCE_MEAN_LOSSES = ("grpo", "sapo")
 
 
 @dataclass
-class CAPOConfig(ReferenceMaskConfig):
+class CAPOConfig(GroupAdvantageConfig):
     """Configuration of `CAPOTrainer`: TRL's `GRPOConfig`, and how completions are compared, masked and labelled.
 
     Four defaults of `GRPOConfig` are set to the paper's: `loss_type="grpo"` (the mean over each sequence: the
@@ -42,7 +42,7 @@ class CAPOConfig(ReferenceMaskConfig):
         > Parameters that control the reference-perplexity mask
 
         ref_ppl_mask (`bool`, *optional*, defaults to `True`):
-            CAPO's mask: `ReferenceMaskConfig` has its thresholds, `ref_ppl_low`, `ref_ppl_high` and quantiles.
+            CAPO's mask: `GroupAdvantageConfig` has its thresholds, `ref_ppl_low`, `ref_ppl_high` and quantiles.
         mask_partners (`bool`, *optional*, defaults to `False`):
             Also drop masked completions from the sums of their partners. Advantages of a group then sum to zero.
 

@@ -23,8 +23,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from trl_capo.methods.advantages import reward_only_advantages
-from trl_capo.trainer.group_advantage import RolloutGroups
-from trl_capo.trainer.mask import ReferenceMaskConfig, ReferenceMaskTrainer
+from trl_capo.trainer.config import GroupAdvantageConfig
+from trl_capo.trainer.group_advantage import GroupAdvantageTrainer
+from trl_capo.trainer.groups import RolloutGroups
 
 
 SCHEDULES = ("constant", "linear", "cosine", "staircase")
@@ -79,7 +80,7 @@ def bonus_weight(progress: float, schedule: str, first: float, last: float, num_
 
 
 @dataclass
-class CDEConfig(ReferenceMaskConfig):
+class CDEConfig(GroupAdvantageConfig):
     """Configuration of `CDETrainer`.
 
     Parameters:
@@ -123,16 +124,17 @@ class CDEConfig(ReferenceMaskConfig):
         super().__post_init__()
 
 
-class CDETrainer(ReferenceMaskTrainer):
+class CDETrainer(GroupAdvantageTrainer):
     """`GRPOTrainer` with CDE's bonus for the actor; takes a `CDEConfig`."""
 
+    args: CDEConfig
     config_class = CDEConfig
     _tag_names = ["trl", "trl-capo", "cde"]
     _name = "CDE"
+    _replaces_advantages = True
     _paper = {"title": "CDE: Curiosity-Driven Exploration for Efficient RL in LLMs", "id": "2509.09675"}
 
     def _setup_method(self) -> None:
-        super()._setup_method()
         if len(self.reward_funcs) > 1 and not self.args.signed_rewards:
             raise ValueError(
                 "CDE maps rewards of 0 and 1 to -1 and 1, and a sum of several is neither: keep one reward function, "
@@ -150,8 +152,7 @@ class CDETrainer(ReferenceMaskTrainer):
         )
         rewards = groups.rewards if args.signed_rewards else 2 * groups.rewards - 1
         rewards = curious_rewards(rewards, groups.mean_logps, omega, args.bonus_cap, args.bonus_scale)
-        advantages = reward_only_advantages(rewards, valid=groups.valid, scale_rewards=args.scale_rewards)
-        return self._masked(advantages, groups)
+        return reward_only_advantages(rewards, valid=groups.valid, scale_rewards=args.scale_rewards)
 
-    def _rows_to_mask(self, groups: RolloutGroups) -> Tensor:
+    def _rows_with_advantage(self, groups: RolloutGroups) -> Tensor:
         return groups.valid

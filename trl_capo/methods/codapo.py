@@ -27,8 +27,9 @@ from datasets import IterableDataset
 from torch import Tensor
 
 from trl_capo.methods.advantages import reward_only_advantages
-from trl_capo.trainer.group_advantage import RolloutGroups
-from trl_capo.trainer.mask import ReferenceMaskConfig, ReferenceMaskTrainer
+from trl_capo.trainer.config import GroupAdvantageConfig
+from trl_capo.trainer.group_advantage import GroupAdvantageTrainer
+from trl_capo.trainer.groups import RolloutGroups
 from trl_capo.trainer.state_values import whole_numbers
 
 
@@ -81,7 +82,7 @@ def refilled(kept: list[int], size: int, repeats: int) -> list[int]:
 
 
 @dataclass
-class CoDaPOConfig(ReferenceMaskConfig):
+class CoDaPOConfig(GroupAdvantageConfig):
     """Configuration of `CoDaPOTrainer`.
 
     Parameters:
@@ -101,6 +102,7 @@ class CoDaPOConfig(ReferenceMaskConfig):
     replay_quantile: float = field(
         default=0.75, metadata={"help": "Prompts from this quantile of the weights on are answered again."}
     )
+
     replay_repeats: int = field(
         default=4, metadata={"help": "How often in a row each of these prompts enters the second batch."}
     )
@@ -113,16 +115,17 @@ class CoDaPOConfig(ReferenceMaskConfig):
         super().__post_init__()
 
 
-class CoDaPOTrainer(ReferenceMaskTrainer):
+class CoDaPOTrainer(GroupAdvantageTrainer):
     """`GRPOTrainer` with CoDaPO's weights and its second pass over the best prompts; takes a `CoDaPOConfig`."""
 
+    args: CoDaPOConfig
     config_class = CoDaPOConfig
     _tag_names = ["trl", "trl-capo", "codapo"]
     _name = "CoDaPO"
+    _replaces_advantages = True
     _paper = {"title": "CoDaPO: Confidence and Difficulty-Adaptive Policy Optimization", "id": "2606.07950"}
 
     def _setup_method(self) -> None:
-        super()._setup_method()
         if self.args.replay and isinstance(self.train_dataset, IterableDataset):
             raise ValueError("a stream cannot be drawn twice: load the dataset, or set replay=False.")
         self._batch: list[dict] = []  # the prompts of the first generation
@@ -151,12 +154,11 @@ class CoDaPOTrainer(ReferenceMaskTrainer):
         advantages = reward_only_advantages(
             groups.rewards, valid=groups.valid, scale_rewards=self.args.scale_rewards, eps=1e-6
         )
-        return self._masked(weights.unsqueeze(1) * advantages, groups)
+        return weights.unsqueeze(1) * advantages
 
     def _method_state(self) -> dict:
-        return {**super()._method_state(), "replayed": self._replayed}
+        return {"replayed": self._replayed}
 
     def _load_method_state(self, state: dict) -> None:
-        super()._load_method_state(state)
         prompts = self.args.generation_batch_size // self.num_generations
         self._replayed = whole_numbers(state, "replayed", limit=prompts)

@@ -12,11 +12,12 @@ CAPO composes with it, for the gradient of r_i at pi_old is that of the score wh
 import warnings
 from dataclasses import dataclass, field
 
-from trl_capo.trainer.mask import ReferenceMaskConfig, ReferenceMaskTrainer
+from trl_capo.methods.grpo import GRPO
+from trl_capo.trainer.config import GroupAdvantageConfig
 
 
 @dataclass
-class GSPOConfig(ReferenceMaskConfig):
+class GSPOConfig(GroupAdvantageConfig):
     """Configuration of `GSPOTrainer`: `GroupAdvantageConfig` with GSPO's defaults, as TRL gives them.
 
     Parameters:
@@ -56,7 +57,7 @@ class GSPOConfig(ReferenceMaskConfig):
             )
 
 
-class GSPOTrainer(ReferenceMaskTrainer):
+class GSPOTrainer(GRPO):
     """GRPO through the seam, with the configuration of GSPO."""
 
     config_class = GSPOConfig

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from trl_capo.methods.capo import CAPOTrainer
 from trl_capo.methods.capo_config import CAPOConfig
-from trl_capo.trainer.mask import ReferenceMaskConfig, ReferenceMaskTrainer
+from trl_capo.methods.grpo import GRPO
+from trl_capo.trainer.config import GroupAdvantageConfig
 
 
 def surrogate_logps(
@@ -112,7 +113,7 @@ class SimKOOptions:
 
 
 @dataclass
-class SimKOConfig(SimKOOptions, ReferenceMaskConfig):
+class SimKOConfig(SimKOOptions, GroupAdvantageConfig):
     """Configuration of `SimKOTrainer`: `SimKOOptions` and `GroupAdvantageConfig`."""
 
 
@@ -141,7 +142,7 @@ class SimKOLoss:
         )
 
 
-class SimKOTrainer(SimKOLoss, ReferenceMaskTrainer):
+class SimKOTrainer(SimKOLoss, GRPO):
     """`GRPOTrainer` with SimKO's loss; takes a `SimKOConfig`."""
 
     config_class = SimKOConfig

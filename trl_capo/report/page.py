@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trl_capo.calibration import metrics
-from trl_capo.calibration.bootstrap import prompt_difference, prompt_interval
 from trl_capo.calibration.metrics import nanmean
+from trl_capo.calibration.prompt_bootstrap import prompt_difference, prompt_interval
 from trl_capo.calibration.selection import SELECTORS, choose_all
 from trl_capo.files import write_bytes, write_text
 from trl_capo.markdown import markdown_text

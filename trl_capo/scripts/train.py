@@ -27,7 +27,7 @@ from trl_capo.recipe import check_options, check_recipe, read_yaml
 # One line a method: the configuration and the trainer, imported once the method is chosen.
 METHODS = {
     "capo": ("trl_capo.methods.capo_config:CAPOConfig", "trl_capo.methods.capo:CAPOTrainer"),
-    "grpo": ("trl_capo.trainer.mask:ReferenceMaskConfig", "trl_capo.trainer.mask:ReferenceMaskTrainer"),
+    "grpo": ("trl_capo.trainer.config:GroupAdvantageConfig", "trl_capo.methods.grpo:GRPO"),
     "gspo": ("trl_capo.methods.gspo:GSPOConfig", "trl_capo.methods.gspo:GSPOTrainer"),
     "codapo": ("trl_capo.methods.codapo:CoDaPOConfig", "trl_capo.methods.codapo:CoDaPOTrainer"),
     "cde": ("trl_capo.methods.cde:CDEConfig", "trl_capo.methods.cde:CDETrainer"),

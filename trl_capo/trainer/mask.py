@@ -3,15 +3,14 @@
     kept_i = ppl_ref(o_i) <= high if o_i is right,    ppl_ref(o_i) >= low if it is wrong
 
 A right answer that surprises the reference is taken for a lucky guess, a wrong one that does not for a near miss; both
-get advantage 0. Off by default except in CAPO. Where thresholds are quantiles, they are those of the first completions
-(`trl_capo.methods.estimates`), and until these are there nothing is masked.
+get advantage 0. Thresholds are fixed, or quantiles of the first completions, estimated once and then frozen:
+thresholds that followed the policy's rollouts would chase it. Until they are estimated nothing is masked.
 
-Degenerate cases: a completion without a reward or a token is not kept. A mask may leave a group one-sided: what is
-left keeps the advantage that it had among all.
+Degenerate cases: a completion whose correctness or reference perplexity is unknown is not kept. A mask may leave a
+group one-sided: what is left keeps the advantage that it had among all.
 """
 
 import math
-import warnings
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,201 +18,95 @@ import torch
 from torch import Tensor
 
 from trl_capo.calibration import metrics
-from trl_capo.methods.advantages import reference_perplexity_mask, reward_only_advantages
-from trl_capo.methods.estimates import PerplexityThresholds
 from trl_capo.trainer.config import GroupAdvantageConfig
-from trl_capo.trainer.group_advantage import GroupAdvantageTrainer, RolloutGroups
+from trl_capo.trainer.groups import RolloutGroups
 from trl_capo.trainer.state_values import finite_number, finite_numbers
 
 
-@dataclass
-class ReferenceMaskConfig(GroupAdvantageConfig):
-    """Configuration of `ReferenceMaskTrainer`: `GroupAdvantageConfig` and the mask.
+def reference_perplexity_mask(correct: Tensor, ref_ppl: Tensor, low: float, high: float) -> Tensor:
+    """Which completions CAPO learns from, by the perplexity that a frozen reference gives them.
 
-    Parameters:
-        ref_ppl_mask (`bool`, *optional*, defaults to `False`):
-            Drop correct completions that the reference finds surprising and wrong ones that it finds likely. If
-            `False` and `beta=0`, no reference model is loaded.
-        ref_ppl_low (`float`, *optional*, defaults to `1.05`):
-            Wrong completions with a lower reference perplexity are dropped.
-        ref_ppl_high (`float`, *optional*, defaults to `2.5`):
-            Correct completions with a higher reference perplexity are dropped.
-        ref_ppl_quantiles (`list[float]`, *optional*):
-            Two quantiles in (0, 1), e.g. `0.25 0.75`. The thresholds are then these quantiles of the reference
-            perplexity of the first completions of the training, estimated once and frozen; until then nothing is
-            masked.
-        ref_ppl_quantiles_by_class (`bool`, *optional*, defaults to `False`):
-            Take the low threshold from wrong completions and the high one from correct completions, instead of both
-            from all. Low may then exceed high.
-        ref_ppl_quantile_samples (`int`, *optional*, defaults to `1024`):
-            Number of completions from which the quantiles are taken.
+    Args:
+        correct: Correctness, shape (P, G): True or at least 0.5 = correct. NaN = unknown.
+        ref_ppl: Perplexity under the reference, exp of minus the mean token log-prob, shape (P, G). NaN = unknown.
+        low: Wrong completions below it are dropped, >= 1.
+        high: Correct completions above it are dropped, >= 1.
+
+    Returns:
+        Boolean, shape (P, G): True = kept. Unknown correctness or perplexity is not kept.
+
+    Source: arXiv 2604.12632.
+
+    Example:
+        >>> correct, ref_ppl = torch.tensor([[1.0, 1.0, 0.0, 0.0]]), torch.tensor([[1.2, 3.0, 1.2, 1.01]])
+        >>> reference_perplexity_mask(correct, ref_ppl, low=1.05, high=2.5)
+        tensor([[ True, False,  True, False]])
+    """
+    # In half precision the thresholds themselves would be rounded: 1.05 is 1.046875 in bfloat16.
+    correct, ref_ppl = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (correct, ref_ppl))
+    return ((correct >= 0.5) & (ref_ppl <= high)) | ((correct < 0.5) & (ref_ppl >= low))
+
+
+class PerplexityMask:
+    """The mask of a training run: its thresholds, its verdicts, its metrics and its state.
+
+    The trainer calls `update` once for each training generation and applies `kept` to whatever advantages a method
+    returns, so no method can forget either.
+
+    Args:
+        args: With `ref_ppl_mask` and the options beside it.
     """
 
-    ref_ppl_mask: bool = field(
-        default=False,
-        metadata={
-            "help": "Drop correct completions that the reference finds surprising and wrong ones that it finds "
-            "likely. If False and beta=0, no reference model is loaded."
-        },
-    )
-    ref_ppl_low: float = field(
-        default=1.05, metadata={"help": "Wrong completions with a lower reference perplexity are dropped."}
-    )
-    ref_ppl_high: float = field(
-        default=2.5, metadata={"help": "Correct completions with a higher reference perplexity are dropped."}
-    )
-    ref_ppl_quantiles: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Two quantiles in (0, 1), e.g. `0.25 0.75`, of the reference perplexity of the first completions, "
-            "that replace the fixed thresholds."
-        },
-    )
-    ref_ppl_quantiles_by_class: bool = field(
-        default=False,
-        metadata={"help": "Low threshold from wrong completions, high one from correct ones, not both from all."},
-    )
-    ref_ppl_quantile_samples: int = field(
-        default=1024, metadata={"help": "Number of completions from which the quantiles are taken."}
-    )
-
-    def __post_init__(self):
-        for name in ("ref_ppl_low", "ref_ppl_high"):
-            threshold = getattr(self, name)
-            if not (threshold >= 1 and math.isfinite(threshold)):
-                raise ValueError(f"{name} must be a finite perplexity of at least 1, got {threshold}.")
-        quantiles = self.ref_ppl_quantiles
-        if quantiles is not None and (len(quantiles) != 2 or not all(0 < quantile < 1 for quantile in quantiles)):
-            raise ValueError(f"ref_ppl_quantiles must be two numbers in (0, 1), low and high, got {quantiles}.")
-        if self.ref_ppl_quantile_samples < 2:
-            raise ValueError(f"ref_ppl_quantile_samples must be at least 2, got {self.ref_ppl_quantile_samples}.")
-        if self.ref_ppl_quantiles_by_class and quantiles is None:
-            raise ValueError("ref_ppl_quantiles_by_class=True needs ref_ppl_quantiles, e.g. [0.25, 0.75].")
-        if self.sync_ref_model and not self.ref_ppl_mask and self.beta == 0:
-            raise ValueError(
-                "sync_ref_model=True has no reference to update: set ref_ppl_mask=True or a beta above 0, or leave "
-                "sync_ref_model off."
+    def __init__(self, args: GroupAdvantageConfig):
+        self.active = args.ref_ppl_mask
+        self._fixed = (args.ref_ppl_low, args.ref_ppl_high)
+        self._estimated = None
+        if self.active and args.ref_ppl_quantiles is not None:
+            self._estimated = PerplexityThresholds(
+                (args.ref_ppl_quantiles[0], args.ref_ppl_quantiles[1]),
+                args.ref_ppl_quantiles_by_class,
+                args.ref_ppl_quantile_samples,
             )
-        super().__post_init__()
-        self._warn_about_the_mask()
-
-    def _warn_about_the_mask(self) -> None:
-        """Settings that run but do not mean what the paper's numbers mean."""
-        low, high = self.ref_ppl_quantiles or (self.ref_ppl_low, self.ref_ppl_high)
-        if self.ref_ppl_mask and not self.ref_ppl_quantiles_by_class and low >= high:
-            names = "ref_ppl_quantiles" if self.ref_ppl_quantiles else "ref_ppl_low and ref_ppl_high"
-            warnings.warn(
-                f"{names} are {low} and {high}: with low >= high every completion between them is dropped, correct or "
-                "not.",
-                UserWarning,
-                stacklevel=4,
-            )
-        if self.ref_ppl_mask and self.ref_ppl_quantiles is None and self.temperature != 1:
-            warnings.warn(
-                f"temperature={self.temperature}: log-probs are those of the tempered distribution, so the absolute "
-                "thresholds ref_ppl_low and ref_ppl_high do not mean what they mean at temperature 1. Use "
-                "ref_ppl_quantiles.",
-                UserWarning,
-                stacklevel=4,
-            )
-
-
-class ReferenceMaskTrainer(GroupAdvantageTrainer):
-    """GRPO, with the mask if `ref_ppl_mask` is set; takes a `ReferenceMaskConfig`.
-
-    A method derives from it and lets `_masked(advantages, groups)` end its `_compute_advantages`.
-    """
-
-    config_class = ReferenceMaskConfig
-    _name, _paper = GroupAdvantageTrainer._name, GroupAdvantageTrainer._paper  # still GRPO
-
-    def _setup_method(self) -> None:
-        config = self.args
-        self._estimated_thresholds = None
-        if config.ref_ppl_mask and config.ref_ppl_quantiles is not None:
-            self._estimated_thresholds = PerplexityThresholds(
-                tuple(config.ref_ppl_quantiles), config.ref_ppl_quantiles_by_class, config.ref_ppl_quantile_samples
-            )
-        if config.multi_objective_aggregation != "sum_then_normalize" and (config.ref_ppl_mask or not self._is_grpo):
-            raise ValueError(
-                f"multi_objective_aggregation={config.multi_objective_aggregation!r} turns rewards into advantages in "
-                f"TRL's way, where {'the mask needs' if self._is_grpo else f'{self._name} has'} its own: set it to "
-                "'sum_then_normalize'."
-            )
-
-    @staticmethod
-    def needs_ref(args: ReferenceMaskConfig) -> bool:
-        return args.ref_ppl_mask
-
-    @classmethod
-    def needs_correct(cls, args: ReferenceMaskConfig) -> bool:
-        return args.ref_ppl_mask or cls._compute_advantages is not ReferenceMaskTrainer._compute_advantages
 
     @property
-    def ref_ppl_thresholds(self) -> tuple[float, float]:
-        """Low and high threshold of the mask; NaN without a mask and until they are estimated."""
-        if not self.args.ref_ppl_mask:
+    def thresholds(self) -> tuple[float, float]:
+        """Low and high threshold; NaN without a mask and until they are estimated."""
+        if not self.active:
             return math.nan, math.nan
-        if self._estimated_thresholds is None:
-            return self.args.ref_ppl_low, self.args.ref_ppl_high
-        return self._estimated_thresholds.low_high
-
-    def _compute_advantages(self, groups: RolloutGroups) -> Tensor | None:
-        if not self.args.ref_ppl_mask:
-            return None  # TRL's
-        # Of all rewards, as TRL has it: a truncated completion counts in the mean, though it has no loss.
-        return self._masked(reward_only_advantages(groups.rewards, scale_rewards=self.scale_rewards), groups)
+        return self._fixed if self._estimated is None else self._estimated.low_high
 
     @property
-    def _is_grpo(self) -> bool:
-        return type(self)._compute_advantages is ReferenceMaskTrainer._compute_advantages
+    def estimating(self) -> bool:
+        """Whether thresholds are still being learned, for which every valid completion's perplexity counts."""
+        return self._estimated is not None and not self._estimated.ready
 
-    def _rows_needing_logps(self, groups: RolloutGroups) -> Tensor:
-        # GRPO reads none: those of mixed groups are for the metrics.
-        return groups.mixed & groups.valid if self._is_grpo else groups.valid
+    def update(self, groups: RolloutGroups) -> None:
+        """Learn thresholds from a training generation, as long as they are not frozen."""
+        if self._estimated is not None:
+            self._estimated.update(groups.correct, _ref_ppl(groups), groups.valid)
 
-    def _rows_needing_ref(self, groups: RolloutGroups) -> Tensor:
-        estimating = self._estimated_thresholds is not None and not self._estimated_thresholds.ready
-        return groups.valid if estimating and self.model.training else self._rows_to_mask(groups)
-
-    def _rows_to_mask(self, groups: RolloutGroups) -> Tensor:
-        """Completions that may have an advantage to lose, shape (P, G), boolean."""
-        scorable = groups.rewards.isfinite()
-        highest = groups.rewards.masked_fill(~scorable, -torch.inf).amax(dim=1, keepdim=True)
-        lowest = groups.rewards.masked_fill(~scorable, torch.inf).amin(dim=1, keepdim=True)
-        return groups.valid & (highest > lowest)
-
-    def _masked(self, advantages: Tensor, groups: RolloutGroups) -> Tensor:
-        """Advantages (P, G), 0 where the mask drops the completion; first learns the thresholds from this batch."""
-        self._update_thresholds(groups, groups.valid)
-        return advantages.masked_fill(~self._kept(groups), 0.0)
-
-    def _update_thresholds(self, groups: RolloutGroups, valid: Tensor) -> None:
-        if self._estimated_thresholds is not None and self.model.training:
-            self._estimated_thresholds.update(groups.correct, groups.ref_mean_logps.neg().exp(), valid)
-
-    def _kept(self, groups: RolloutGroups) -> Tensor:
-        low, high = self.ref_ppl_thresholds
+    def kept(self, groups: RolloutGroups) -> Tensor:
+        """Completions that may have an advantage, shape (P, G), boolean."""
+        low, high = self.thresholds
         if math.isnan(low):
             return torch.ones_like(groups.valid)
-        return reference_perplexity_mask(groups.correct, groups.ref_mean_logps.neg().exp(), low, high)
+        return reference_perplexity_mask(groups.correct, _ref_ppl(groups), low, high)
 
-    def _calibration_arrays(self, groups: RolloutGroups) -> dict[str, Tensor]:
-        arrays = super()._calibration_arrays(groups)
-        if not self.args.ref_ppl_mask:
-            return arrays
-        return {**arrays, "kept": self._kept(groups), "ref_mean_logps": groups.ref_mean_logps}
+    def arrays(self, groups: RolloutGroups) -> dict[str, Tensor]:
+        """What the metrics need to keep of a generation."""
+        if not self.active or groups.ref_mean_logps is None:
+            return {}
+        return {"kept": groups.kept, "ref_mean_logps": groups.ref_mean_logps}
 
-    def _calibration_metrics(self, window: dict[str, np.ndarray]) -> dict[str, float]:
-        logged = super()._calibration_metrics(window)
-        if not self.args.ref_ppl_mask:
-            return logged
+    def metrics(self, window: dict[str, np.ndarray]) -> dict[str, float]:
+        """Metrics over the logging window, from its `arrays`; empty without a mask."""
+        if not self.active:
+            return {}
         masked, ref_mean_logps = 1.0 - window["kept"], window["ref_mean_logps"]
         seen = window["in_mixed_group"].astype(bool) & np.isfinite(ref_mean_logps)
         correct, wrong = seen & (window["correct"] == 1), seen & (window["correct"] == 0)
-        low, high = self.ref_ppl_thresholds
+        low, high = self.thresholds
         return {
-            **logged,
             "capo/frac_masked_correct": metrics.nanmean(masked[correct]),
             "capo/frac_masked_wrong": metrics.nanmean(masked[wrong]),
             "capo/ref_ppl_correct": metrics.perplexity(ref_mean_logps[correct]),
@@ -223,23 +116,90 @@ class ReferenceMaskTrainer(GroupAdvantageTrainer):
             "capo/mask_active": float(not math.isnan(low)),
         }
 
-    def _method_state(self) -> dict:
-        if not self.args.ref_ppl_mask:
+    def state(self) -> dict:
+        """What must survive a restart, as JSON; empty without a mask."""
+        if not self.active:
             return {}
-        low, high = self.ref_ppl_thresholds
-        estimated = self._estimated_thresholds
+        low, high = self.thresholds
         return {
             # For the reader; what is restored are the samples from which they were estimated.
             "ref_ppl_low": None if math.isnan(low) else low,
             "ref_ppl_high": None if math.isnan(high) else high,
-            "ref_ppl_correct": estimated.correct if estimated else [],
-            "ref_ppl_wrong": estimated.wrong if estimated else [],
+            "ref_ppl_correct": self._estimated.correct if self._estimated else [],
+            "ref_ppl_wrong": self._estimated.wrong if self._estimated else [],
         }
 
-    def _load_method_state(self, state: dict) -> None:
+    def load_state(self, state: dict) -> None:
+        """Restore what `state` returned.
+
+        Raises:
+            UserError: A value is not what `state` would have written.
+        """
+        if not self.active:
+            return
         for key in ("ref_ppl_low", "ref_ppl_high"):
             finite_number(state, key, above=0)
         correct = finite_numbers(state, "ref_ppl_correct", minimum=0)
         wrong = finite_numbers(state, "ref_ppl_wrong", minimum=0)
-        if self._estimated_thresholds is not None:
-            self._estimated_thresholds.correct, self._estimated_thresholds.wrong = correct, wrong
+        if self._estimated is not None:
+            self._estimated.correct, self._estimated.wrong = correct, wrong
+
+
+@dataclass
+class PerplexityThresholds:
+    """Quantiles of the reference perplexity of the first completions, as thresholds of CAPO's mask.
+
+    Attributes:
+        quantiles: Low and high, in (0, 1).
+        by_class: Low from wrong completions and high from correct ones, instead of both from all.
+        num_samples: The thresholds are frozen with the batch that brings the number of completions to this. By class,
+            at least one of each sixteen must be of either class: a quantile of two or three values is noise.
+        correct: Reference perplexities of correct completions seen so far.
+        wrong: The same of wrong completions.
+    """
+
+    quantiles: tuple[float, float]
+    by_class: bool = False
+    num_samples: int = 1024
+    correct: list[float] = field(default_factory=list)
+    wrong: list[float] = field(default_factory=list)
+
+    def update(self, correct: Tensor, ref_ppl: Tensor, valid: Tensor) -> None:
+        """Adds the completions of a batch, all arguments of shape (P, G), unless the thresholds are frozen."""
+        if self.ready:
+            return
+        valid = valid & ref_ppl.isfinite()
+        self.correct.extend(ref_ppl[valid & (correct == 1)].tolist())
+        self.wrong.extend(ref_ppl[valid & (correct == 0)].tolist())
+
+    @property
+    def ready(self) -> bool:
+        """Whether the thresholds are frozen."""
+        enough = len(self.correct) + len(self.wrong) >= self.num_samples
+        rarer = min(len(self.correct), len(self.wrong))
+        return enough and (not self.by_class or rarer >= max(1, self.num_samples // 16))
+
+    @property
+    def low_high(self) -> tuple[float, float]:
+        """The thresholds; NaN until they are frozen.
+
+        Example:
+            >>> import torch
+            >>> thresholds = PerplexityThresholds((0.5, 0.5), by_class=True, num_samples=2)
+            >>> thresholds.update(torch.tensor([[1, 0]]), torch.tensor([[1.2, 1.1]]), torch.ones(1, 2).bool())
+            >>> [round(threshold, 6) for threshold in thresholds.low_high]
+            [1.1, 1.2]
+        """
+        if not self.ready:
+            return float("nan"), float("nan")
+        pooled = self.correct + self.wrong
+        low, high = self.quantiles
+        return (
+            float(np.quantile(self.wrong if self.by_class else pooled, low)),
+            float(np.quantile(self.correct if self.by_class else pooled, high)),
+        )
+
+
+def _ref_ppl(groups: RolloutGroups) -> Tensor:
+    assert groups.ref_mean_logps is not None, "the trainer has a reference whenever the mask is active"
+    return groups.ref_mean_logps.neg().exp()

@@ -1,8 +1,12 @@
 """Which model is the reference: the policy as it was when training began, or one of the user's choice."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 from transformers import PreTrainedModel
+from trl.trainer import grpo_trainer
 
 from trl_capo.models.source import model_path
 from trl_capo.trainer.config import GroupAdvantageConfig
@@ -38,3 +42,36 @@ def make_room_for_reference_adapter(model: PreTrainedModel) -> None:
         )
     if "ref" in model.peft_config:  # of an earlier trainer; the reference is where this one starts
         model.delete_adapter("ref")
+
+
+@contextmanager
+def reference_from(
+    source: "PreTrainedModel | str | None", dtype: str | None, policy_is_loaded: bool
+) -> Iterator[None]:
+    """While TRL's constructor runs, the reference model it loads is `source`, in `dtype` if one is given.
+
+    TRL loads the policy (unless it is an instance) and then the reference through one function; what it does with the
+    reference afterwards (dropout, precision of the head, sharding, moving average) stays TRL's.
+    """
+    if source is None and dtype is None:
+        yield
+        return
+    load = grpo_trainer.create_model_from_path
+    pending_policy = [] if policy_is_loaded else [True]
+
+    def load_policy_then_source(model_id, **kwargs):
+        if pending_policy and pending_policy.pop():
+            return load(model_id, **kwargs)
+        if isinstance(source, PreTrainedModel):
+            return source if dtype is None else source.to(getattr(torch, dtype))
+        if dtype is not None:
+            kwargs["dtype"] = dtype
+        if source is None:
+            return load(model_id, **kwargs)
+        return load(source, **{**kwargs, "revision": None})  # the revision is the policy's
+
+    grpo_trainer.create_model_from_path = load_policy_then_source
+    try:
+        yield
+    finally:
+        grpo_trainer.create_model_from_path = load

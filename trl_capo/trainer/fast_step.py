@@ -1,0 +1,322 @@
+"""TRL's `GRPOTrainer` with a faster step and the same parameters.
+
+After TRL has scored a generation it is cut into micro-batches anew (`trl_capo.trainer.repack`): rows without gradient
+are dropped, the others sorted by length and trimmed. Passes without gradient are sorted and trimmed too, run without
+dropout, and are put off until it is known which rows need them.
+"""
+
+import inspect
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+
+from trl_capo.rewards import AccuracyReward
+from trl_capo.trainer.config import FastGRPOConfig
+from trl_capo.trainer.repack import (
+    Batch,
+    Repacking,
+    choose_rows,
+    concatenate,
+    even_cuts,
+    has_gradient,
+    positions_depend_on_padding,
+    repack,
+    row_sizes,
+    take,
+    trim,
+    what_is_exact,
+)
+from trl_capo.trainer.resumable import ResumableGRPOTrainer
+
+
+# Inputs of a vision-language model: what TRL's forward takes beside tokens. They are not one row a completion, so such
+# batches pass the reference whole.
+_FORWARD = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies)
+MULTIMODAL_INPUTS = [p.name for p in _FORWARD.parameters.values() if p.default is None and p.name != "batch_size"]
+
+# What a text model's forward needs of a batch.
+TOKENS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+
+
+class FastGRPOTrainer(ResumableGRPOTrainer):
+    """Stock GRPO, faster: the same parameters as TRL's trainer. Takes the same arguments.
+
+    What may be dropped and moved is decided by TRL's `loss_type`. So a subclass with a `_compute_loss` of its own sets
+    `args.repack = False` in `_setup` if rows without advantage matter in it, or which rows share a micro-batch.
+
+    Hooks: `_setup`, `_after_scoring`, `_logps_from_logits` with `_reads_logits`.
+    """
+
+    args: FastGRPOConfig
+    config_class = FastGRPOConfig
+    _reads_logits = False  # whether the loss takes its log-probs from `_logps_from_logits`
+    _repacking = Repacking(trim=False, sort=False, prune=False)  # as TRL, until the constructor has chosen
+    _generation_inputs: list[dict] | None = None
+    _loss_inputs: Batch | None = None
+    _defers_old_logps = _old_logps_deferred = False
+
+    def __init__(self, model, reward_funcs=None, args=None, *positional, **kwargs):
+        super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        self._setup()
+        self._refuse_what_needs_fused_logits()
+        self._repacking = self._choose_repacking()
+
+    def _refuse_what_needs_fused_logits(self) -> None:
+        unfit = {
+            "an image model": self._is_vlm,
+            "a mixture of experts with its balancing loss": self.aux_loss_enabled,
+            "cast_lm_head_to_fp32": getattr(self.args, "cast_lm_head_to_fp32", False),
+        }
+        if self._reads_logits and any(unfit.values()):
+            names = ", ".join(name for name, there in unfit.items() if there)
+            raise ValueError(f"{self._name} takes its loss from plain logits, which does not work with {names}.")
+
+    # Hooks -----------------------------------------------------------------------------------------------------------
+
+    def _setup(self) -> None:
+        """What a subclass adds to the constructor; everything of TRL's trainer is there."""
+
+    def _after_scoring(self, output: Batch) -> tuple[Tensor, Tensor]:
+        """Change a generation that TRL has scored, in place.
+
+        Returns:
+            The policy's log-probs (B, T) as far as they were needed for that, 0 elsewhere, and their rows (B,),
+            boolean: what they hold is not computed again for the loss.
+        """
+        mask = output["completion_mask"]
+        return torch.zeros(mask.shape, device=mask.device), torch.zeros_like(mask[:, 0], dtype=torch.bool)
+
+    def _logps_from_logits(self, logps: Tensor, entropies: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """What the loss takes for the tokens' log-probs (B, T), from those of the vocabulary (B, T, V) and the batch.
+
+        Only called where `_reads_logits`. Values should stay the tokens' log-probs, or ratios lose their meaning.
+        """
+        return logps.gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
+
+    # Around a generation ---------------------------------------------------------------------------------------------
+
+    def _generate(self, prompts):
+        generated = super()._generate(prompts)
+        self._start_grading(completions=generated[3], extra_fields=generated[5])
+        # Where rows without advantage are dropped, most log-probs of the old policy are never read. Which ones is
+        # known when TRL is done, so its own pass is put off; under vLLM's correction TRL reads them all itself.
+        self._defers_old_logps = (
+            self._repacking.prune
+            and self.model.training
+            and not (self.use_vllm and self.vllm_importance_sampling_correction)
+        )
+        return generated
+
+    def _start_grading(self, completions: list, extra_fields: dict) -> None:
+        """Lets worker processes grade while TRL computes log-probs (under vLLM's correction or a KL term)."""
+        # TRL replaces columns by what a rollout function returned under their names.
+        if (
+            self._generation_inputs is None
+            or "solution" not in self._generation_inputs[0]
+            or "solution" in extra_fields
+        ):
+            return
+        for reward_func in self.reward_funcs:
+            if isinstance(reward_func, AccuracyReward):
+                reward_func.start(completions, [row["solution"] for row in self._generation_inputs])
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self._defers_old_logps = False
+        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+
+    def _generate_and_score_completions(self, inputs):
+        self._generation_inputs = inputs
+        self._old_logps_deferred = False
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        finally:
+            self._generation_inputs = None
+            self._defers_old_logps = False
+        known_logps, known = self._after_scoring(output)
+        if self._old_logps_deferred:
+            missing = has_gradient(output) & ~known
+            output["old_per_token_logps"] = known_logps + self._policy_logps(output, missing)
+        return output
+
+    # Passes without gradient -----------------------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
+    ):
+        if self._defers_old_logps:
+            self._old_logps_deferred = True
+            return None, None, None
+        # In evaluation the surrogate has the value of the log-probs, and its batches are larger.
+        if self._reads_logits and self._loss_inputs is not None and self.model.training:
+            return self._unfused_logps(model, input_ids, attention_mask, logits_to_keep)
+        # TRL names a batch size where it passes over a whole generation, for the log-probs alone. It leaves dropout on
+        # there: scores would be noise.
+        passes_over_all = batch_size is not None and not torch.is_grad_enabled()
+        for_logps_alone = not any(kwargs.get(f"compute_{x}") for x in ("entropy", "aux_loss"))
+        with _in_eval_mode(model) if passes_over_all else nullcontext():
+            if passes_over_all and for_logps_alone and self._repacking.trim:
+                return self._sorted_logps(model, input_ids, attention_mask, logits_to_keep, batch_size), None, None
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size, **kwargs
+            )
+
+    def _sorted_logps(self, model, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int):
+        """Log-probs of TRL's own pass over a generation, in the seam's sorted and trimmed batches."""
+        prompt_width = input_ids.size(1) - logits_to_keep
+        batch = {
+            "prompt_ids": input_ids[:, :prompt_width],
+            "prompt_mask": attention_mask[:, :prompt_width],
+            "completion_ids": input_ids[:, prompt_width:],
+            "completion_mask": attention_mask[:, prompt_width:],
+        }
+        return self._logps_of_rows(model, batch, None, batch_size)
+
+    def _unfused_logps(self, model, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int):
+        """Log-probs for the loss from all logits, which TRL's fused head never holds at once; and their entropies."""
+        with self.accelerator.autocast():
+            logits = model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                use_cache=False,
+                logits_to_keep=logits_to_keep + 1,
+            ).logits
+        logps = (logits[:, :-1].float() / self.temperature).log_softmax(-1)
+        with torch.set_grad_enabled(self._entropy_bonus_enabled):  # else it is only logged
+            entropies = -(logps.exp() * logps).sum(-1)
+        return self._logps_from_logits(logps, entropies.detach(), self._loss_inputs), entropies, None
+
+    @torch.no_grad()
+    def _policy_logps(self, output: Batch, rows: Tensor) -> Tensor:
+        """Log-probs of the completion tokens under the policy without dropout, shape (B, T); 0 outside `rows`."""
+        batch_size = self._no_grad_batch_size()
+        with (
+            _in_eval_mode(self.model),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+        ):
+            return self._logps_of_rows(self.model, output, rows, batch_size)
+
+    @torch.no_grad()
+    def _logps_of_rows(self, model, batch: Batch, rows: Tensor | None, batch_size: int) -> Tensor:
+        """Log-probs of completion tokens (B, T) by TRL's own forward; 0 at padding and outside `rows` (None: all)."""
+        if self._is_vlm:  # images are not one row a completion: the batch passes whole
+            multimodal = {name: batch[name] for name in MULTIMODAL_INPUTS if name in batch}
+            return self._logps_of_batch(model, batch, batch_size=batch_size, **multimodal)
+        sizes = row_sizes(batch)
+        lengths = sizes.sum(dim=1)
+        index = torch.arange(len(lengths), device=lengths.device) if rows is None else rows.nonzero().squeeze(1)
+        if self._repacking.trim:
+            index = index[lengths[index].argsort(descending=True, stable=True)]
+            batch_size = 2 * batch_size  # without activations to keep; and sorted rows are shorter than padded ones
+        calls = math.ceil(len(index) / batch_size)
+        if rows is not None:
+            # A sharded model communicates in its forward: every rank makes as many calls as the busiest one.
+            calls = int(self.accelerator.gather(torch.tensor([calls], device=lengths.device)).max())
+        logps = torch.zeros(batch["completion_ids"].shape, device=lengths.device)
+        if calls == 0:
+            return logps
+        shortest = lengths.argmin().expand(max(0, calls - len(index)))
+        index = torch.cat([index, shortest])
+        if self._repacking.trim:
+            parts = index.split(even_cuts(sizes[index].tolist(), calls))
+        else:
+            parts = index.tensor_split(calls)
+        for part in parts:
+            micro_batch = take({name: batch[name] for name in TOKENS}, part)
+            if self._repacking.trim:
+                micro_batch = trim(micro_batch, self.pad_to_multiple_of)
+            part_logps = self._logps_of_batch(model, micro_batch)
+            logps[part, : part_logps.size(1)] = part_logps.float()
+        return logps if rows is None else logps.masked_fill(~rows.unsqueeze(1), 0.0)
+
+    def _logps_of_batch(self, model, batch: Batch, **kwargs) -> Tensor:
+        logps, *_ = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            batch["completion_ids"].size(1),
+            **kwargs,
+        )
+        return logps
+
+    def _no_grad_batch_size(self) -> int:
+        training = self.model.training
+        return self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
+
+    # Micro-batches ---------------------------------------------------------------------------------------------------
+
+    def _choose_repacking(self) -> Repacking:
+        args = self.args
+        if not args.repack:
+            return Repacking(trim=False, sort=False, prune=False)
+        model = self.accelerator.unwrap_model(self.model)
+        repacking = what_is_exact(
+            loss_type=self.loss_type,
+            beta=self.beta,
+            top_entropy_quantile=self.top_entropy_quantile,
+            entropy_bonus=self._entropy_bonus_enabled,
+            aux_loss=self.aux_loss_enabled,
+            is_vlm=self._is_vlm,
+            padding_matters=positions_depend_on_padding(model),
+        )
+        if repacking.reason:
+            kept = "rows are sorted and trimmed but not dropped" if repacking.sort else "rows are only trimmed"
+            kept = kept if repacking.trim else "batches stay as TRL makes them"
+            self.accelerator.print(f"repack: {kept}, for {repacking.reason}.")
+        return repacking
+
+    def _prepare_inputs(self, generation_batch):
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training and self._buffered_inputs is not before:
+            self._buffered_inputs = self._repack(self._buffered_inputs)
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return inputs
+
+    def _repack(self, micro_batches: list[Batch]) -> list[Batch]:
+        if not self._repacking.trim:
+            return micro_batches
+        if not self._repacking.sort:
+            return [trim(batch, self.pad_to_multiple_of) for batch in micro_batches]
+        # Rows may only move between micro-batches that every optimizer step has all of, or none: blocks of these.
+        block_size = math.gcd(self.args.steps_per_generation, self.args.gradient_accumulation_steps)
+        blocks = [concatenate(micro_batches[i : i + block_size]) for i in range(0, len(micro_batches), block_size)]
+        if self._repacking.prune:
+            keep = [has_gradient(block) for block in blocks]
+        else:
+            keep = [torch.ones_like(block["prompt_mask"][:, 0], dtype=torch.bool) for block in blocks]
+        # Ranks cut alike, each place by its longest row on any rank: TRL gathers one number a row for its clip
+        # metrics, and a rank whose rows are short there must not be handed more of its long ones.
+        num_kept = torch.stack([kept.sum() for kept in keep])
+        num_rows = self.accelerator.gather(num_kept.unsqueeze(0)).amax(dim=0).clamp(min=block_size).tolist()
+        rows = [choose_rows(block, kept, num) for block, kept, num in zip(blocks, keep, num_rows, strict=True)]
+        sizes = torch.cat([row_sizes(block)[index] for block, index in zip(blocks, rows, strict=True)])
+        sizes = self.accelerator.gather(sizes.unsqueeze(0)).amax(dim=0)
+        rows_of_trl = len(micro_batches[0]["prompt_ids"])
+        repacked = []
+        for block, index, block_sizes in zip(blocks, rows, sizes.split(num_rows), strict=True):
+            cuts = even_cuts(block_sizes.tolist(), block_size)
+            repacked += repack(block, index, cuts, rows_of_trl, self.loss_type, self.pad_to_multiple_of)
+        return repacked
+
+    def _compute_loss(self, model, inputs):
+        self._loss_inputs = inputs
+        try:
+            loss = super()._compute_loss(model, inputs)
+        finally:
+            self._loss_inputs = None
+        return loss * inputs["loss_scale"] if "loss_scale" in inputs else loss
+
+
+@contextmanager
+def _in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

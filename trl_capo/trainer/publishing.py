@@ -1,0 +1,123 @@
+"""TRL's `GRPOTrainer` with cards that are true and uploads of what belongs on the Hub, and of nothing else."""
+
+import inspect
+from pathlib import Path
+
+from huggingface_hub.errors import HTTPError
+from transformers import PreTrainedModel
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import get_config_model_id
+
+from trl_capo.files import write_text
+from trl_capo.models.chat_templates import with_defaults
+from trl_capo.publish.card import complete_card, example_question
+from trl_capo.publish.hub import check_completions_repo, check_private, guarded_uploads, push_command, wants_private
+from trl_capo.redact import mask
+from trl_capo.trainer.config import checked_config, without_secrets
+
+
+class PublishingGRPOTrainer(GRPOTrainer):
+    """Stock GRPO that writes its own card, keeps private what must be, and uploads no secrets and no pickles."""
+
+    args: GRPOConfig
+    model: PreTrainedModel
+    config_class: type[GRPOConfig] = GRPOConfig
+    _tag_names = ["trl", "trl-capo", "grpo"]
+
+    def __init_subclass__(cls, **kwargs):
+        """A method with a name of its own and no paper has none: its card must not credit that of its parent."""
+        super().__init_subclass__(**kwargs)
+        if "_name" in cls.__dict__ and "_paper" not in cls.__dict__:
+            cls._paper = {}
+
+    def __init__(self, model, reward_funcs=None, args=None, *positional, **kwargs):
+        args = self._checked_args(model, args)
+        check_completions_repo(args)
+        super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        # Saved with the model, so that whoever asks it later renders the prompts that it was trained on.
+        self.processing_class = with_defaults(self.processing_class, self.chat_template_kwargs)
+
+    def _checked_args(self, model, args: GRPOConfig | None) -> GRPOConfig:
+        """The configuration, with this layer's defaults where TRL's own was given.
+
+        Raises:
+            TypeError: It is not of `config_class`.
+        """
+        if args is None:
+            model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = self.config_class(f"{model_id.split('/')[-1]}-{self._name}")
+        return checked_config(args, self.config_class, type(self).__name__)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """TRL's card for this model: its repository, question, figures and recipe, and what `trl-capo report` put."""
+        super().create_model_card(*args, **kwargs)
+        self._complete_card(self.args.output_dir)
+
+    def _complete_card(self, folder: str) -> None:
+        if self.is_world_process_zero():
+            card = complete_card(
+                folder,
+                repo_id=self.hub_model_id or self.args.hub_model_id,
+                question=example_question(self.train_dataset),
+                history=self.state.log_history,
+            )
+            write_text(Path(folder, "README.md"), card)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers, with a card: what is saved by hand may be uploaded later by `trl-capo push`."""
+        super().save_model(output_dir, _internal_call)
+        folder = output_dir or self.args.output_dir
+        if not _internal_call and Path(folder).resolve() != Path(self.args.output_dir).resolve():
+            self._complete_card(folder)
+        elif not _internal_call and not self.args.push_to_hub:
+            self.create_model_card(model_name=(self.args.hub_model_id or Path(folder).resolve().name).split("/")[-1])
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As transformers, which creates the repository before it trains; one that must be private has to be.
+
+        A failure says what to do, in one line.
+        """
+        private = wants_private(self.args.hub_private_repo, private)
+        try:
+            super().init_hf_repo(token, private)
+            self._check_private(private, token)
+        except (HTTPError, OSError) as error:
+            reason = mask(" ".join(str(error).split()))
+            raise OSError(
+                f"push_to_hub: the repository could not be created ({reason}). Log in with `hf auth login` or set "
+                "HF_TOKEN; or train without push_to_hub and push afterwards: "
+                f"{push_command(self.args.output_dir, self.args.hub_model_id or 'NAME', private)}"
+            ) from error
+
+    def push_to_hub(self, *args, **kwargs):
+        """As transformers, of what belongs on the Hub; a failure says where the model is, and how to upload it."""
+        given = inspect.signature(super().push_to_hub).bind(*args, **kwargs).arguments
+        private = wants_private(self.args.hub_private_repo, given.get("private"))
+        try:
+            if self.hub_model_id is None:
+                self.init_hf_repo(given.get("token"), private)
+            else:
+                self._check_private(private, given.get("token"))
+            with guarded_uploads(private):
+                return super().push_to_hub(*args, **kwargs)
+        except (HTTPError, OSError, RuntimeError) as error:
+            repo_id = self.hub_model_id or self.args.hub_model_id or "NAME"
+            command = push_command(self.args.output_dir, repo_id, private)
+            error.add_note(f"Nothing is lost: the model is in {self.args.output_dir}. To upload it: {command}")
+            raise
+
+    def _check_private(self, private: bool | None, token: str | None) -> None:
+        if private and self.is_world_process_zero():
+            check_private(self.hub_model_id, token or self.args.hub_token)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        with guarded_uploads(self.args.hub_private_repo):
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, *args, **kwargs):
+        # The arguments are pickled beside the model, and go to the Hub with a checkpoint.
+        own, self.args = self.args, without_secrets(self.args)
+        try:
+            super()._save(*args, **kwargs)
+        finally:
+            self.args = own

@@ -1,0 +1,332 @@
+"""TRL's `GRPOTrainer`, resumed exactly: the run that was stopped ends as the run that was not.
+
+A checkpoint of TRL lacks the order of later epochs' prompts, the position in a stream, what a method estimated, a
+moving reference, the run that it belongs to, and a manifest that tells a whole checkpoint from a damaged one. This
+layer adds them, restores a finished run instead of training one step more, and saves no weights that are not finite.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from datasets import IterableDataset
+from transformers import TrainerState
+from transformers import trainer as transformers_trainer
+from transformers.trainer_utils import TrainOutput
+from trl import GRPOConfig
+from trl.trainer.utils import RepeatSampler
+
+from trl_capo.errors import UserError
+from trl_capo.files import write_json
+from trl_capo.preflight.checks import check_same_checkpoint, steps_between_generations
+from trl_capo.publish.card import forget_calibration
+from trl_capo.trainer.checkpoints import (
+    MANIFEST,
+    STATE_FILE,
+    Run,
+    begin_run,
+    checkpoint_step,
+    last_complete_checkpoint,
+    remove_old_checkpoints,
+    write_manifest,
+)
+from trl_capo.trainer.finite import check_gradient_norm, check_parameters
+from trl_capo.trainer.publishing import PublishingGRPOTrainer
+from trl_capo.trainer.resume import (
+    StreamPosition,
+    agree,
+    check_best,
+    checkpoint_named,
+    newest_checkpoint,
+    what_differs,
+)
+from trl_capo.trainer.resume_options import changed_options, hyperparameters, recorded_options, restore_hyperparameters
+from trl_capo.trainer.state_values import read_state, truth, whole_number
+
+
+REFERENCE_DIR = "reference"
+
+
+class ResumableGRPOTrainer(PublishingGRPOTrainer):
+    """Stock GRPO that resumes exactly. Takes the arguments of `GRPOTrainer`.
+
+    Hooks: `_method_state`, `_load_method_state`, `generations_per_batch`.
+    """
+
+    _run = Run()  # a new one with each training that starts from zero
+    _resumed = None  # the checkpoint that a training continues from
+
+    # Hooks -----------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def generations_per_batch(args: GRPOConfig) -> int:
+        """How often in a row the sampler draws the same prompts."""
+        return 1
+
+    def _method_state(self) -> dict:
+        """What must survive a restart besides the model, as JSON. Equal on every rank."""
+        return {}
+
+    def _load_method_state(self, state: dict) -> None:
+        """Restores what `_method_state` returned when the checkpoint was written."""
+
+    def _all_state(self) -> dict:
+        return self._method_state()
+
+    def _load_all_state(self, state: dict) -> None:
+        self._load_method_state(state)
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: "str | bool | None" = None, *args, **kwargs) -> TrainOutput:
+        """As TRL, with `True` for the newest complete checkpoint; a finished run is restored and not trained on."""
+        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        start = 0
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+            start = state.global_step
+            if self._lies_within_a_generation(checkpoint, state):
+                self.accelerator.print(
+                    f"⚠️ {checkpoint} lies in the middle of a generation, whose completions are not saved: the resumed "
+                    "run will not be exactly the uninterrupted one."
+                )
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            if 0 < self.args.max_steps <= state.global_step and not sharded:
+                return self._restore_finished_run(checkpoint, state)
+        self._run = agree(lambda: begin_run(self.args.output_dir, self._resumed))
+        if self.is_world_process_zero():
+            forget_calibration(self.args.output_dir)
+        result = super().train(checkpoint, *args, **kwargs)
+        if self.state.global_step == start and (checkpoint is None or start < self.state.max_steps):
+            raise UserError(
+                f"no optimizer step was made, so there is nothing to save: the training data gave no whole generation "
+                f"of {self.args.generation_batch_size // self.num_generations} prompts after step {start}. Give more "
+                "prompts, or lower generation_batch_size or raise num_generations."
+            )
+        self._check_parameters()
+        return result
+
+    def _checkpoint_to_resume(self, wanted: "str | bool | None") -> str | None:
+        """The folder, the same on all ranks; what cannot be resumed from is refused."""
+        self._resumed = None
+        newest = wanted is True
+        if newest:
+            wanted, search = newest_checkpoint(self.args.output_dir, self.accelerator.print)
+        check_same_checkpoint(gather_object([checkpoint_step(wanted)]))
+        if newest and wanted is None:
+            reasons = "".join(f" {line}" for line in search.lines)
+            raise UserError(f"There is no complete checkpoint in {self.args.output_dir!r} to resume from.{reasons}")
+        if not wanted:
+            return None
+        named = checkpoint_named(wanted, self.args.output_dir)
+        self._resumed = replace(named, folder=Path(wanted))  # the first host's folder may be another
+        for line in what_differs(self._resumed, self.args, self.is_deepspeed_enabled):
+            self.accelerator.print(line)
+        return str(wanted)
+
+    def _lies_within_a_generation(self, checkpoint: str, state: TrainerState) -> bool:
+        path = Path(checkpoint, STATE_FILE)
+        by_the_count = state.global_step % steps_between_generations(self.args) != 0
+        return truth(read_state(path), "within_a_generation", by_the_count) if path.exists() else by_the_count
+
+    def _restore_finished_run(self, checkpoint: str, state: TrainerState) -> TrainOutput:
+        # From the checkpoint of the last step transformers would train one step more.
+        self.accelerator.print(f"{checkpoint} is the end of a run of {state.global_step} steps: nothing to train.")
+        self.state, self._run = state, self._resumed.run
+        self._load_from_checkpoint(checkpoint)
+        self._load_state_file(checkpoint)
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(state.global_step, math.nan, {})
+
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        if not isinstance(sampler, RepeatSampler):
+            return sampler
+        sampler.repeat_count *= self.generations_per_batch(self.args)
+        if not sampler.shuffle:
+            return sampler
+        return _EpochRepeatSampler(
+            sampler.data_source,
+            sampler.mini_repeat_count,
+            batch_size=sampler.batch_size,
+            repeat_count=sampler.repeat_count,
+            seed=sampler.seed,
+        )
+
+    def _init_training_state(self, max_steps, *args):
+        epochs, batches = super()._init_training_state(max_steps, *args)
+        self._stream = StreamPosition()
+        if self._resumed is None:
+            return epochs, batches
+        # A checkpoint's state has the old run's intervals, and a best value that may be of another metric.
+        self.state.compute_steps(self.args, max_steps)
+        self.state.train_batch_size = self._train_batch_size
+        before = (self._resumed.manifest or {"options": {}})["options"]
+        if {"metric_for_best_model", "greater_is_better"} & set(changed_options(before, self.args)):
+            self.state.best_metric = self.state.best_model_checkpoint = self.state.best_global_step = None
+        if isinstance(self.train_dataset, IterableDataset) and not self.args.ignore_data_skip:
+            # transformers takes a stream for endless and would skip all batches so far in its first pass.
+            path = self._resumed.folder / STATE_FILE
+            saved = read_state(path) if path.exists() else {}
+            if "stream_pass" in saved:
+                with _naming(path):
+                    epochs, batches = whole_number(saved, "stream_pass"), whole_number(saved, "stream_batches")
+            else:
+                self.accelerator.print(
+                    "⚠️ The checkpoint does not say how often its stream was read: prompts may repeat."
+                )
+            self._stream = StreamPosition.at(epochs, batches)
+        return epochs, batches
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As transformers; the position in a stream is counted."""
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._stream.count(epoch_iterator, len(samples))
+        return samples, num_items
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # Called before each optimizer step, whether gradients are clipped or not.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        step, scaler = self.state.global_step + 1, self.accelerator.scaler
+        check_gradient_norm(norm, step, self.args, scaler, self._last_checkpoint)
+        return norm
+
+    def _generate_and_score_completions(self, inputs):
+        self._check_parameters()  # sampling from such weights would crash, and say less
+        return super()._generate_and_score_completions(inputs)
+
+    def _check_parameters(self, on_all_ranks: bool = True) -> None:
+        gather = gather_object if on_all_ranks else None
+        check_parameters(self.model, self.state.global_step, self.args, self._last_checkpoint, gather)
+
+    def _last_checkpoint(self) -> str | None:
+        return last_complete_checkpoint(self.args.output_dir)
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers, with a card, for `trl-capo push`; weights that are not finite are refused."""
+        # Unless the weights are sharded, it may be called on one rank alone.
+        self._check_parameters(on_all_ranks=self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model, trial):
+        self._check_parameters()
+        run_dir = self._get_output_dir(trial=trial)
+        folder = os.path.join(run_dir, f"checkpoint-{self.state.global_step}")
+        # Not by the count of optimizer steps: the last one of an epoch may take fewer micro-batches.
+        within = self._step % (self.args.steps_per_generation * self.args.num_iterations) != 0
+        state = {**self._all_state(), "within_a_generation": within, "manifest": MANIFEST}
+        if isinstance(self.train_dataset, IterableDataset):
+            state |= {"stream_pass": self._stream.number, "stream_batches": self._stream.batches}
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # files of another run would be taken for this one's
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            # Written first: it tells a checkpoint without a manifest from one of a version that wrote none.
+            os.makedirs(folder, exist_ok=True)
+            write_json(Path(folder, STATE_FILE), state)
+            if self._saves_reference():
+                self.accelerator.unwrap_model(self.ref_model).save_pretrained(os.path.join(folder, REFERENCE_DIR))
+        with _removes_no_checkpoints():
+            super()._save_checkpoint(model, trial)
+        if not self.args.push_to_hub:
+            self._complete_checkpoint(folder)
+        if self.args.should_save:
+            remove_old_checkpoints(run_dir, self._run, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        self._complete_checkpoint(checkpoint_folder)  # before it is uploaded
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _complete_checkpoint(self, folder: str) -> None:
+        self.accelerator.wait_for_everyone()  # each rank writes files of its own
+        if self.args.should_save:
+            write_manifest(
+                folder,
+                self._run,
+                self.state.global_step,
+                exact=not self.args.save_only_model,
+                world_size=self.args.world_size,
+                options=recorded_options(self.args),
+            )
+
+    def _finalize_training(self, *args):
+        with _removes_no_checkpoints():  # transformers would remove those of other runs, too
+            result = super()._finalize_training(*args)
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
+            remove_old_checkpoints(self.args.output_dir, self._run, 1, best, keep_newest=False)
+        return result
+
+    def _load_best_model(self):
+        check_best(self.state.best_model_checkpoint, self._run)
+        super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None:
+            return
+        configured = hyperparameters(self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if not self.is_deepspeed_enabled:
+            restore_hyperparameters(self.optimizer, self.lr_scheduler, configured)
+        self._load_state_file(checkpoint)
+
+    def _load_state_file(self, checkpoint: str) -> None:
+        path = os.path.join(checkpoint, STATE_FILE)
+        if os.path.exists(path):
+            with _naming(path):
+                self._load_all_state(read_state(path))
+        elif self._all_state():
+            self.accelerator.print(f"⚠️ {checkpoint} has no {STATE_FILE}: {self._name} estimates its constants anew.")
+        folder = os.path.join(checkpoint, REFERENCE_DIR)
+        if self._saves_reference() and not os.path.isdir(folder):
+            self.accelerator.print(f"⚠️ {checkpoint} has no moving reference: it starts from the initial model.")
+        elif self._saves_reference():
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            saved = type(reference).from_pretrained(folder, dtype=reference.dtype)
+            reference.load_state_dict(saved.state_dict())
+
+    def _saves_reference(self) -> bool:
+        return self.args.sync_ref_model and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+
+class _EpochRepeatSampler(RepeatSampler):
+    """TRL's sampler in the same order, but able to start at any epoch, so that a resumed run sees the same prompts."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed)
+        for _ in range(epoch):
+            torch.randperm(self.num_samples, generator=self.generator)
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Errors about a value name the file that it is from."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"{path}: {error.args[0]} is missing. Resume from another checkpoint.") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}. Resume from another checkpoint.") from None
+
+
+@contextmanager
+def _removes_no_checkpoints() -> Iterator[None]:
+    """transformers leaves old checkpoints alone: it does not tell those of this run from others'."""
+    names = {"rotate_checkpoints": lambda **kwargs: None, "sort_checkpoints": lambda **kwargs: []}
+    originals = {name: getattr(transformers_trainer, name) for name in names}
+    try:
+        for name, function in names.items():
+            setattr(transformers_trainer, name, function)
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(transformers_trainer, name, function)

@@ -12,13 +12,14 @@ PACKAGE = Path(trl_capo.__file__).parent
 
 # From the ground up: a room may import from its own floor and from those before it.
 FLOORS = [
-    ("errors", "extras", "files", "__init__"),
+    ("errors", "extras", "files", "markdown", "redact", "processes", "__init__"),
     ("cli", "workers"),
     ("calibration",),
-    ("models", "rewards"),
+    ("grading", "models", "rewards"),
     ("data",),
     ("evaluation",),
     ("publish",),
+    ("preflight",),
     ("report",),
     ("trainer",),
     ("methods", "advantages"),

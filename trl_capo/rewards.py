@@ -23,7 +23,7 @@ import functools
 import warnings
 from collections.abc import Callable
 
-from trl_capo.data.messages import answer_of
+from trl_capo.models.messages import answer_of
 from trl_capo.workers import DeadlinePool, Failure, can_start_workers
 
 

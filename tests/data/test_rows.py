@@ -4,10 +4,10 @@ import pytest
 from datasets import Dataset
 
 from trl_capo.data.files import is_local, read_dataset
-from trl_capo.data.messages import answer_of, question_of
 from trl_capo.data.prepare import deduplicate, without_questions_of
 from trl_capo.data.rows import check_data, check_prompts, prompt_problems, with_checked_streams
 from trl_capo.evaluation.health import health
+from trl_capo.models.messages import answer_of, question_of
 
 
 def user(text):

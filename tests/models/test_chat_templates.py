@@ -67,7 +67,7 @@ def test_a_trained_model_is_asked_as_it_was_trained(tmp_path):
     from datasets import Dataset
 
     from trl_capo import CAPOConfig, CAPOTrainer
-    from trl_capo.evaluation.sampling import tokenize
+    from trl_capo.models.prompts import tokenize
 
     tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
     tokenizer.chat_template = "{{ messages[0]['content'] }}{% if think is defined and not think %};{% endif %}"

@@ -139,7 +139,7 @@ def test_formulas_are_those_of_the_regular_expression():
         text = "".join(
             rng.choice(["$", "$$", r"\(", r"\)", r"\[", r"\]", "x", "\n"]) for _ in range(rng.randrange(14))
         )
-        assert list(report._formulas(text)) == by_regular_expression(text), text
+        assert list(report_page._formulas(text)) == by_regular_expression(text), text
 
 
 @pytest.mark.parametrize("opening", [r"\(", r"\[", "$$ ", "$", r"\[\("])

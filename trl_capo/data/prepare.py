@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from datasets import Dataset
 
 from trl_capo.data.conversations import without_template
-from trl_capo.data.messages import question_of, text_of
+from trl_capo.models.messages import question_of, text_of
 
 
 def question_key(prompt: str | list[dict]) -> str:
@@ -71,7 +71,7 @@ def _questions(prompt: str | list[dict]) -> set[str]:
 
 def within_budget(rows: Dataset, tokenizer, max_prompt_tokens: int) -> Dataset:
     """The questions whose prompt, with the chat template, has at most so many tokens."""
-    from trl_capo.evaluation.sampling import tokenize
+    from trl_capo.models.prompts import tokenize
 
     lengths = map(len, tokenize(tokenizer, list(rows["prompt"])))
     return rows.select([i for i, length in enumerate(lengths) if length <= max_prompt_tokens])

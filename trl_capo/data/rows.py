@@ -6,8 +6,8 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from trl_capo.data.golds import gold_problem, problems
-from trl_capo.data.messages import text_of
 from trl_capo.errors import UserError
+from trl_capo.models.messages import text_of
 
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -160,7 +160,8 @@ def check_gold(dataset: Dataset, name: str) -> None:
         raise UserError(
             f"{name}: math-verify cannot parse {len(bad)} of {len(golds)} gold answers in 'solution', or reads them "
             f"as something else ({examples}). Wrap each gold in $...$ or \\boxed{{...}} (see "
-            "trl_capo.data.golds.wrap_gold), or drop those rows: trl_capo.data.conversations.drop_unparsable_gold(dataset), or "
+            "trl_capo.data.golds.wrap_gold), or drop those rows: "
+            "trl_capo.data.conversations.drop_unparsable_gold(dataset), or "
             "--drop_unparsable_gold true of trl-capo train."
         )
 

@@ -40,7 +40,7 @@ def health(
     import numpy as np
 
     from trl_capo.evaluation.grade import grade
-    from trl_capo.evaluation.sampling import tokenize
+    from trl_capo.models.prompts import tokenize
 
     golds = list(rows["solution"])
     check_columns(rows.column_names, "the dataset")

@@ -231,7 +231,7 @@ class SelectivePredictor:
 
     def _room(self, prompts: list) -> int:
         """What the longest prompt leaves of the context, at most 3000 tokens."""
-        from trl_capo.evaluation.sampling import tokenize
+        from trl_capo.models.prompts import tokenize
 
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
         return max(1, min(3000, context - max(map(len, tokenize(self.tokenizer, prompts)))))

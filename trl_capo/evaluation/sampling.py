@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trl_capo.models.prompts import Prompt, check_lengths, tokenize
+
 
 if TYPE_CHECKING:
     import torch
-    from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 # Finished rows leave the batch once they are this share of it. Leaving copies the cache of those who stay, staying
 # costs forwards for nothing. On CPU 1/8 and 1/4 are equally fast, and twice as fast as never.
 _SHRINK_AT = 1 / 8
 
-Prompt = str | list[dict[str, str]]
 
 # What selectors besides the mean log-prob go by; all are averages over tokens of one number, higher is surer.
 STATISTICS = ("self_certainty", "tail_confidence", "lowest_group_confidence")
@@ -304,35 +305,6 @@ def _next_logits(
         logits_to_keep=1,
     )
     return output.logits[:, -1].float()
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[list[int]]:
-    """Token ids of prompts; conversations through the chat template, or their contents in a row without one."""
-    if not prompts:
-        return []
-    if not isinstance(prompts[0], str) and tokenizer.chat_template is None:
-        prompts = ["\n\n".join(message["content"] for message in prompt) for prompt in prompts]
-    if isinstance(prompts[0], str):
-        return tokenizer(prompts)["input_ids"]
-    encoded = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return encoded["input_ids"]
-
-
-def check_lengths(prompt_ids: list[list[int]], max_new_tokens: int, config: PreTrainedConfig) -> None:
-    """Refuse prompts without a token, and those that leave too little of the model's context.
-
-    Raises:
-        ValueError: Names the first such prompt.
-    """
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    for p, ids in enumerate(prompt_ids):
-        if not ids:
-            raise ValueError(f"`prompts[{p}]` has no tokens. Remove it, or use a tokenizer that adds a BOS token.")
-        if context is not None and len(ids) + max_new_tokens > context:
-            raise ValueError(
-                f"`prompts[{p}]` has {len(ids)} tokens; with `max_new_tokens={max_new_tokens}` that exceeds the "
-                f"model's context of {context}. Drop the prompt or lower `max_new_tokens`."
-            )
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

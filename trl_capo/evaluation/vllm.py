@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trl_capo.evaluation.sampling import STATISTICS, TOP_K, Prompt, Samples, sequence_statistics, tokenize
+from trl_capo.evaluation.sampling import STATISTICS, TOP_K, Samples, sequence_statistics
 from trl_capo.extras import require
 from trl_capo.models.chat_templates import with_defaults
+from trl_capo.models.prompts import Prompt, tokenize
 from trl_capo.models.source import model_path
 
 

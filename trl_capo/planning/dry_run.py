@@ -172,7 +172,7 @@ def describe(
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    from trl_capo.evaluation.sampling import tokenize
+    from trl_capo.models.prompts import tokenize
 
     launch = read_launch(options.accelerate_config)
     with explained(path):

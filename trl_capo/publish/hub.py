@@ -126,7 +126,7 @@ class GuardedApi:
         return getattr(self._api, name)
 
     def upload_folder(self, *, run_as_future: bool = False, **options) -> Any:
-        """As `HfApi.upload_folder`, with the list of `trl_capo.publish.model_files` in place of the patterns to ignore."""
+        """As `HfApi.upload_folder`, with the list of `publish.model_files` in place of the patterns to ignore."""
         options.pop("ignore_patterns", None)
         if options.get("path_in_repo") is None:
             options["allow_patterns"] = [escape(name) for name in files_to_upload(options["folder_path"])]

@@ -148,9 +148,9 @@ def check_model(model: str, data: dict, max_new_tokens: int | None, chat_templat
     from transformers import AutoConfig, AutoTokenizer
 
     from trl_capo.data.arithmetic import model_path
-    from trl_capo.evaluation.sampling import check_lengths, tokenize
     from trl_capo.models.adapter import base_of
     from trl_capo.models.chat_templates import with_defaults
+    from trl_capo.models.prompts import check_lengths, tokenize
 
     path = model_path(model)
     config, tokenizer = AutoConfig.from_pretrained(base_of(path)), AutoTokenizer.from_pretrained(path)
@@ -303,9 +303,9 @@ def graded_table(benchmark: str, first_prompt: int, rows, samples, normalize_ope
     import numpy as np
     import pyarrow as pa
 
-    from trl_capo.data.messages import question_of
     from trl_capo.evaluation.grade import canonical_answers, grade
     from trl_capo.evaluation.samples import schema
+    from trl_capo.models.messages import question_of
 
     num_prompts, num_samples = samples.mean_logps.shape
     prompts = np.repeat(np.arange(first_prompt, first_prompt + num_prompts), num_samples)

@@ -43,6 +43,13 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
     _tag_names = ["trl", "trl-capo", "grpo"]
     _replaces_advantages = False  # whether `_compute_advantages` starts from the weighted sum of the rewards
 
+    def __init_subclass__(cls, **kwargs):
+        """A method is called as its class unless it has a `_name`, and credits no paper unless it has a `_paper`."""
+        super().__init_subclass__(**kwargs)
+        if GroupAdvantageTrainer in cls.__bases__:
+            cls._name = cls.__dict__.get("_name", cls.__name__.removesuffix("Trainer"))
+            cls._paper = cls.__dict__.get("_paper", {})
+
     def _setup(self) -> None:
         super()._setup()
         self._idle_watch = IdleWatch()

@@ -30,11 +30,17 @@ def test_published_vectors(tiny_model, tmp_path, rewards, weight, advantages):
 
 
 def make_groups(rewards, mean_logps, valid):
-    from trl_capo.trainer.group_advantage import RolloutGroups
+    from trl_capo import RolloutGroups
 
     lengths = torch.ones_like(rewards)
     return RolloutGroups(
-        rewards, rewards.unsqueeze(-1), rewards.clone(), mean_logps, lengths, valid & rewards.isfinite()
+        rewards,
+        rewards.unsqueeze(-1),
+        rewards.clone(),
+        mean_logps,
+        lengths,
+        valid & rewards.isfinite(),
+        kept=torch.ones_like(valid),
     )
 
 

@@ -140,7 +140,108 @@ def test_borda_vote_counts_ranks(seed, power):
     weights = np.full(16, np.nan)
     for i in voters:
         surer = sum(logps[j] > logps[i] for j in voters)
-        scores, logps = [score for _, score in found[0][0]], [logp for *_, logp in samples]
+        tied = sum(logps[j] == logps[i] for j in voters)
+        rank = surer + (1 + tied) / 2
+        weights[i] = (len(voters) - rank + 1) ** power
+    assert_follows(borda_vote(answers, logps, power=power), literal_vote(answers, weights))
+
+
+def literal_pruning(p):
+    """Which paths reasoning pruning drops, with the densities written out."""
+    from scipy.optimize import minimize
+    from scipy.special import gamma
+
+    def density(x, k, scale):
+        return float(np.exp(np.log(k / scale) + (k - 1) * np.log(x / scale) - np.exp(k * np.log(x / scale))))
+
+    @np.errstate(over="ignore")  # the search tries scales at which a density is 0
+    def loss(v):
+        return -sum(math.log(v[0] * density(x, v[1], v[2]) + (1 - v[0]) * density(x, v[3], v[4]) + 1e-300) for x in p)
+
+    bounds = [(0.2, 0.8)] + [(0.01, None)] * 4
+    w, k1, l1, k2, l2 = minimize(loss, [0.5, 1, 1, 1.5, 2], bounds=bounds, method="L-BFGS-B").x
+    first_is_good = l1 * gamma(1 + 1 / k1) >= l2 * gamma(1 + 1 / k2)
+    dropped = []
+    for x in p:
+        first, second = w * density(x, k1, l1), (1 - w) * density(x, k2, l2)
+        good, bad = (first, second) if first_is_good else (second, first)
+        dropped.append(good < bad and x < sum(p) / len(p))
+    return dropped
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_reasoning_pruning_follows_a_literal_one(seed):
+    rng = np.random.default_rng(seed)
+    p = np.concatenate([rng.beta(2, 12, 8), rng.beta(12, 3, 8)])
+    answers = [str(a) for a in rng.integers(0, 3, 16)]
+    dropped = literal_pruning(p.tolist())
+    expected = literal_vote(answers, np.where(dropped, np.nan, p))
+    assert_follows(reasoning_pruned_perplexity_consistency(answers, np.log(p)), expected)
+
+
+def test_pruning_drops_something_and_never_all():
+    p = np.array([0.1, 0.11, 0.12, 0.9, 0.92, 0.91])
+    assert literal_pruning(p.tolist()) == [True] * 3 + [False] * 3
+    for logps in ([-0.5] * 4, [math.nan, -0.5, math.nan, math.nan]):
+        answers = list("abab")
+        expected = perplexity_consistency(answers, logps)
+        assert reasoning_pruned_perplexity_consistency(answers, logps) == expected
+    assert reasoning_pruned_perplexity_consistency(["a"], [math.nan]).answer is None
+
+
+def test_equivalence_is_carried_over():
+    asked = []
+
+    def equal(a, b):
+        asked.append((a, b))
+        return {a, b} in ({"1/2", "0.5"}, {"0.5", ".50"})
+
+    answers = ["1/2", ".50", None, "3", "0.5", "3"]
+    assert equivalence_classes(answers, equal) == ["1/2", "1/2", None, "3", "1/2", "3"]
+    assert len(asked) == len(set(asked)) <= 6
+    assert equivalence_classes([None, None], equal) == [None, None]
+
+
+def test_unknown_correctness_stays_unknown():
+    answers, logps = [["7", None], [None, None], [None, None], ["7", "8"]], [[-0.1, -0.2]] * 4
+    labels = [[1, 0], [np.nan, np.nan], [np.nan, 0], [np.nan, np.nan]]
+    choices, right = choose_all(majority_vote, answers, logps, labels)
+    assert [choice.answer for choice in choices] == ["7", None, None, "7"]
+    np.testing.assert_array_equal(right, [1, np.nan, 0, np.nan])
+
+
+def test_accuracy_by_count_is_the_mean_over_subsets():
+    rng = np.random.default_rng(0)
+    answers = [[str(a) for a in row] for row in rng.integers(0, 3, (4, 5))]
+    logps = -rng.exponential(size=(4, 5))
+    correct = np.array([[float(a == "0") for a in row] for row in answers])
+    found = accuracy_by_count(majority_vote, answers, logps, correct, [1, 3, 5], num_draws=4000)
+    for p in range(4):
+        for k, count in enumerate((1, 3, 5)):
+            chosen = [
+                majority_vote([answers[p][i] for i in subset], logps[p, list(subset)]).answer == "0"
+                for subset in itertools.permutations(range(5), count)
+            ]
+            assert found[p, k] == pytest.approx(np.mean(chosen), abs=0.03)
+    with pytest.raises(ValueError, match="between 1 and the 5 samples"):
+        accuracy_by_count(majority_vote, answers, logps, correct, [6])
+    nothing = accuracy_by_count(majority_vote, [[None] * 5], logps[:1], correct[:1], [2])
+    assert nothing.tolist() == [[0.0]]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from([0.0, 1.0, math.nan]), st.floats(-3, 0)), min_size=1),
+    st.randoms(use_true_random=False),
+)
+def test_the_grade_of_a_class_does_not_depend_on_the_order(samples, random):
+    """Equality is not transitive: a class may hold right and wrong answers."""
+    shuffled = random.sample(samples, len(samples))
+    found = []
+    for rows in (samples, shuffled):
+        answers, correct, logps = zip(*rows, strict=True)
+        (choice,), right = choose_all(majority_vote, [answers], [logps], [correct])
+        found.append((sorted(choice.scores.items()), choice.answer, right[0]))
+    scores, logps = [score for _, score in found[0][0]], [logp for *_, logp in samples]
     tied = len(set(scores)) < len(scores) and len(set(logps)) < len(logps)
     assert tied or found[0][:2] == found[1][:2]
     assert tied or found[0][2] == found[1][2] or (math.isnan(found[0][2]) and math.isnan(found[1][2]))
@@ -151,11 +252,8 @@ def test_mixed_classes_get_the_grade_of_most():
         correct = np.array([0.0, 1.0, 1.0])[order]
         assert choose_all(lambda a, s: majority_vote(a), [["5"] * 3], [np.zeros(3)], [correct])[1].item() == 1
     assert class_grade(np.array([1.0, 0.0]), np.array([-0.1, -0.2])) == 1
-    assert (
-        class_grade(np.array([1.0, 0.0]), np.array([-0.2, -0.1]))
-        == class_grade(np.array([1.0, 0.0]), np.zeros(2))
-        == 0
-    )
+    assert class_grade(np.array([1.0, 0.0]), np.array([-0.2, -0.1])) == 0
+    assert class_grade(np.array([1.0, 0.0]), np.zeros(2)) == 0
     assert math.isnan(class_grade(np.full(2, math.nan), np.zeros(2)))
 
 

@@ -84,7 +84,7 @@ def test_streams_are_checked_as_they_flow():
     assert next(rows)["solution"] == "$1$"
     with pytest.raises(
         ValueError,
-        match="train_dataset: row 1 has no question that can be asked: its prompt has a message of 'user' without content",
+        match="row 1 has no question that can be asked: its prompt has a message",
     ):
         next(rows)
     with pytest.raises(ValueError, match="row 0, gold answer '3 1/2': math-verify reads"):

@@ -102,7 +102,7 @@ def perplexity_consistency(
     """Perplexity Consistency (arXiv 2510.15444): every sample counts the inverse of its perplexity, exp(mean_logp).
 
     With `completions`, a text that was sampled several times counts once, by its first sample with a log-prob, as
-    the released code: how probable a text is should count, not how often it was drawn. Without, this is
+    in the released code: how probable a text is should count, not how often it was drawn. Without, this is
     self-consistency weighted by exp(mean_logp).
 
     Args:

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -135,6 +137,15 @@ def test_samples_of_one_prompt_differ(model, tokenizer):
 def test_conversational_prompts_go_through_the_chat_template(model, tokenizer):
     conversations = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     assert_same(sample(model, tokenizer), sample(model, tokenizer, conversations))  # the template adds nothing
+
+
+def test_content_in_parts_and_no_content_are_text_without_a_template(tokenizer):
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    parts = [{"role": "user", "content": [{"type": "text", "text": "7+2="}]}]
+    assert tokenize(plain, [parts]) == tokenize(plain, [[{"role": "user", "content": "7+2="}]])
+    prefilled = [{"role": "user", "content": "7+2="}, {"role": "assistant", "content": None}]
+    assert tokenize(plain, [prefilled]) == tokenize(plain, ["7+2=\n\n"])
 
 
 def test_every_declared_eos_ends_a_completion(tiny_model, tokenizer):

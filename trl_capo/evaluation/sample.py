@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trl_capo.data.messages import text_of
+
 
 if TYPE_CHECKING:
     import torch
@@ -311,7 +313,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[
     if not prompts:
         return []
     if not isinstance(prompts[0], str) and tokenizer.chat_template is None:
-        prompts = ["\n\n".join(message["content"] for message in prompt) for prompt in prompts]
+        prompts = ["\n\n".join(text_of(message["content"]) for message in prompt) for prompt in prompts]
     if isinstance(prompts[0], str):
         return tokenizer(prompts)["input_ids"]
     encoded = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=True, return_dict=True)

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, GPT2Config, LlamaConfig
 
 from trl_capo.evaluation import sample as sample_module
-from trl_capo.evaluation.sample import STATISTICS, sample_completions, sequence_statistics
+from trl_capo.evaluation.sample import STATISTICS, sample_completions, sequence_statistics, tokenize
 
 
 PROMPTS = ["7+2=", "1", "12*34-5=", "9-9", "3=", "44+44+44="]

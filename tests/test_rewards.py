@@ -1,6 +1,7 @@
 """The pooled accuracy reward: TRL's results on anything, and nothing that a completion does stops the run."""
 
 import copy
+import logging
 import math
 import os
 import pickle
@@ -376,3 +377,47 @@ def test_starting_workers_leaves_main_to_other_threads():
         watcher.join()
         reward.stop()
     assert seen == {True}
+
+
+FORKED = r"""
+import os, threading, time
+from trl_capo.rewards import get_accuracy_reward
+
+def reward_of(text):
+    return reward([[{"content": text}]], ["$7$"])
+
+reward = get_accuracy_reward(num_workers=1)
+print(reward_of(r"\boxed{7}"), flush=True)
+reward.start([[{"content": r"\boxed{6}"}]], ["$7$"])
+held, done = threading.Event(), threading.Event()
+def hold():
+    with reward.workers._lock:  # as a call in another thread does
+        held.set()
+        done.wait()
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+if os.fork() == 0:
+    try:
+        print("child", reward_of(r"\boxed{8}"), reward_of(r"\boxed{7}"), flush=True)
+        reward.stop()
+    finally:
+        os._exit(0)
+os.wait()
+done.set()
+thread.join()
+print(reward_of(r"\boxed{6}"), reward_of(r"\boxed{7}"))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_after_a_fork_parent_and_child_have_their_own_workers():
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["[1.0]", "child [0.0] [1.0]", "[0.0] [1.0]"], done.stderr
+
+
+def test_warnings_of_math_verify_are_cut(caplog):
+    with caplog.at_level("WARNING", logger="math_verify.parser"):
+        logging.getLogger("math_verify.parser").warning("Timeout during parsing: %s", "x" * 100_000)
+    [message] = caplog.messages
+    assert len(message) < 400 and "[99724 characters left out]" in message

@@ -32,7 +32,7 @@ def one_line(text: str, limit: int = 2000) -> str:
 
     Example:
         >>> one_line("a  b\n" + 100 * "c", limit=10)
-        'a b cc ... [93 characters left out] ... ccccc'
+        'a b c ... [94 characters left out] ... ccccc'
     """
     text = " ".join(text.split())
     if len(text) <= limit:

@@ -165,11 +165,9 @@ class Children:
             # A session of its own: Ctrl-C reaches this process alone, which then ends all of the child's.
             child = subprocess.Popen(command, start_new_session=True, **options)
             self._running.add(child)
-        try:
-            code = child.wait()
-        finally:
-            with self._lock:
-                self._running.discard(child)
+        code = child.wait()  # interrupted, the child stays known to `stop`
+        with self._lock:
+            self._running.discard(child)
         if code != 0:
             _end_group(child.pid, signal.SIGKILL)  # what it left behind
         return code

@@ -20,15 +20,27 @@ started (in a daemonic process, on Windows) the caller grades in this process, w
 from __future__ import annotations
 
 import functools
+import logging
 import warnings
 from collections.abc import Callable
 
+from trl_capo.errors import one_line
 from trl_capo.models.messages import answer_of
 from trl_capo.workers import DeadlinePool, Failure, can_start_workers
 
 
 # Of one completion: its reward and the columns `gold_parsed` and `answer_parsed`; or why there is none.
 Grade = tuple[float | None, str, str] | Failure
+
+
+def shorten_record(record: logging.LogRecord) -> bool:
+    """A logging filter: math-verify's warnings repeat the whole completion that it was at."""
+    record.msg, record.args = one_line(record.getMessage(), 300), ()
+    return True
+
+
+for _name in ("parser", "grader", "metric"):  # a logger's filters do not see what its children log
+    logging.getLogger(f"math_verify.{_name}").addFilter(shorten_record)
 
 
 class AccuracyReward:

@@ -241,9 +241,8 @@ def test_the_grade_of_a_class_does_not_depend_on_the_order(samples, random):
         answers, correct, logps = zip(*rows, strict=True)
         (choice,), right = choose_all(majority_vote, [answers], [logps], [correct])
         found.append((sorted(choice.scores.items()), choice.answer, right[0]))
-    tied = len({score for _, score in found[0][0]}) < len(found[0][0]) and len({logp for *_, logp in samples}) < len(
-        samples
-    )
+    scores, logps = [score for _, score in found[0][0]], [logp for *_, logp in samples]
+    tied = len(set(scores)) < len(scores) and len(set(logps)) < len(logps)
     assert tied or found[0][:2] == found[1][:2]
     assert tied or found[0][2] == found[1][2] or (math.isnan(found[0][2]) and math.isnan(found[1][2]))
 
@@ -253,11 +252,8 @@ def test_mixed_classes_get_the_grade_of_most():
         correct = np.array([0.0, 1.0, 1.0])[order]
         assert choose_all(lambda a, s: majority_vote(a), [["5"] * 3], [np.zeros(3)], [correct])[1].item() == 1
     assert class_grade(np.array([1.0, 0.0]), np.array([-0.1, -0.2])) == 1
-    assert (
-        class_grade(np.array([1.0, 0.0]), np.array([-0.2, -0.1]))
-        == class_grade(np.array([1.0, 0.0]), np.zeros(2))
-        == 0
-    )
+    assert class_grade(np.array([1.0, 0.0]), np.array([-0.2, -0.1])) == 0
+    assert class_grade(np.array([1.0, 0.0]), np.zeros(2)) == 0
     assert math.isnan(class_grade(np.full(2, math.nan), np.zeros(2)))
 
 

@@ -67,7 +67,7 @@ def test_columns_that_trl_needs_are_refused(column):
 
 def test_a_null_prompt_is_refused_with_its_row():
     rows = Dataset.from_dict({"prompt": [[user("1?")], None], "solution": ["$1$"] * 2})
-    with pytest.raises(ValueError, match="train_dataset: the prompt of row 1 is null"):
+    with pytest.raises(ValueError, match="train_dataset: row 1 has no question that can be asked: its prompt is null"):
         check_data([len], train_dataset=rows)
     assert health(rows, num_workers=1)["empty_questions"] == 1
 
@@ -82,7 +82,10 @@ def test_streams_are_checked_as_they_flow():
 
     rows = stream([[user("1?")], [user(None)]], ["$1$"] * 2)
     assert next(rows)["solution"] == "$1$"
-    with pytest.raises(ValueError, match="train_dataset: the prompt of row 1 has a message of 'user' without content"):
+    with pytest.raises(
+        ValueError,
+        match="row 1 has no question that can be asked: its prompt has a message",
+    ):
         next(rows)
     with pytest.raises(ValueError, match="row 0, gold answer '3 1/2': math-verify reads"):
         next(stream([[user("1?")]], ["3 1/2"]))

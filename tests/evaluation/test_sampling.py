@@ -1,10 +1,13 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, GPT2Config, LlamaConfig
 
-from trl_capo.evaluation import sample as sample_module
+from trl_capo.evaluation import sampling as sample_module
 from trl_capo.evaluation.sampling import STATISTICS, sample_completions, sequence_statistics
+from trl_capo.models.prompts import tokenize
 
 
 PROMPTS = ["7+2=", "1", "12*34-5=", "9-9", "3=", "44+44+44="]
@@ -135,6 +138,15 @@ def test_samples_of_one_prompt_differ(model, tokenizer):
 def test_conversational_prompts_go_through_the_chat_template(model, tokenizer):
     conversations = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     assert_same(sample(model, tokenizer), sample(model, tokenizer, conversations))  # the template adds nothing
+
+
+def test_content_in_parts_and_no_content_are_text_without_a_template(tokenizer):
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    parts = [{"role": "user", "content": [{"type": "text", "text": "7+2="}]}]
+    assert tokenize(plain, [parts]) == tokenize(plain, [[{"role": "user", "content": "7+2="}]])
+    prefilled = [{"role": "user", "content": "7+2="}, {"role": "assistant", "content": None}]
+    assert tokenize(plain, [prefilled]) == tokenize(plain, ["7+2=\n\n"])
 
 
 def test_every_declared_eos_ends_a_completion(tiny_model, tokenizer):

@@ -374,7 +374,21 @@ def test_many_differences_are_corrected():
         (dict(methods=dict(grpo=dict(method="ppo"))), "grpo needs a `method` of"),
         (dict(methods=dict(grpo=dict(method="grpo", tau=1))), "unknown key 'tau'. It is an option of capo"),
         (dict(methods=dict(grpo=None)), "grpo needs a `method` of"),
-        (dict(seeds=[0, 0]), "no seed may be named twice"),
+        (dict(seeds=[0, 0]), "no seed may be named twice, but 0 is"),
+        *((dict(seeds=[seed]), f"from 0 to 4294967295, got {seed!r}") for seed in (-1, "1", 1.5, True, None, 2**32)),
+        (dict(seeds=[]), "seeds must be a list of whole numbers, got []"),
+        (dict(seeds=3), "seeds must be a list of whole numbers, got 3"),
+        *(
+            (dict(baseline=name, methods={name: dict(method="grpo")}), "becomes the name of a file or folder")
+            for name in ("../x", "..", "/x", "", "a/b", "a\\b", ".x", "-x", "NUL", "a\nb", "x" * 300, 5)
+        ),
+        (dict(methods=dict(grpo=dict(method="grpo"), GRPO=dict(method="grpo"))), "'grpo' and 'GRPO' would become one"),
+        (dict(baseline="Base", methods=dict(Base=dict(method="grpo"))), "no method may be called 'base'"),
+        (dict(methods=dict(grpo=dict(method="grpo", seed=1))), "seed comes from the seeds"),
+        (dict(methods=dict(grpo=dict(method="grpo", env=dict(LD_PRELOAD="x")))), "env may not set 'LD_PRELOAD'"),
+        (dict(output_dir=""), "output_dir must be the path of a folder, got ''"),
+        (dict(evaluate=dict(output_dir="x")), "output_dir comes from the plan itself"),
+        (dict(evaluate=dict(temperature=-1)), "must be positive, got -1.0"),
         (dict(benchmarks=["arithmetic_9"]), "there is no benchmark"),
     ],
 )
@@ -382,6 +396,61 @@ def test_a_plan_that_cannot_work_is_refused(tmp_path, capsys, changes, message):
     assert cli.main(["compare", plan_for(tmp_path, **changes)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_all_problems_of_a_plan_are_named_at_once(tmp_path, capsys):
+    methods = {"a/b": dict(method="grpo"), "x": dict(method="capo", tau="high")}
+    assert cli.main(["compare", plan_for(tmp_path, baseline="x", seeds=[-1, "2"], methods=methods)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and all(line.startswith("trl-capo compare: error: ") for line in lines)
+    for wanted in ("'a/b' contains '/'", "got -1", "got '2'", "tau must be a number, got 'high'"):
+        assert sum(wanted in line for line in lines) == 1
+
+
+def finished(folder, rows=20, weights=b"w" * 8):
+    """What a run leaves, recorded as `run` does it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for part in ("model", "evaluation/model"):
+        (folder / part).mkdir(parents=True)
+    (folder / "model" / "model.safetensors").write_bytes(weights)
+    pq.write_table(pa.table({"sample": list(range(rows))}), folder / "evaluation" / "model" / "samples.parquet")
+    summary = {"benchmarks": {"b": {"num_prompts": 5, "num_samples": 4}}}
+    (folder / "evaluation" / "model" / "summary.json").write_text(json.dumps(summary))
+    record = {"trained": True, "seconds": {"train": 1, "evaluate": 1}, "complete": script._files(folder)}
+    (folder / "work.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model/model.safetensors", None),
+        ("model/model.safetensors", b""),
+        ("model/model.safetensors", b"w" * 7),
+        ("evaluation/model/summary.json", b"{"),
+        ("evaluation/model/summary.json", b'{"benchmarks": {"other": {"num_prompts": 5, "num_samples": 4}}}'),
+        ("evaluation/model/samples.parquet", None),
+        ("evaluation/model/samples.parquet", b"PAR1"),
+        ("work.json", None),
+        ("work.json", b""),
+        ("work.json", b'{"trained": true, "seconds": {}, "complete": [1]}'),
+    ],
+)
+def test_a_run_is_complete_only_while_its_files_are_those_recorded(tmp_path, file, content):
+    plan = script.Plan("grpo", {"grpo": {}}, {}, ["b"], [0], output_dir=str(tmp_path))
+    finished(tmp_path / "grpo-0")
+    assert script.is_done(plan, "grpo", 0)
+    path = tmp_path / "grpo-0" / file
+    path.unlink() if content is None else path.write_bytes(content)
+    assert not script.is_done(plan, "grpo", 0)
+
+
+def test_a_summary_of_other_samples_does_not_complete_a_run(tmp_path):
+    plan = script.Plan("grpo", {"grpo": {}}, {}, ["b"], [0], output_dir=str(tmp_path))
+    finished(tmp_path / "grpo-0", rows=19)
+    assert not script.is_done(plan, "grpo", 0)
+    assert script._incomplete(tmp_path / "grpo-0", True, ["b"]) == "the summary is of other benchmarks or samples."
 
 
 def test_unknown_options_of_the_evaluation_are_refused(tmp_path, capsys):

@@ -63,7 +63,9 @@ def check_prompts(dataset: Dataset, name: str) -> None:
     if found:
         row, problem = next(iter(found.items()))
         more = f", and {len(found) - 1} more rows are bad" if len(found) > 1 else ""
-        raise UserError(f"{name}: the prompt of row {row} {problem}{more}. Mend or remove them.")
+        raise UserError(
+            f"{name}: row {row} has no question that can be asked: its prompt {problem}{more}. Mend or remove them."
+        )
 
 
 def check_columns(columns: list[str], name: str) -> None:
@@ -178,7 +180,9 @@ def checked_stream(rows: IterableDataset, name: str, graded: bool) -> IterableDa
     def check(row: dict, number: int) -> dict:
         check_columns(list(row), name)
         if problem := prompt_problem(row["prompt"]):
-            raise UserError(f"{name}: the prompt of row {number} {problem}. Mend or remove it.")
+            raise UserError(
+                f"{name}: row {number} has no question that can be asked: its prompt {problem}. Mend or remove it."
+            )
         if graded:
             if "solution" not in row:
                 raise UserError(f"{name} needs a column 'solution' with the gold answers for accuracy_reward.")

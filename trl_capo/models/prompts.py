@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from trl_capo.models.messages import text_of
+
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -16,7 +18,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[
     if not prompts:
         return []
     if not isinstance(prompts[0], str) and tokenizer.chat_template is None:
-        prompts = ["\n\n".join(message["content"] for message in prompt) for prompt in prompts]
+        prompts = ["\n\n".join(text_of(message["content"]) for message in prompt) for prompt in prompts]
     if isinstance(prompts[0], str):
         return tokenizer(prompts)["input_ids"]
     encoded = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=True, return_dict=True)

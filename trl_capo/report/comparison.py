@@ -161,7 +161,7 @@ def describe(sets: dict, baseline: str, records: dict[str, dict], rows: list[dic
             lines.append(f"Not all runs are of the same {what}: see comparison.json.")
     failed = sum(of["grading_failed"] for row in rows for run in row["by_run"].values() for of in run.values())
     if failed:
-        lines.append(f"{failed} answers could not be graded and count as wrong.")
+        lines.append(f"{failed} answers could not be graded and count as neither right nor wrong.")
     return " ".join(lines)
 
 

@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from trl_capo.methods.advantages import (
+from trl_capo.advantages import (
     NORMALIZATIONS,
     cross_prompt_advantages,
     pairwise_logistic_advantages,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from trl_capo.methods.advantages import pairwise_logistic_advantages, reward_only_advantages
+from trl_capo.advantages import pairwise_logistic_advantages, reward_only_advantages
 
 
 def pair_weights(p: np.ndarray, eta: np.ndarray) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,19 @@ from trl_capo.files import write_json
 
 
 FILE_NAME = "summary.json"
+# By name: the title on a page, and a function of correctness and confidence, (P, N) each.
+METRICS: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray], float]]] = {
+    "accuracy": ("accuracy", lambda correct, logps: metrics.accuracy(correct)),
+    "auc_within": ("AUC within", metrics.auc_within),
+    "auc_pooled": ("AUC pooled", metrics.auc_pooled),
+    "aurc": ("AURC", metrics.aurc),
+    "excess_aurc": ("excess AURC", metrics.excess_aurc),
+    "prr": ("PRR", metrics.prediction_rejection_ratio),
+    "precision_at_50": ("precision@50%", partial(metrics.precision_at_coverage, coverage=0.5)),
+    "precision_at_80": ("precision@80%", partial(metrics.precision_at_coverage, coverage=0.8)),
+    "coverage_at_90": ("coverage@90%", partial(metrics.coverage_at_precision, precision=0.9)),
+}
+# Of a summary, with their headers in the terminal: some of the above, votes, and perplexities.
 COLUMNS = {
     "accuracy": "accuracy\nmean@N",
     "auc_within": "AUC\nwithin",
@@ -50,17 +64,13 @@ def summarize(
         (1.0, 0.0, 1.0)
     """
     correct, mean_logps = np.asarray(correct, dtype=float), np.asarray(mean_logps, dtype=float)
-    return {
-        "accuracy": metrics.accuracy(correct),
-        "auc_within": metrics.auc_within(correct, mean_logps),
-        "auc_pooled": metrics.auc_pooled(correct, mean_logps),
+    numbers = {name: METRICS[name][1](correct, mean_logps) for name in COLUMNS if name in METRICS} | {
         "majority": metrics.nanmean(choose_all(majority_vote, answers, mean_logps, correct)[1]),
         "perplexity_consistency": metrics.nanmean(choose_all(perplexity_consistency, answers, mean_logps, correct)[1]),
-        "precision_at_50": metrics.precision_at_coverage(correct, mean_logps, 0.5),
-        "precision_at_80": metrics.precision_at_coverage(correct, mean_logps, 0.8),
         "ppl_correct": metrics.perplexity(mean_logps, valid=correct == 1),
         "ppl_wrong": metrics.perplexity(mean_logps, valid=correct == 0),
     }
+    return {name: numbers[name] for name in COLUMNS}
 
 
 def print_summaries(models: dict[str, dict[str, dict]]) -> None:

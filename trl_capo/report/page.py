@@ -24,6 +24,7 @@ from trl_capo.calibration import metrics
 from trl_capo.calibration.metrics import nanmean
 from trl_capo.calibration.prompt_bootstrap import prompt_difference, prompt_interval
 from trl_capo.calibration.selection import SELECTORS, choose_all
+from trl_capo.errors import UserError
 from trl_capo.evaluation.samples import shared_prompts
 from trl_capo.evaluation.summary import METRICS
 from trl_capo.files import write_bytes, write_text
@@ -101,6 +102,21 @@ def write_report(
     write_text(path, page)
     write_text(path.with_suffix(".md"), "\n\n".join([MARKDOWN_HEAD, *tables]) + "\n")
     return path
+
+
+def read_history(path: Path) -> list[dict]:
+    """The log of a trainer state, or such a log by itself."""
+    try:
+        content = json.loads(path.read_text())
+        return content if isinstance(content, list) else content["log_history"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the trainer_state.json of a run: {error!r}.") from error
+
+
+def run_names(paths: list[str]) -> list[str]:
+    """What to call runs: the folder of each samples file; its whole path where two folders have one name."""
+    short = [(Path(path) if Path(path).is_dir() else Path(path).parent).resolve().name for path in paths]
+    return [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
 
 
 def html_section(title: str, text: str, table: tuple[list[str], list[list[str]]], png: bytes) -> str:

@@ -1,4 +1,4 @@
-"""`samples.parquet`: graded samples of one model, from any trainer, one row a completion. What all else reads.
+"""`samples.parquet`: graded samples of one model, from any trainer, one row a completion, for all code that follows.
 
 | column | type | meaning |
 |---|---|---|

@@ -104,7 +104,7 @@ def draw_perplexities(axes: Axes, runs: dict[str, SampleSet]) -> None:
 
 
 def draw_selection(axes: Axes, runs: dict[str, SampleSet], max_prompts: int = 500) -> None:
-    """Accuracy of the chosen answer against the number of samples, on at most so many prompts."""
+    """Accuracy of the chosen answer against the number of samples, on the first `max_prompts` prompts."""
     for color, (name, of) in zip(_colors(runs), runs.items(), strict=True):
         counts = [2**k for k in range(of.num_samples.bit_length()) if 2**k <= of.num_samples]
         for selector, select in SELECTORS.items():

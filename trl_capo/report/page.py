@@ -245,7 +245,7 @@ def completions(runs: dict[str, list[SampleSet]], benchmarks: list[str]) -> dict
 
 
 def surprise(correct: np.ndarray, mean_logps: np.ndarray) -> np.ndarray:
-    """How telling a completion is: the share of opposite completions of the set that it is ranked against wrongly.
+    """How telling a completion is: the share of completions with the opposite label that are ranked on its wrong side.
 
     A wrong one surer than nearly all right ones is near 1, and so is a right one less sure than nearly all wrong ones.
 
@@ -302,7 +302,7 @@ def _formulas(text: str) -> Iterator[tuple[int, int, str]]:
                 continue
             close = text.find(closing, begin + 1)  # at least one character in between
             if close < 0:
-                missing.add(closing)  # nor is there one farther on
+                missing.add(closing)  # nor is there one further on
                 continue
             stop = close + len(closing)
             if close - begin <= LONGEST_FORMULA:

@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from tests.data.standins import make_repositories, question
+from trl_capo.recipe import make_parser
 from trl_capo.scripts.compare import read_plan, recipe
 from trl_capo.scripts.demo import training_options
-from trl_capo.scripts.train import main, make_parser
+from trl_capo.scripts.train import main
 
 
 RECIPES = sorted(path for path in Path("recipes").rglob("config_*.yaml"))

@@ -461,7 +461,7 @@ def test_unknown_options_of_the_evaluation_are_refused(tmp_path, capsys):
 
 
 def test_the_recipe_holds_every_method(repository):
-    from trl_capo.scripts.train import METHODS
+    from trl_capo.methods import METHODS
 
     plan = script.read_plan(str(repository / "recipes" / "arithmetic" / "compare.yaml"))
     assert {options["method"] for options in plan.methods.values()} == set(METHODS)

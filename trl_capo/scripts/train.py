@@ -111,8 +111,8 @@ def main(argv: list[str] | None = None) -> int:
 
     from trl import get_peft_config, get_quantization_config
 
+    from trl_capo.publish.push import push_trained
     from trl_capo.publish.record import write_reproduction
-    from trl_capo.scripts.push import push_trained
 
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,

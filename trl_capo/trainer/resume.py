@@ -6,14 +6,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from trl_capo.errors import UserError
-from trl_capo.trainer.checkpoints import (
-    Checkpoint,
-    Run,
-    Search,
-    check_checkpoint_of,
-    chosen_checkpoint,
-    find_checkpoint,
-)
+from trl_capo.trainer.checkpoints import Search, check_checkpoint_of, chosen_checkpoint, find_checkpoint
+from trl_capo.trainer.manifest import Checkpoint, Run
 from trl_capo.trainer.resume_options import changed_options
 
 

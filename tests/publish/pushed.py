@@ -49,7 +49,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def belongs(name: str) -> bool:
-    return not name.startswith(("checkpoint", "optimizer", "training_args", "completions", "runs", "slurm", "m.jsonl"))
+    return not name.startswith(
+        ("checkpoint", "optimizer", "training_args", "completions", "runs", "slurm", "m.jsonl", "trl_capo_run")
+    )
 
 
 def assert_arrived(files: dict[str, bytes], folder: Path) -> None:

@@ -117,16 +117,17 @@ def test_a_reference_may_be_a_shipped_model(tmp_path):
 
 
 def test_every_entry_point_knows_the_names(monkeypatch):
-    from trl_capo.scripts import evaluate, train
+    from trl_capo.evaluation.run import check_model
+    from trl_capo.scripts import train
 
     assert train._model_path("arithmetic-base") == str(SHIPPED["arithmetic-base"])
     assert isinstance(SelectivePredictor.from_pretrained("arithmetic-base"), SelectivePredictor)
     with pytest.raises(ModelNotFound):
         SelectivePredictor.from_pretrained("/no/such/model")
     rows = {"arithmetic_test_2": prompt_dataset(2)}
-    evaluate.check_model("arithmetic-base", rows, 4)
+    check_model("arithmetic-base", rows, 4)
     with pytest.raises(ModelNotFound):
-        evaluate.check_model("/no/such/model", rows, 4)
+        check_model("/no/such/model", rows, 4)
 
 
 def train(tmp_path, capsys, *options: str) -> str:

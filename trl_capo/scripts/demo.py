@@ -182,7 +182,7 @@ def _evaluate(position: int, model: str, folder: Path, num_prompts: int, num_sam
     from accelerate import PartialState
 
     from trl_capo.data.benchmarks import load_benchmark
-    from trl_capo.scripts.evaluate import evaluate
+    from trl_capo.evaluation.run import evaluate
 
     be_quiet()
     torch.set_num_threads(1)

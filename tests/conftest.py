@@ -40,5 +40,5 @@ def hub(monkeypatch):
         monkeypatch.setenv("HF_TOKEN", "hf_of_this_test")
         monkeypatch.setattr(transformers_hub, "_hf_api", None)  # it would keep the endpoint of another test
         hub.waits = []
-        monkeypatch.setattr("trl_capo.scripts.push.sleep", hub.waits.append)
+        monkeypatch.setattr("trl_capo.publish.push.sleep", hub.waits.append)
         yield hub

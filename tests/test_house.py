@@ -18,6 +18,7 @@ FLOORS = [
     ("grading", "models", "rewards"),
     ("data",),
     ("evaluation",),
+    ("worlds",),
     ("publish",),
     ("preflight",),
     ("report",),

@@ -13,7 +13,7 @@ from tests.helpers import config_kwargs
 from trl_capo import cli
 from trl_capo.methods import METHODS
 from trl_capo.recipe import make_parser
-from trl_capo.redact import STARS, is_secret_name, mask, redact, redact_words
+from trl_capo.redact import STARS, is_secret_name, mask, redact, redact_words, secret_problems
 
 
 SECRET_NAMES = (
@@ -141,6 +141,19 @@ def test_wherever_it_lies(around, name, shape, path):
         value = [around, {f"_{step}": value}]
     text = json.dumps(redact(value))
     assert "geheim77" not in text and json.dumps(HIDDEN.get(shape, SHAPES[shape]))[1:-1] not in text
+
+
+def test_what_would_be_copied_is_refused_by_name():
+    plan = {
+        "train": {"tau": 0.3, "hub_token": "x", "pad_token": "<pad>", "model_init_kwargs": {"token": "y"}},
+        "methods": {"capo": {"method": "capo", "run_name": f"of {SHAPES['hub']}"}, "grpo": None},
+        "evaluate": {"chat_template_kwargs": '{"api_key": "z"}'},
+    }
+    found = list(secret_problems("plan.yaml", plan))
+    names = ["train.hub_token", "train.model_init_kwargs.token", "methods.capo.run_name"]
+    names.append("evaluate.chat_template_kwargs")
+    assert [message.partition(" is or holds")[0] for message in found] == [f"plan.yaml: {name}" for name in names]
+    assert not any(secret in message for message in found for secret in (SHAPES["hub"], "'x'", 'z"'))
 
 
 @given(st.text())

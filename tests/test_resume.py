@@ -15,15 +15,8 @@ from tests.helpers import config_kwargs, parity_reward, prompt_dataset
 from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer, cli
 from trl_capo.errors import UserError
 from trl_capo.methods.codapo import CoDaPOConfig, CoDaPOTrainer
-from trl_capo.trainer.checkpoints import (
-    MANIFEST,
-    RUN_FILE,
-    STATE_FILE,
-    current_run,
-    find_checkpoint,
-    last_complete_checkpoint,
-    read_checkpoint,
-)
+from trl_capo.trainer.checkpoints import RUN_FILE, current_run, find_checkpoint, last_complete_checkpoint
+from trl_capo.trainer.manifest import MANIFEST, STATE_FILE, read_checkpoint
 
 
 SAVES = dict(save_strategy="steps", save_steps=2, max_steps=4, learning_rate=0.01)

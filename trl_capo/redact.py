@@ -7,6 +7,7 @@ not. `pad_token`, `max_prompt_tokens` or `num_key_value_heads` are no secrets.
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -159,6 +160,32 @@ def redact(value: Any, left_out: list[str] | None = None, path: str = "") -> Any
         clean = redact(content, left_out, path)
         return value if clean == content else json.dumps(clean)
     return mask(value)
+
+
+def secret_problems(file: str, content: dict, path: str = "") -> Iterator[str]:
+    """A message for each secret in what would be copied as it is, such as options that become another run's recipe.
+
+    Args:
+        file: Where the content stands, for the message.
+        content: Options, at any depth.
+        path: Name of the content itself.
+
+    Example:
+        >>> [message.partition(" is")[0] for message in secret_problems("plan.yaml", {"train": {"hub_token": "x"}})]
+        ['plan.yaml: train.hub_token']
+    """
+    for name, value in content.items():
+        name_path = f"{path}.{name}" if path else str(name)
+        clean = redact({name: value})
+        if clean == {name: value}:
+            continue
+        if isinstance(value, dict) and name in clean:
+            yield from secret_problems(file, value, name_path)
+        else:
+            yield (
+                f"{file}: {mask(name_path)} is or holds a secret, which every run's recipe would repeat. Remove it, "
+                "and log in with `hf auth login` or set an environment variable."
+            )
 
 
 def redact_words(words: list[str]) -> list[str]:

@@ -11,7 +11,6 @@ from trl_capo.calibration.metrics import auc_within
 from trl_capo.data.arithmetic import (
     BASE_MODEL,
     FLAT_MODEL,
-    FLAT_SHARPNESS,
     SEPARATORS,
     SLIP_RATE,
     SPLITS,
@@ -25,7 +24,6 @@ from trl_capo.data.arithmetic import (
     write_answer,
 )
 from trl_capo.evaluation.sampling import sample_completions
-from trl_capo.scripts.arithmetic_base import main, make_batch
 
 
 def chains(dataset):
@@ -176,11 +174,6 @@ class TestBaseModel:
         model = AutoModelForCausalLM.from_pretrained(path)
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
-    def test_batch_puts_the_loss_on_the_answer(self, tokenizer):
-        batch = make_batch(tokenizer, [("1+2=", "1+2=3;"), ("1+2+3=", "1+2=3;3+3=6;")])
-        labels = [[token for token in row if token != -100] for row in batch["labels"].tolist()]
-        assert [tokenizer.decode(row) for row in labels] == ["1+2=3;<eos>", "1+2=3;3+3=6;<eos>"]
-
     @pytest.mark.parametrize(
         ("path", "accuracies", "aucs"),
         [(BASE_MODEL, (0.15, 0.5), (0.5, 0.8)), (FLAT_MODEL, (0.15, 0.5), (0.85, 1.0))],
@@ -199,16 +192,3 @@ class TestBaseModel:
         assert samples.truncated.mean() < 0.02
         assert accuracies[0] < np.mean(correct) < accuracies[1]
         assert aucs[0] < auc_within(correct, samples.mean_logps) < aucs[1]
-
-    @pytest.mark.parametrize("flat", [False, True])
-    def test_training_command(self, tmp_path, capsys, flat):
-        arguments = "--clean_steps 2 --human_steps 2 --batch_size 4 --num_eval_prompts 2".split()
-        arguments += ["--flat"] if flat else []
-        states = []
-        for name in ("first", "second"):
-            main(["--output_dir", str(tmp_path / name), *arguments])
-            states.append(AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict())
-        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-        sharpness = states[0]["model.norm.weight"].mean().item()  # four steps have hardly moved it from 1
-        assert sharpness == pytest.approx(FLAT_SHARPNESS if flat else 1.0, rel=0.05)
-        assert "test_5" in capsys.readouterr().out

@@ -16,7 +16,8 @@ from trl_capo import CAPOConfig, CAPOTrainer
 from trl_capo.errors import UserError
 from trl_capo.methods.codapo import CoDaPOConfig, CoDaPOTrainer
 from trl_capo.methods.simko import CAPOSimKOConfig, CAPOSimKOTrainer, SimKOConfig, SimKOTrainer
-from trl_capo.trainer.checkpoints import current_run, read_checkpoint
+from trl_capo.trainer.checkpoints import current_run
+from trl_capo.trainer.manifest import read_checkpoint
 
 
 RANK, PROCESSES = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

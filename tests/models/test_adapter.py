@@ -128,11 +128,13 @@ def test_a_merge_that_changes_the_model_is_refused(trained, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_an_adapter_without_its_base_is_one_line(trained, tmp_path, capsys):
+def test_an_adapter_without_its_base_is_one_line(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     run = shutil.copytree(trained / "run", tmp_path / "run")
     config = json.loads((run / "adapter_config.json").read_text())
     for base, message in (
         ("/nowhere/base", "whose base, /nowhere/base, does not exist"),
+        ("run/base", "whose base, run/base, does not exist"),  # like a name on the Hub, but beside a folder
         (3, "does not name the base"),
     ):
         (run / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
@@ -140,3 +142,10 @@ def test_an_adapter_without_its_base_is_one_line(trained, tmp_path, capsys):
             assert cli.main(command) == 2
             error = capsys.readouterr().err
             assert message in error and error.count("\n") == 1
+
+
+def test_the_base_is_found_as_any_model_is(trained, tmp_path):
+    run = shutil.copytree(trained / "run", tmp_path / "run")
+    config = json.loads((run / "adapter_config.json").read_text())
+    (run / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "arithmetic-base"}))
+    assert adapter.base_of(str(run)) == str(BASE_MODEL)

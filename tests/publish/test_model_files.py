@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_capo import cli
 from trl_capo.publish.model_files import files_to_upload, left_behind
-from trl_capo.scripts.push import model_files
+from trl_capo.publish.push import model_files
 
 
 NEEDED = (

@@ -113,7 +113,6 @@ def _repeated(values: list) -> list:
 
 def _options(path: str, plan: Plan) -> Iterator[str]:
     """Options that `trl-capo train` and `trl-capo evaluate` do not take."""
-
     if not isinstance(plan.train.get("model_name_or_path"), str):
         yield f"{path}: train needs a model_name_or_path, got {plan.train.get('model_name_or_path')!r}."
     for key in SET_BY_PLAN.keys() & plan.train.keys():

@@ -4,6 +4,8 @@ Every gold answer is graded against itself, as `\boxed{gold}` would be: one that
 recognise would make every right answer wrong.
 """
 
+import sys
+
 from datasets import Dataset
 
 from trl_capo.data.golds import problems
@@ -74,6 +76,39 @@ def health(
         quantiles = np.quantile(lengths, [0.5, 0.99, 1.0], method="higher")
         found["prompt_tokens"] = dict(zip(("median", "99%", "longest"), map(int, quantiles), strict=True))
     return found
+
+
+def print_health(found: dict[str, dict]) -> None:
+    """A table, one column a dataset, then examples of what is wrong."""
+    from rich.console import Console
+    from rich.table import Table
+
+    lines = {
+        "rows": lambda of: f"{of['rows']:,}" + (f" of {of['expected_rows']:,}" if "expected_rows" in of else ""),
+        "licence": lambda of: of.get("licence", "-"),
+        "empty questions": lambda of: of["empty_questions"],
+        "repeated questions": lambda of: of["repeated_questions"],
+        "gold answers missing": lambda of: of["missing_golds"],
+        "gold answers not readable": lambda of: of["unreadable_golds"],
+        "gold answers that fail themselves": lambda of: of["golds_that_fail_themselves"],
+    }
+    first = next(iter(found.values()))
+    for name in first["shared_questions"]:
+        lines[f"questions shared with {name}"] = lambda of, name=name: of["shared_questions"][name]
+    for name in first.get("prompt_tokens", ()):
+        lines[f"tokens of a prompt: {name}"] = lambda of, name=name: of["prompt_tokens"][name]
+    table = Table(header_style="bold")
+    table.add_column("")
+    for name in found:
+        table.add_column(name, justify="right")
+    for line, value in lines.items():
+        table.add_row(line, *(str(value(of)) for of in found.values()))
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    for name, of in found.items():
+        for kind, examples in of["examples"].items():
+            for example in examples:
+                console.print(f"{name}, {kind.replace('_', ' ')}: {example}", highlight=False, markup=False)
 
 
 def as_answer(gold: str) -> str:

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from trl_capo.calibration import metrics
 from trl_capo.calibration.selection import choose_all, majority_vote, perplexity_consistency
+from trl_capo.errors import UserError
 from trl_capo.evaluation.samples import read_samples
 from trl_capo.files import write_json
 
@@ -40,6 +41,7 @@ COLUMNS = {
     "ppl_correct": "perplexity\nright",
     "ppl_wrong": "perplexity\nwrong",
 }
+COUNTS = ("num_prompts", "num_samples", "grading_failed")
 
 
 def summarize(
@@ -127,8 +129,29 @@ def write_summary(model: str, folder: Path) -> None:
 
 
 def read_summary(folder: Path) -> dict[str, dict]:
-    """What `write_summary` wrote, by benchmark; an undefined number is None."""
-    return json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))["benchmarks"]
+    """What `write_summary` wrote, by benchmark; an undefined number is None.
+
+    Raises:
+        UserError: The file, perhaps of another tool, cannot be read, or lacks a number. Names the file and the key.
+    """
+    path = folder / FILE_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    benchmarks = content.get("benchmarks") if isinstance(content, dict) else None
+    if not isinstance(benchmarks, dict) or not benchmarks:
+        raise UserError(f"{path}: `benchmarks` must hold the numbers of each benchmark, got {benchmarks!r:.100}.")
+    for benchmark, numbers in benchmarks.items():
+        if not isinstance(numbers, dict):
+            raise UserError(f"{path}: `benchmarks.{benchmark}` must hold numbers by name, got {numbers!r:.100}.")
+        for name in (*COLUMNS, *COUNTS):
+            value, shown = numbers.get(name), repr(numbers[name]) if name in numbers else "nothing"
+            fits = type(value) is int if name in COUNTS else value is None or type(value) in (int, float)
+            if not fits or name not in numbers:
+                wanted = "a whole number" if name in COUNTS else "a number or null"
+                raise UserError(f"{path}: `benchmarks.{benchmark}.{name}` must be {wanted}, got {shown:.100}.")
+    return benchmarks
 
 
 def notes(summaries: dict[str, dict[str, dict]]) -> list[str]:

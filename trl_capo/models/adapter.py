@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trl_capo.errors import UserError
+from trl_capo.models.source import ModelNotFound, model_path
 
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ HALF_TOLERANCE = (
 
 
 def base_of(model: str) -> str:
-    """The model that an adapter stands on; any other model is its own.
+    """Where the model is that an adapter stands on; any other model is its own.
 
     Raises:
         UserError: The adapter's configuration cannot be read, or its base is a folder that does not exist.
@@ -44,12 +45,13 @@ def base_of(model: str) -> str:
             raise ValueError(f"base_model_name_or_path is {base!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not name the base of the adapter: {error!r}.") from error
-    if not Path(base).is_dir() and (base[0] in "./~" or base.count("/") > 1):
+    try:
+        return model_path(base)
+    except ModelNotFound as error:
         raise UserError(
             f"{model} is an adapter whose base, {base}, does not exist. Put the base there, or name another place or "
             f"a model on the Hub as base_model_name_or_path in {path}."
-        )
-    return base
+        ) from error
 
 
 def merged(model: str, folder: Path) -> str:

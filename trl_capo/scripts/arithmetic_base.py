@@ -16,31 +16,9 @@ with `--num_eval_prompts 400` the shipped model gave
 """
 
 import argparse
-import random
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, set_seed
-
-from trl_capo.calibration.metrics import accuracy, auc_pooled, auc_within, group_fractions
-from trl_capo.data.arithmetic import (
-    FLAT_SHARPNESS,
-    SPLITS,
-    arithmetic_dataset,
-    arithmetic_tokenizer,
-    sample_chains,
-    write_answer,
-)
-from trl_capo.evaluation.grade import grade_samples
-from trl_capo.evaluation.sampling import sample_completions
-
-
-MAX_COMPLETION_LENGTH = 64  # the written-out steps of five numbers take at most 50 tokens
-MICRO_BATCHES = 4
+from trl_capo.worlds.arithmetic_base import build, reports
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -59,121 +37,13 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
-    """An untrained Qwen2 of 0.86 M parameters in float32."""
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
-    )
-    return Qwen2ForCausalLM(config)
-
-
-def make_batch(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]) -> dict[str, Tensor]:
-    """Tokenise (prompt, answer) pairs; the loss is on the answer and its end."""
-    rows = [tokenizer(chain + answer + tokenizer.eos_token)["input_ids"] for chain, answer in pairs]
-    length = max(map(len, rows))
-    # Padding on the right here: without an attention mask, positions must start at the prompt's first token.
-    input_ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
-    prompt_lengths = torch.tensor([[len(chain)] for chain, _ in pairs])
-    is_answer = (torch.arange(length) >= prompt_lengths) & (input_ids != tokenizer.pad_token_id)
-    return {"input_ids": input_ids, "labels": input_ids.masked_fill(~is_answer, -100)}
-
-
-def supervised_batches(
-    tokenizer: PreTrainedTokenizerBase, rng: random.Random, batch_size: int, human_like: bool
-) -> Iterator[list[dict[str, Tensor]]]:
-    """Batches of prompts of the base split with answers, for ever; each cut into micro-batches of like length."""
-    chains = sample_chains("base", rng)
-    while True:
-        pairs = [(chain, write_answer(chain, rng if human_like else None)) for chain in islice(chains, batch_size)]
-        # Chains of two numbers are a third as long as those of five: padded together, half the computation is waste.
-        pairs.sort(key=lambda pair: len(pair[0] + pair[1]))
-        size = -(-batch_size // MICRO_BATCHES)
-        yield [make_batch(tokenizer, pairs[start : start + size]) for start in range(0, batch_size, size)]
-
-
-def train(
-    model: Qwen2ForCausalLM,
-    batches: Iterator[list[dict[str, Tensor]]],
-    steps: int,
-    learning_rate: float,
-    description: str,
-) -> None:
-    """One supervised stage: AdamW, short warm-up, cosine decay to a tenth."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=50)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - 50), learning_rate / 10)
-    scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, decay], [50])
-    model.train()
-    for _ in (progress := tqdm(range(steps), desc=description)):
-        batch = next(batches)
-        num_tokens = sum((micro_batch["labels"] != -100).sum() for micro_batch in batch)
-        loss = 0.0
-        for micro_batch in batch:
-            micro_loss = model(**micro_batch, num_items_in_batch=num_tokens).loss
-            micro_loss.backward()
-            loss += micro_loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
-
-
-def report(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, split: str, num_prompts: int) -> str:
-    """One line on a split: how often the model is right, and how well its confidence tells."""
-    dataset = arithmetic_dataset(split, num_prompts)
-    samples = sample_completions(
-        model,
-        tokenizer,
-        list(dataset["prompt"]),
-        max_new_tokens=MAX_COMPLETION_LENGTH,
-        batch_size=1024,
-        progress=False,
-    )
-    _, correct = grade_samples(samples, dataset["solution"], progress=False)
-    return (
-        f"{split:<12} accuracy {accuracy(correct):.3f}"
-        f"   AUC within prompts {auc_within(correct, samples.mean_logps):.3f}"
-        f"   pooled {auc_pooled(correct, samples.mean_logps):.3f}"
-        f"   mixed prompts {group_fractions(correct)['frac_mixed']:.2f}"
-    )
-
-
 def main(argv: list[str] | None = None) -> None:
     """Train, save and report."""
-    args = make_parser().parse_args(argv)
-    set_seed(args.seed)
-    tokenizer = arithmetic_tokenizer()
-    model = make_model(tokenizer)
-    rng = random.Random(args.seed)
-    for name, human_like, steps, learning_rate in (
-        ("clean answers", False, args.clean_steps, args.learning_rate),
-        ("human-like answers", True, 0 if args.flat else args.human_steps, args.learning_rate / 4),
-    ):
-        batches = supervised_batches(tokenizer, rng, args.batch_size, human_like)
-        train(model, batches, steps, learning_rate, name)
-    if args.flat:
-        model.model.norm.weight.data *= FLAT_SHARPNESS  # the head is linear in it, so this flattens the logits
-    # What `generate` and TRL sample by default: the model's own distribution.
-    model.generation_config = GenerationConfig(
-        do_sample=True, top_k=0, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    model.save_pretrained(args.output_dir)
-    tokenizer.save_pretrained(args.output_dir)
-    for split in SPLITS:
-        if split not in ("base", "train"):
-            print(report(model, tokenizer, split, args.num_eval_prompts), flush=True)
+    options = vars(make_parser().parse_args(argv))
+    num_prompts = options.pop("num_eval_prompts")
+    model, tokenizer = build(**options)
+    for line in reports(model, tokenizer, num_prompts):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,11 @@ keeps those, and writes a file that `dataset_name` takes. Stopped at any point, 
 """
 
 import argparse
-import json
+import functools
 import sys
 from pathlib import Path
 
 from trl_capo.cli import main as cli_main
-from trl_capo.files import replacing, write_json
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -63,21 +62,34 @@ def main(argv: list[str] | None = None) -> None:
     (check if args.command == "check" else keep_mixed)(args)
 
 
+def reader(args: argparse.Namespace):
+    """`load_split` with the columns and the split of the command."""
+    from trl_capo.data.splits import load_split
+    from trl_capo.data.training import DataArguments
+
+    columns = dict(dataset_prompt_column=args.prompt_column, dataset_solution_column=args.solution_column)
+    prompts = dict(system_prompt=args.system_prompt, prompt_template=args.prompt_template)
+    return functools.partial(
+        load_split, args=DataArguments(**columns, **prompts), config=args.config, split=args.split
+    )
+
+
 def check(args: argparse.Namespace) -> None:
     """Print, and perhaps write, the health of each dataset."""
     from transformers import AutoTokenizer
 
-    from trl_capo.data.arithmetic import model_path
     from trl_capo.data.catalogue import CATALOGUE
-    from trl_capo.evaluation.health import health
+    from trl_capo.evaluation.health import health, print_health
+    from trl_capo.files import write_json
+    from trl_capo.models.source import model_path
 
     tokenizer = AutoTokenizer.from_pretrained(model_path(args.model)) if args.model else None
-    against = {name: load(name, args) for name in args.against}
+    load = reader(args)
+    against = {name: load(name) for name in args.against}
+    options = dict(against=against, tokenizer=tokenizer, normalize_operators=args.normalize_operators)
     found = {}
     for name in args.names:
-        found[name] = health(
-            load(name, args), against=against, tokenizer=tokenizer, normalize_operators=args.normalize_operators
-        )
+        found[name] = health(load(name), **options)
         if name in CATALOGUE:
             found[name] |= {"expected_rows": CATALOGUE[name].num_rows, "licence": CATALOGUE[name].licence}
     print_health(found)
@@ -85,84 +97,20 @@ def check(args: argparse.Namespace) -> None:
         write_json(Path(args.output), found)
 
 
-def load(name: str, args: argparse.Namespace):
-    """One split of a dataset, as conversations."""
-    from trl_capo.data.arithmetic import SPLITS
-    from trl_capo.data.catalogue import CATALOGUE
-    from trl_capo.data.training import DataArguments, load_splits
-
-    wanted = DataArguments(
-        dataset_prompt_column=args.prompt_column,
-        dataset_solution_column=args.solution_column,
-        system_prompt=args.system_prompt,
-        prompt_template=args.prompt_template,
-    )
-    if name.startswith("arithmetic_") and name.removeprefix("arithmetic_") in SPLITS:
-        return load_splits("arithmetic", None, wanted)[name.removeprefix("arithmetic_")]
-    splits = load_splits(name, args.config, wanted)
-    split = CATALOGUE[name].split if name in CATALOGUE else args.split
-    if split not in splits:
-        raise ValueError(f"{name} has no split {split!r}: --split takes one of {', '.join(splits)}.")
-    rows = splits[split]
-    if "solution" not in rows.column_names:
-        raise ValueError(
-            f"{name} has no column 'solution', only {', '.join(rows.column_names)}. Name the one that holds the gold "
-            "answers with --solution_column."
-        )
-    return rows
-
-
-def print_health(found: dict[str, dict]) -> None:
-    """A table, one column a dataset, then examples of what is wrong."""
-    from rich.console import Console
-    from rich.table import Table
-
-    lines = {
-        "rows": lambda of: f"{of['rows']:,}" + (f" of {of['expected_rows']:,}" if "expected_rows" in of else ""),
-        "licence": lambda of: of.get("licence", "-"),
-        "empty questions": lambda of: of["empty_questions"],
-        "repeated questions": lambda of: of["repeated_questions"],
-        "gold answers missing": lambda of: of["missing_golds"],
-        "gold answers not readable": lambda of: of["unreadable_golds"],
-        "gold answers that fail themselves": lambda of: of["golds_that_fail_themselves"],
-    }
-    first = next(iter(found.values()))
-    for name in first["shared_questions"]:
-        lines[f"questions shared with {name}"] = lambda of, name=name: of["shared_questions"][name]
-    for name in first.get("prompt_tokens", ()):
-        lines[f"tokens of a prompt: {name}"] = lambda of, name=name: of["prompt_tokens"][name]
-    table = Table(header_style="bold")
-    table.add_column("")
-    for name in found:
-        table.add_column(name, justify="right")
-    for line, value in lines.items():
-        table.add_row(line, *(str(value(of)) for of in found.values()))
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table)
-    for name, of in found.items():
-        for kind, examples in of["examples"].items():
-            for example in examples:
-                console.print(f"{name}, {kind.replace('_', ' ')}: {example}", highlight=False, markup=False)
-
-
 def keep_mixed(args: argparse.Namespace) -> None:
     """Sample and grade every question with `trl-capo evaluate`, and write those with mixed outcomes."""
+    from trl_capo.evaluation.mixed import check_bounds, write_mixed
     from trl_capo.evaluation.run import folder_names, patient_state
     from trl_capo.preflight.checks import check_output_dir
     from trl_capo.scripts import evaluate
 
-    if not 0 <= args.lowest < args.highest <= 1:
-        raise ValueError(
-            f"--lowest and --highest must be 0 <= lowest < highest <= 1, got {args.lowest}, {args.highest}."
-        )
-    if args.num_samples < 2:
-        raise ValueError(f"--num_samples must be at least 2, or no outcome is mixed; got {args.num_samples}.")
+    check_bounds(args.lowest, args.highest, args.num_samples)
     check_output_dir(args.output_dir)
     check_output_dir(str(Path(args.output).parent))
     state = patient_state()
     questions = Path(args.output_dir) / "questions.parquet"
     with state.main_process_first():
-        rows = load(args.name, args).select_columns(["prompt", "solution"])
+        rows = reader(args)(args.name).select_columns(["prompt", "solution"])
     rows = rows.select(range(min(args.num_prompts or len(rows), len(rows))))
     if state.is_main_process:
         rows.to_parquet(str(questions))
@@ -173,40 +121,13 @@ def keep_mixed(args: argparse.Namespace) -> None:
         options.append(f"--chat_template_kwargs={args.chat_template_kwargs}")
     evaluate.main([args.model, "--benchmark", str(questions), *options])
     if state.is_main_process:
-        write_mixed(rows, Path(args.output_dir) / folder_names([args.model])[0], args)
-
-
-def write_mixed(rows, samples: Path, args: argparse.Namespace) -> None:
-    """The questions whose pass rate lies between the two bounds, with it, one JSON a line.
-
-    They are written as they were before the template, which the training puts around them again.
-    """
-    import numpy as np
-
-    from trl_capo.evaluation.samples import read_samples
-
-    (of,) = read_samples(samples)
-    readable = np.isfinite(of.correct).all(axis=1)
-    rates = np.where(readable, of.correct.mean(axis=1), np.nan)
-    kept = np.flatnonzero((rates > args.lowest) & (rates < args.highest))
-    plain = argparse.Namespace(**{**vars(args), "system_prompt": None, "prompt_template": None})
-    raw = load(args.name, plain)
-    with replacing(Path(args.output)) as path, path.open("w", encoding="utf-8") as file:
-        for row in kept.tolist():
-            messages = raw[row]["prompt"]
-            prompt = messages[0]["content"] if len(messages) == 1 else messages
-            line = {"prompt": prompt, "solution": raw[row]["solution"], "pass_rate": float(rates[row])}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    shares = {
-        "kept": len(kept),
-        "always right": int((rates == 1).sum()),
-        "never right": int((rates == 0).sum()),
-        "without a readable gold answer": int((~readable).sum()),
-    }
-    rest = len(rows) - sum(shares.values())
-    print(", ".join(f"{count:,} {name}" for name, count in (shares | {"outside the bounds": rest}).items() if count))
-    template = f" --prompt_template {args.prompt_template}" if args.prompt_template else ""
-    print(f"What to type next: trl-capo train --config RECIPE --dataset_name {args.output}{template}")
+        # As they were before the template, which the training puts around them again.
+        plain = argparse.Namespace(**{**vars(args), "system_prompt": None, "prompt_template": None})
+        samples = Path(args.output_dir) / folder_names([args.model])[0]
+        counts = write_mixed(Path(args.output), reader(plain)(args.name), samples, args.lowest, args.highest)
+        print(", ".join(f"{count:,} {what}" for what, count in counts.items() if count))
+        template = f" --prompt_template {args.prompt_template}" if args.prompt_template else ""
+        print(f"What to type next: trl-capo train --config RECIPE --dataset_name {args.output}{template}")
 
 
 if __name__ == "__main__":

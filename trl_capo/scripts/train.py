@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
 
     from trl import get_peft_config, get_quantization_config
 
+    from trl_capo.publish.push import push_trained
     from trl_capo.publish.record import write_reproduction
-    from trl_capo.scripts.push import push_trained
     from trl_capo.trainer.resume import checkpoint_to_resume
 
     resume_from = checkpoint_to_resume(training_args)

@@ -26,17 +26,9 @@ from trl_capo.errors import UserError
 from trl_capo.files import write_json
 from trl_capo.preflight.checks import check_same_checkpoint, steps_between_generations
 from trl_capo.publish.card import forget_calibration
-from trl_capo.trainer.checkpoints import (
-    MANIFEST,
-    STATE_FILE,
-    Run,
-    begin_run,
-    checkpoint_step,
-    last_complete_checkpoint,
-    remove_old_checkpoints,
-    write_manifest,
-)
+from trl_capo.trainer.checkpoints import begin_run, last_complete_checkpoint, remove_old_checkpoints
 from trl_capo.trainer.finite import check_gradient_norm, check_parameters
+from trl_capo.trainer.manifest import MANIFEST, STATE_FILE, Run, checkpoint_step, write_manifest
 from trl_capo.trainer.publishing import PublishingGRPOTrainer
 from trl_capo.trainer.resume import (
     StreamPosition,

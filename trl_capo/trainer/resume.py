@@ -7,14 +7,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from trl_capo.errors import UserError
-from trl_capo.trainer.checkpoints import (
-    Checkpoint,
-    Run,
-    Search,
-    check_checkpoint_of,
-    chosen_checkpoint,
-    find_checkpoint,
-)
+from trl_capo.trainer.checkpoints import Search, check_checkpoint_of, chosen_checkpoint, find_checkpoint
+from trl_capo.trainer.manifest import Checkpoint, Run
 from trl_capo.trainer.resume_options import changed_options
 
 

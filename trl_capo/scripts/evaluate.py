@@ -21,6 +21,7 @@ from pathlib import Path
 from trl_capo.cli import main as cli_main
 from trl_capo.errors import UserError
 from trl_capo.files import check_names, remember_settings, write_json
+from trl_capo.progress import report_progress
 
 
 PROMPTS_PER_PART = 32  # at most; kept, and lost if the run is killed, together
@@ -60,6 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="variables of the chat template, e.g. '{\"enable_thinking\": false}' (default: those of the training)",
     )
     parser.add_argument("--output_dir", default="runs/evaluation", help="where everything goes (default: %(default)s)")
+    parser.add_argument("--names", nargs="+", help="folders for the models in it (default: the last part of each)")
     return parser
 
 
@@ -90,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     sampling = {name: getattr(args, name) for name in SAMPLING}
     sampling |= {"normalize_operators": True} if args.normalize_operators else {}
     sampling["engine"] = choose_engine(args.engine)
-    folders = [Path(args.output_dir) / name for name in folder_names(args.models)]
+    folders = [Path(args.output_dir) / name for name in folder_names(args.models, args.names)]
     for model in args.models:
         check_model(model, data, args.max_new_tokens, args.chat_template_kwargs)
     for model, folder in zip(args.models, folders, strict=True):
@@ -331,8 +333,13 @@ def graded_table(benchmark: str, first_prompt: int, rows, samples, normalize_ope
     return pa.table(columns, schema=schema(list(samples.statistics)))
 
 
-def folder_names(models: list[str]) -> list[str]:
-    """The last part of each model's path, numbered where that is taken."""
+def folder_names(models: list[str], chosen: list[str] | None = None) -> list[str]:
+    """Those that were chosen, or the last part of each model's path, numbered where that is taken."""
+    if chosen is not None:
+        if len(chosen) != len(models):
+            raise UserError(f"--names needs one name for each of the {len(models)} models, got {len(chosen)}.")
+        check_names("--names", chosen)
+        return chosen
     names: list[str] = []
     for model in models:
         name = Path(os.path.abspath(model)).name
@@ -368,6 +375,8 @@ def _with_progress(
     shown = dict(desc=name, unit="sample", position=position, disable=not state.is_local_main_process)
     with tqdm(total=total, **shown) as bar:
         for part in parts:
+            if state.is_main_process:
+                report_progress(bar.n, total, "sample")
             yield part
             bar.update((part[2] - part[1]) * num_samples)
 

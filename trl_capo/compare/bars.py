@@ -34,7 +34,8 @@ class Bars(AbstractContextManager):
                 self._bars[line] = bar
             if report["done"] != bar.n:
                 bar.set_postfix({key: f"{number:.2f}" for key, number in report["numbers"].items()}, refresh=False)
-                bar.update(report["done"] - bar.n)
+                bar.n = report["done"]
+                bar.refresh()  # `update` would leave out what comes soon after the last
 
     def __exit__(self, *error) -> None:
         self.show({})

@@ -24,8 +24,8 @@ BENCHMARKS = ["arithmetic_test_2", "arithmetic_test_3", "arithmetic_test_4", "ar
 MODELS = (BASE, "grpo", "capo")
 
 
-# What both have, and what defines them; also `recipes/arithmetic/*/`. Tau was chosen on the validation split, with other
-# seeds (`benchmarks/results/demo_tau.md`).
+# What both have, and what defines them; also `recipes/arithmetic/*/`. Tau was chosen on the validation split, with
+# other seeds (`benchmarks/results/demo_tau.md`).
 SHARED = dict(
     learning_rate=1e-4,
     lr_scheduler_type="constant",

@@ -220,10 +220,12 @@ def is_done(world: str, method: str, seed: int, tune: bool) -> bool:
 
 def options_of(world: str, method: str, seed: int, tune: bool) -> dict:
     """Options of a run: those of `trl-capo demo`, what the world changes, what the method changes."""
-    from trl_capo.scripts.demo import training_options
+    from trl_capo.compare import demo
 
-    options = training_options("grpo", WORLDS[world].steps, seed)
+    options = demo.SHARED | demo.OWN["grpo"]
     options |= dict(
+        max_steps=WORLDS[world].steps,
+        seed=seed,
         learning_rate=WORLDS[world].learning_rate,
         lr_scheduler_type=WORLDS[world].schedule,
         save_strategy="no",
@@ -236,8 +238,9 @@ def options_of(world: str, method: str, seed: int, tune: bool) -> dict:
 def run(world: str, method: str, seed: int, tune: bool, deadline: float) -> bool:
     """Train, evaluate at every checkpoint, save; False if there is no time left for it."""
     import torch
+    from quiet import be_quiet
 
-    from trl_capo.scripts.demo import be_quiet
+    from trl_capo.files import replacing, write_text
 
     started, path = time.time(), result_path(world, method, seed, tune)
     longest = max([json.loads(p.read_text())["seconds"] for p in path.parent.glob("*.json")] + [LONGEST_RUN])
@@ -260,14 +263,11 @@ def run(world: str, method: str, seed: int, tune: bool, deadline: float) -> bool
         "versions": {name: version(name) for name in ("torch", "trl", "transformers")},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     if not tune:
         arrays = {step: arrays for step, (_, arrays) in evaluations.items()}
-        with partial.open("wb") as file:
+        with replacing(path.with_suffix(".npz")) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **_compact(method, arrays))
-        partial.replace(path.with_suffix(".npz"))
-    partial.write_text(json.dumps(summary, indent=1))
-    partial.replace(path)  # last: it says that the run is complete
+    write_text(path, json.dumps(summary, indent=1))  # last: it says that the run is complete
     return True
 
 

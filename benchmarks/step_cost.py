@@ -25,7 +25,6 @@ import copy
 import gc
 import itertools
 import json
-import logging
 import platform
 import statistics
 import sys
@@ -41,8 +40,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from datasets import Dataset
+from quiet import be_quiet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
@@ -513,11 +512,6 @@ def seconds_of_generation(args, model, tokenizer) -> float:
     if args.device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def be_quiet() -> None:
-    logging.disable(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
 
 
 def sweep(args: argparse.Namespace, model, tokenizer) -> list[dict]:

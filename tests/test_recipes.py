@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from tests.data.standins import make_repositories, question
+from trl_capo.compare.demo import OWN as DEMO_OWN
+from trl_capo.compare.demo import SHARED as DEMO_SHARED
+from trl_capo.compare.plan import read_plan, recipe
 from trl_capo.recipe import make_parser
-from trl_capo.scripts.compare import read_plan, recipe
-from trl_capo.scripts.demo import training_options
 from trl_capo.scripts.train import main
 
 
@@ -156,7 +157,7 @@ def test_dry_run_of_the_comparison(method, stand_ins, tmp_path, monkeypatch, cap
     plan = read_plan("recipes/Qwen2.5-Math-1.5B/compare.yaml")
     assert set(plan.methods) == {"grpo", "capo", "gspo", "codapo", "cde", "simko"}
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe(plan, method, 0), sort_keys=False))
+    path.write_text(yaml.safe_dump(recipe(plan, method, 0, "runs/compare"), sort_keys=False))
     main(
         ["--config", str(path), "--model_name_or_path", str(stand_ins / "Qwen2.5-Math-1.5B"), "--dry-run"]
         + ["--num_train_prompts", "160"]
@@ -173,7 +174,7 @@ def test_dry_run_of_the_comparison(method, stand_ins, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("method", ["capo", "grpo"])
 def test_arithmetic_recipe_is_the_demo(method):
     _, training, model = parse(Path(f"recipes/arithmetic/{method}/config_demo.yaml"))
-    options = training_options(method, steps=training.max_steps, seed=training.seed)
+    options = DEMO_SHARED | DEMO_OWN[method]
     assert model.model_name_or_path == "arithmetic-base"
     for name, value in options.items():
         if name != "report_to":

@@ -1,12 +1,18 @@
-"""The plan of `trl-capo compare`: read, and checked as a whole before anything runs."""
+"""The plan of `trl-capo compare`: read, checked as a whole before anything runs, and its runs.
+
+The YAML names what all share, what each method changes, the seeds, the benchmarks, and the one configuration that the
+others are compared with, which is to be chosen beforehand.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any
+from pathlib import Path
 
+from trl_capo.compare.runner import Run, evaluation_options
 from trl_capo.errors import UserError, UserErrors
 from trl_capo.evaluation.options import check_numbers, make_parser
 from trl_capo.files import check_names
@@ -63,6 +69,36 @@ def read_plan(path: str) -> Plan:
     for benchmark in plan.benchmarks:
         load_benchmark(benchmark, plan.evaluate.get("num_prompts"))
     return plan
+
+
+def runs_of(plan: Plan) -> dict[str, dict[int | None, Run]]:
+    """Its runs by method and seed; first `BASE`, which has no seed."""
+    base = plan.train["model_name_or_path"]
+    runs: dict[str, dict[int | None, Run]] = {BASE: {None: _run(plan, BASE, None, base)}}
+    for name in plan.methods:
+        runs[name] = {seed: _run(plan, name, seed, None) for seed in plan.seeds}
+    return runs
+
+
+def _run(plan: Plan, name: str, seed: int | None, model: str | None) -> Run:
+    from trl_capo.report.comparison import run_name
+
+    folder = Path(plan.output_dir) / run_name(name, seed)
+    trained = str(folder / "model")
+    return Run(
+        name=run_name(name, seed),
+        folder=folder,
+        recipe=None if model else recipe(plan, name, seed, trained),
+        model=model or trained,
+        evaluation=folder / "evaluation" / Path(os.path.abspath(model or trained)).name,
+        benchmarks=plan.benchmarks,
+        options=plan.evaluate,
+    )
+
+
+def recipe(plan: Plan, name: str, seed: int | None, output_dir: str) -> dict:
+    """Options of `trl-capo train` for a run."""
+    return plan.train | plan.methods[name] | {"seed": seed, "output_dir": output_dir}
 
 
 def _shapes(path: str, plan: Plan) -> Iterator[str]:
@@ -128,7 +164,7 @@ def _options(path: str, plan: Plan) -> Iterator[str]:
             check_recipe(f"{path}, {name}", plan.train | options, method)
         except UserError as error:
             yield str(error)
-    for key in {"models", "benchmark", "output_dir"} & plan.evaluate.keys():
+    for key in {"models", "benchmark", "output_dir", "names"} & plan.evaluate.keys():
         yield f"{path}: evaluate: {key} comes from the plan itself. Remove it."
     for key, value in plan.evaluate.items():
         if not isinstance(key, str) or not isinstance(value, (str, int, float)) or value is False:
@@ -147,11 +183,3 @@ def _options(path: str, plan: Plan) -> Iterator[str]:
         check_numbers(args)
     except (UserError, ValueError) as error:
         yield str(error) if path in str(error) else f"{path}: evaluate: {error}"
-
-
-def evaluation_options(benchmarks: list[str], options: dict[str, Any]) -> list[str]:
-    """Options of `trl-capo evaluate` as words."""
-    words = ["--benchmark", *benchmarks]
-    for name, value in options.items():
-        words += [f"--{name}"] if value is True else [f"--{name}={value}"]
-    return words

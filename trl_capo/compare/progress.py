@@ -1,32 +1,22 @@
-"""A progress bar for training runs that share one terminal."""
+"""What a training reports while it runs: steps done, and accuracy and calibration of the last logging window."""
 
-from tqdm import tqdm
 from transformers import TrainerCallback
+
+from trl_capo.progress import report_progress
 
 
 class RunProgress(TrainerCallback):
-    """One line a run: steps done, and accuracy and calibration of the last logging window.
+    """Reports every step to the command that started this one (see `report_progress`)."""
 
-    Args:
-        name: What stands before the bar.
-        position: Line of the bar, counted from 0, among those of other processes.
-    """
-
-    def __init__(self, name: str, position: int = 0):
-        self.name = name
-        self.position = position
+    def __init__(self):
+        self.numbers = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=self.name, unit="step", position=self.position
-        )
+        if state.is_world_process_zero:
+            report_progress(state.global_step, state.max_steps, "step", **self.numbers)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update()
+    on_step_end = on_train_begin
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and logs.get("capo/auc_within") is not None:
-            self.bar.set_postfix(accuracy=f"{logs['reward']:.2f}", auc_within=f"{logs['capo/auc_within']:.2f}")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
+            self.numbers = {"accuracy": logs.get("reward"), "auc_within": logs["capo/auc_within"]}

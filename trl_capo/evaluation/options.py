@@ -38,6 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="variables of the chat template, e.g. '{\"enable_thinking\": false}' (default: those of the training)",
     )
     parser.add_argument("--output_dir", default="runs/evaluation", help="where everything goes (default: %(default)s)")
+    parser.add_argument("--names", nargs="+", help="folders for the models in it (default: the last part of each)")
     return parser
 
 

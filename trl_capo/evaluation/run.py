@@ -32,6 +32,7 @@ from trl_capo.models.chat_templates import with_defaults
 from trl_capo.models.messages import question_of
 from trl_capo.models.prompts import check_lengths, tokenize
 from trl_capo.models.source import model_path
+from trl_capo.progress import report_progress
 
 
 PROMPTS_PER_PART = 32  # at most; kept, and lost if the run is killed, together
@@ -44,7 +45,9 @@ def patient_state():
     return PartialState(timeout=timedelta(weeks=1))
 
 
-def evaluate_all(models: list[str], data: dict, output_dir: str | Path, state, **sampling) -> list[Path]:
+def evaluate_all(
+    models: list[str], data: dict, output_dir: str | Path, state, names: list[str] | None = None, **sampling
+) -> list[Path]:
     """Evaluate models one after the other, each in a folder of its own; all are checked before any is sampled.
 
     Args:
@@ -52,6 +55,7 @@ def evaluate_all(models: list[str], data: dict, output_dir: str | Path, state, *
         data: Questions by benchmark, from `load_benchmark`.
         output_dir: Where the folders go.
         state: accelerate's `PartialState`.
+        names: Names of the folders; None: see `folder_names`.
         sampling: See `evaluate`; an `engine` may also be "auto".
 
     Returns:
@@ -61,7 +65,7 @@ def evaluate_all(models: list[str], data: dict, output_dir: str | Path, state, *
         ValueError: A model cannot be asked these questions, or a folder holds another evaluation.
     """
     sampling["engine"] = choose_engine(sampling.get("engine", "auto"))
-    folders = [Path(output_dir) / name for name in folder_names(models)]
+    folders = [Path(output_dir) / name for name in folder_names(models, names)]
     for model in models:
         check_model(model, data, sampling.get("max_new_tokens"), sampling.get("chat_template_kwargs"))
     for model, folder in zip(models, folders, strict=True):
@@ -72,8 +76,13 @@ def evaluate_all(models: list[str], data: dict, output_dir: str | Path, state, *
     return folders
 
 
-def folder_names(models: list[str]) -> list[str]:
-    """The last part of each model's path, numbered where that is taken."""
+def folder_names(models: list[str], chosen: list[str] | None = None) -> list[str]:
+    """Those that were chosen, or the last part of each model's path, numbered where that is taken."""
+    if chosen is not None:
+        if len(chosen) != len(models):
+            raise UserError(f"--names needs one name for each of the {len(models)} models, got {len(chosen)}.")
+        check_names("--names", chosen)
+        return chosen
     names: list[str] = []
     for model in models:
         name = Path(os.path.abspath(model)).name
@@ -240,5 +249,7 @@ def _with_progress(
     shown = dict(desc=name, unit="sample", position=position, disable=not state.is_local_main_process)
     with tqdm(total=total, **shown) as bar:
         for part in parts:
+            if state.is_main_process:
+                report_progress(bar.n, total, "sample")
             yield part
             bar.update((part[2] - part[1]) * num_samples)

@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from trl import get_peft_config, get_quantization_config
 
+    from trl_capo.compare.progress import RunProgress
     from trl_capo.publish.push import push_trained
     from trl_capo.publish.record import write_reproduction
     from trl_capo.trainer.resume import checkpoint_to_resume
@@ -78,11 +79,13 @@ def main(argv: list[str] | None = None) -> int:
         eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
+        callbacks=[RunProgress()],
     )
     write_reproduction(trainer, argv, *resolved_options(argv, method, config_path), resume_from)
     if resume_from is not None:
         trainer.accelerator.print(f"⏩ Resuming from {resume_from}.")
     trainer.train(resume_from_checkpoint=resume_from)
+    trainer.save_state()
     trainer.accelerator.print("✅ Training completed.")
 
     trainer.save_model(training_args.output_dir, _internal_call=True)  # or it would push before the card is written

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from trl_capo import cli
+from trl_capo.compare.demo import what_to_look_at
 from trl_capo.evaluation.samples import read_samples
-from trl_capo.scripts.demo import _say_what_to_look_at
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +42,14 @@ def test_numbers_are_those_of_the_samples(finished):
 
 
 def test_finished_parts_are_kept_missing_ones_resumed_and_the_table_printed(finished, capfd):
-    """As if stopped twice: GRPO after its last checkpoint, CAPO and its evaluation in the middle."""
+    """As if stopped twice: GRPO after its last checkpoint, the evaluation of CAPO in the middle."""
     folder, arguments = finished
     first = json.loads((folder / "results.json").read_text())
-    for name in ("grpo/history.json", "grpo/model.safetensors", "evaluation/capo/samples.parquet", "results.json"):
+    for name in ("grpo/model.safetensors", "evaluation/capo/samples.parquet", "results.json"):
         (folder / name).unlink()
     kept = {
-        name: (folder / name).stat().st_mtime_ns for name in ("capo/history.json", "evaluation/base/samples.parquet")
+        name: (folder / name).stat().st_mtime_ns
+        for name in ("capo/model.safetensors", "evaluation/base/samples.parquet")
     }
     capfd.readouterr()
     assert cli.main(arguments) == 0
@@ -77,11 +78,10 @@ def test_bad_numbers(capsys):
     assert "must be at least 1, got 0" in capsys.readouterr().err
 
 
-def test_an_undefined_auc_does_not_end_the_demo(finished, capsys):
+def test_an_undefined_auc_does_not_end_the_demo(finished):
     """With one sample a prompt there is no pair."""
     folder, _ = finished
     results = json.loads((folder / "results.json").read_text())
     for benchmark in results["models"]["capo"].values():
         benchmark["auc_within"] = None
-    _say_what_to_look_at(results, folder)
-    assert "AUC within undefined, accuracy " in capsys.readouterr().out
+    assert "AUC within undefined, accuracy " in what_to_look_at(results, folder)

@@ -1,0 +1,65 @@
+"""A plan is checked as a whole before anything runs."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.compare.plans import plan_for
+from trl_capo import cli
+from trl_capo.compare.plan import read_plan
+from trl_capo.compare.runner import evaluation_options
+from trl_capo.methods import METHODS
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(baseline="none"), "baseline must be one of grpo, capo, broken"),
+        (dict(extra=1), "must hold baseline, methods, train, benchmarks, seeds and may hold"),
+        (dict(methods=dict(grpo=dict(method="ppo"))), "grpo needs a `method` of"),
+        (dict(methods=dict(grpo=dict(method="grpo", tau=1))), "unknown key 'tau'. It is an option of capo"),
+        (dict(methods=dict(grpo=None)), "grpo needs a `method` of"),
+        (dict(seeds=[0, 0]), "no seed may be named twice, but 0 is"),
+        *((dict(seeds=[seed]), f"from 0 to 4294967295, got {seed!r}") for seed in (-1, "1", 1.5, True, None, 2**32)),
+        (dict(seeds=[]), "seeds must be a list of whole numbers, got []"),
+        (dict(seeds=3), "seeds must be a list of whole numbers, got 3"),
+        *(
+            (dict(baseline=name, methods={name: dict(method="grpo")}), "becomes the name of a file or folder")
+            for name in ("../x", "..", "/x", "", "a/b", "a\\b", ".x", "-x", "NUL", "a\nb", "x" * 300, 5)
+        ),
+        (dict(methods=dict(grpo=dict(method="grpo"), GRPO=dict(method="grpo"))), "'grpo' and 'GRPO' would become one"),
+        (dict(baseline="Base", methods=dict(Base=dict(method="grpo"))), "no method may be called 'base'"),
+        (dict(methods=dict(grpo=dict(method="grpo", seed=1))), "seed comes from the seeds"),
+        (dict(methods=dict(grpo=dict(method="grpo", env=dict(LD_PRELOAD="x")))), "env may not set 'LD_PRELOAD'"),
+        (dict(output_dir=""), "output_dir must be the path of a folder, got ''"),
+        (dict(evaluate=dict(output_dir="x")), "output_dir comes from the plan itself"),
+        (dict(evaluate=dict(temperature=-1)), "must be positive, got -1.0"),
+        (dict(benchmarks=["arithmetic_9"]), "there is no benchmark"),
+    ],
+)
+def test_a_plan_that_cannot_work_is_refused(tmp_path, capsys, changes, message):
+    assert cli.main(["compare", plan_for(tmp_path, **changes)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_problems_of_a_plan_are_named_at_once(tmp_path, capsys):
+    methods = {"a/b": dict(method="grpo"), "x": dict(method="capo", tau="high")}
+    assert cli.main(["compare", plan_for(tmp_path, baseline="x", seeds=[-1, "2"], methods=methods)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and all(line.startswith("trl-capo compare: error: ") for line in lines)
+    for wanted in ("'a/b' contains '/'", "got -1", "got '2'", "tau must be a number, got 'high'"):
+        assert sum(wanted in line for line in lines) == 1
+
+
+def test_unknown_options_of_the_evaluation_are_refused(tmp_path, capsys):
+    assert cli.main(["compare", plan_for(tmp_path, evaluate=dict(num_sample=4))]) == 2
+    assert "--num_sample" in capsys.readouterr().err
+    words = evaluation_options(["b"], dict(statistics=True, seed=1))
+    assert words == ["--benchmark", "b", "--statistics", "--seed=1"]
+
+
+def test_the_recipe_holds_every_method(repository):
+    plan = read_plan(str(repository / "recipes" / "arithmetic" / "compare.yaml"))
+    assert {options["method"] for options in plan.methods.values()} == set(METHODS)
+    assert Path(plan.output_dir).parts[0] == "runs"

@@ -1,0 +1,300 @@
+"""Runs: a training and its evaluation each, in folders of their own, several at a time, whatever was interrupted.
+
+Each run is a `trl-capo train` and a `trl-capo evaluate`, processes of their own: stopped at any point, the same call
+resumes; a run that fails is named and leaves the others alone; a run that another process works on is left to it. A
+run counts as complete while its weights, samples and summary are what they were when it ended.
+
+Runs at a time share the machine: each has its part of the cores and, where there are GPUs, one of them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import yaml
+
+from trl_capo.compare.bars import Bars
+from trl_capo.errors import one_line
+from trl_capo.files import check_settings, remember_settings, write_json, write_text
+from trl_capo.processes import Children
+from trl_capo.progress import PROGRESS
+from trl_capo.workers import num_cores
+
+
+WORK = "work.json"  # whether a run is trained, its files once it is complete, and the seconds that it took
+REPORTS = "progress.json"  # what its commands report
+_children = Children()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model that is trained, or is there, and its evaluation.
+
+    Attributes:
+        name: For people.
+        folder: Of its lock, recipe, settings, logs and `WORK`.
+        recipe: Options of `trl-capo train`, `output_dir` among them; None if nothing is trained.
+        model: The folder that is trained; else what `trl-capo evaluate` takes.
+        evaluation: Folder of the samples and their summary.
+        benchmarks: What it is asked.
+        options: Of `trl-capo evaluate`, by name.
+    """
+
+    name: str
+    folder: Path
+    recipe: dict[str, Any] | None
+    model: str
+    evaluation: Path
+    benchmarks: list[str]
+    options: dict[str, Any]
+
+
+def evaluation_options(benchmarks: list[str], options: dict[str, Any]) -> list[str]:
+    """Options of `trl-capo evaluate` as words."""
+    words = ["--benchmark", *benchmarks]
+    for name, value in options.items():
+        words += [f"--{name}"] if value is True else [f"--{name}={value}"]
+    return words
+
+
+def check_runs(runs: Iterable[Run]) -> None:
+    """Refuse folders that hold runs of other options, all before the first one starts."""
+    for run in runs:
+        if run.recipe is not None:
+            check_settings(run.folder, run.recipe, "a run")
+
+
+def run_all(
+    runs: Sequence[Run],
+    shares: Sequence[dict[str, str]],
+    minutes: float | None = None,
+    *,
+    title: str = "compare",
+    say: Callable[[str], None] = print,
+) -> list[Path]:
+    """Run what is not done, one run a share of the machine at a time.
+
+    Args:
+        runs: In the order in which they are started.
+        shares: Environment variables of the runs at a time, from `shares_of_the_machine`.
+        minutes: Start none that would end later, by what the runs before took.
+        title: Of the bar that counts runs.
+        say: Gets messages.
+
+    Returns:
+        Logs of what failed.
+    """
+    from tqdm import tqdm
+
+    _children.stopped = False
+    runs = [run for run in runs if not is_done(run)]
+    started, failed, postponed = time.time(), [], []
+    free: SimpleQueue = SimpleQueue()
+    for line_and_share in enumerate(shares, start=1):
+        free.put(line_and_share)
+    running: dict[int, tuple[str, Path]] = {}
+
+    def work(run: Run) -> Path | None:
+        if minutes is not None and time.time() - started + seconds_of_a_run(run.folder.parent) > 60 * minutes:
+            postponed.append(run)
+            return None
+        line, share = free.get()
+        try:
+            running[line] = run.name, run.folder / REPORTS
+            return do(run, share, say)
+        finally:
+            running.pop(line, None)
+            free.put((line, share))
+
+    with (
+        ThreadPoolExecutor(len(shares)) as pool,
+        tqdm(total=len(runs), unit="run", desc=title) as bar,
+        Bars() as bars,
+    ):
+        futures = {pool.submit(work, run) for run in runs}
+        try:
+            while futures:
+                ended, futures = wait(futures, timeout=0.5, return_when=FIRST_COMPLETED)
+                bars.show(dict(running))
+                for future in ended:
+                    if (log := future.result()) is not None:
+                        failed.append(log)
+                        bar.write(f"failed: {log}: {_last_line(log)}")
+                    bar.update()
+                    bar.set_postfix_str(f"{len(postponed)} postponed" if postponed else "")
+        except BaseException:  # Ctrl-C, a full disk: start nothing more
+            pool.shutdown(wait=False, cancel_futures=True)
+            _children.stop()
+            raise
+    if postponed:
+        say(f"{len(postponed)} runs were not started: they would have ended after --minutes {minutes:g}.")
+    return failed
+
+
+def shares_of_the_machine(workers: int, use_cpu: bool = False) -> list[dict[str, str]]:
+    """Environment variables of each of the runs at a time.
+
+    Args:
+        workers: How many these are.
+        use_cpu: Leave the GPUs alone.
+
+    Raises:
+        ValueError: GPUs are to be used, and there are fewer than workers.
+    """
+    import torch
+
+    share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, num_cores() // workers))}
+    if use_cpu:
+        return [share | {"CUDA_VISIBLE_DEVICES": ""}] * workers
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible and visible != "-1" else [str(i) for i in range(torch.cuda.device_count())]
+    if not gpus:
+        return [share] * workers
+    if workers > len(gpus):
+        raise ValueError(f"--workers {workers}: each run needs a GPU of its own, and {len(gpus)} can be seen.")
+    return [share | {"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:workers]]
+
+
+def seconds_of_a_run(folder: Path) -> float:
+    """How long the next one may take: half as long again as the median of those that are done; 0 while none is.
+
+    Args:
+        folder: What holds the folders of the runs.
+    """
+    works = [read_work(path.parent)["seconds"] for path in folder.glob(f"*/{WORK}")]
+    known = [sum(seconds.values()) for seconds in works if len(seconds) == 2]
+    return 1.5 * statistics.median(known) if known else 0.0
+
+
+def do(run: Run, share: dict[str, str], say: Callable[[str], None] = print) -> Path | None:
+    """Train and evaluate, each as a process of its own; returns the log of the one that failed.
+
+    Args:
+        run: Which.
+        share: Environment variables that say which part of the machine is its own.
+        say: Gets messages.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with (run.folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"{run.folder} is being worked on by another process: left to it.")
+            return None
+        work = read_work(run.folder)
+        steps = {}
+        if run.recipe is not None:
+            recipe = run.folder / "recipe.yaml"
+            remember_settings(run.folder, run.recipe, "a run")
+            write_text(recipe, yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True))
+            steps["train"] = ["--config", str(recipe), "--resume_from_checkpoint", "true"]
+            recorded = {name: size for name, size in work["complete"].items() if _is_weight(name)}
+            if work["complete"] and not _unchanged(run, recorded):
+                say(f"The weights in {run.model} changed or are missing: this run is repeated.")
+                work["trained"] = False
+                shutil.rmtree(run.evaluation, ignore_errors=True)  # of weights that are gone
+            work["trained"] &= any(map(_is_weight, _files(run)))
+        where = ["--output_dir", str(run.evaluation.parent), "--names", run.evaluation.name]
+        steps["evaluate"] = [run.model, *evaluation_options(run.benchmarks, run.options), *where]
+        work["complete"] = {}
+        work["threads"] = int(share["OMP_NUM_THREADS"])
+        for command, options in steps.items():
+            if command == "train" and work["trained"]:
+                continue
+            begin, log = time.time(), run.folder / f"{command}.log"
+            succeeded = _succeeds(command, options, log, lock, share)
+            seconds = round(time.time() - begin)
+            work["seconds"][command] = work["seconds"].get(command, 0) + seconds  # of attempts that were not killed
+            work["trained"] |= command == "train" and succeeded
+            write_json(run.folder / WORK, work)
+            if not succeeded:
+                return log
+        if problem := _incomplete(run):
+            with log.open("a", encoding="utf-8") as file:
+                file.write(f"trl-capo compare: {run.folder}: {problem}\n")
+            return log
+        write_json(run.folder / WORK, work | {"complete": _files(run)})  # last: it says that the run is complete
+        return None
+
+
+def is_done(run: Run) -> bool:
+    """Whether a run was recorded as complete, and its weights and samples still are as they were then."""
+    complete = read_work(run.folder)["complete"]
+    return bool(complete) and _unchanged(run, complete) and not _incomplete(run)
+
+
+def read_work(folder: Path) -> dict:
+    """What is known about the work on a run; nothing if the file is missing or unreadable."""
+    work = {"trained": False, "seconds": {}, "complete": {}}
+    try:
+        read = json.loads((folder / WORK).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return work
+    if not isinstance(read, dict) or not all(type(read.get(key, kind)) is type(kind) for key, kind in work.items()):
+        return work
+    return work | read
+
+
+def _files(run: Run) -> dict[str, int]:
+    """Sizes of what a run is, by path from its folder: weights of the model, samples and their summary."""
+    kinds = ("*.safetensors", "*.bin") if run.recipe is not None else ()
+    found = [path for kind in kinds for path in Path(run.model).glob(kind) if path.name != "training_args.bin"]
+    found += [run.evaluation / "samples.parquet", run.evaluation / "summary.json"]
+    sizes = {os.path.relpath(path, run.folder): path.stat().st_size for path in sorted(found) if path.exists()}
+    return {name: size for name, size in sizes.items() if size}
+
+
+def _is_weight(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin"))
+
+
+def _unchanged(run: Run, files: dict[str, int]) -> bool:
+    now = _files(run)
+    return all(now.get(name) == size for name, size in files.items())
+
+
+def _incomplete(run: Run) -> str | None:
+    """What a run lacks, whatever was recorded: weights, or a summary of these benchmarks and of these samples."""
+    import pyarrow.parquet as pq
+
+    if run.recipe is not None and not any(map(_is_weight, _files(run))):
+        return "the training left no weights."
+    try:
+        summary = json.loads((run.evaluation / "summary.json").read_text(encoding="utf-8"))["benchmarks"]
+        expected = sum(of["num_prompts"] * of["num_samples"] for of in summary.values())
+        rows = pq.read_metadata(run.evaluation / "samples.parquet").num_rows
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"the evaluation cannot be read: {one_line(str(error), 200)}"
+    if set(summary) != set(run.benchmarks) or rows != expected:
+        return "the summary is of other benchmarks or samples."
+    return None
+
+
+def _last_line(log: Path) -> str:
+    with log.open("rb") as file:  # logs may be long
+        file.seek(max(0, log.stat().st_size - 10_000))
+        lines = file.read().decode(errors="replace").split("\n")
+    return one_line(next((line for line in reversed(lines) if line.strip()), "it says nothing"), 500)
+
+
+def _succeeds(command: str, options: list[str], log: Path, lock, share: dict[str, str]) -> bool:
+    """The child inherits the lock: should this process be killed, nobody else starts what the child still does."""
+    with log.open("a") as file:
+        call = [sys.executable, "-m", f"trl_capo.scripts.{command}", *options]
+        outputs = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=file, pass_fds=[lock.fileno()])
+        reports = log.with_name(REPORTS)
+        reports.unlink(missing_ok=True)
+        return _children.run(call, env=os.environ | share | {PROGRESS: str(reports)}, **outputs) == 0

@@ -25,6 +25,7 @@ from trl_capo.calibration import metrics
 from trl_capo.calibration.metrics import nanmean
 from trl_capo.calibration.prompt_bootstrap import prompt_difference, prompt_interval
 from trl_capo.calibration.selection import SELECTORS, choose_all
+from trl_capo.errors import UserError
 from trl_capo.files import write_bytes, write_text
 from trl_capo.markdown import markdown_text
 
@@ -77,7 +78,7 @@ def write_report(
         Path of the page.
 
     Raises:
-        ValueError: If the runs share no benchmark, or answered different questions, or the page cannot be written.
+        UserError: If the runs share no benchmark, or answered different questions, or the page cannot be written.
     """
     from trl_capo.preflight.checks import check_output_dir
 
@@ -85,13 +86,13 @@ def write_report(
     shared = [of.benchmark for of in next(iter(runs.values()))]
     shared = [name for name in shared if all(any(of.benchmark == name for of in sets) for sets in runs.values())]
     if not shared:
-        raise ValueError(
+        raise UserError(
             "the runs have no benchmark in common: "
             + "; ".join(f"{name} has {', '.join(of.benchmark for of in sets)}" for name, sets in runs.items())
         )
     check_output_dir(str(path.parent))
     if path.is_dir():
-        raise ValueError(f"{path} is a folder. Name the page, e.g. {path / 'report.html'}.")
+        raise UserError(f"{path} is a folder. Name the page, e.g. {path / 'report.html'}.")
     sections, tables = [first_section], []
     for number, benchmark in enumerate(shared, 1):
         of = {name: next(s for s in sets if s.benchmark == benchmark) for name, sets in runs.items()}
@@ -163,7 +164,7 @@ def _shared_prompts(of: SampleSet, other: SampleSet) -> tuple[np.ndarray, np.nda
     if "prompt" in of.table.column_names and "prompt" in other.table.column_names:
         ours, theirs = (s.grid("prompt")[at, 0] for s, at in ((of, rows), (other, of_other)))
         if (ours != theirs).any():
-            raise ValueError(
+            raise UserError(
                 f"the runs answered different questions of {of.benchmark}, {(ours != theirs).sum()} of {len(rows)}. "
                 "Evaluate them on one version of it."
             )
@@ -282,7 +283,8 @@ def with_formulas(text: str) -> list[str | list[str]]:
     """
     from latex2mathml.converter import convert
 
-    pieces, end = [], 0
+    pieces: list[str | list[str]] = []
+    end = 0
     for start, stop, source in _formulas(text):
         try:
             formula = convert(source)

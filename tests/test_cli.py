@@ -10,6 +10,9 @@ import trl_capo
 from trl_capo import cli
 
 
+IMPORT = "from trl_capo.errors import UserError"
+
+
 def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess:
     command = ["-c", code] if code else ["-m", "trl_capo.cli", *arguments]
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=60)
@@ -85,7 +88,7 @@ def test_arguments_and_exit_code_are_passed_on(script, capsys):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("raise ValueError('tau must be positive,\\n    got -1')", "tau must be positive, got -1"),
+        (f"{IMPORT}; raise UserError('tau must be positive,\\n    got -1')", "tau must be positive, got -1"),
         ("open('/no/such/recipe.yaml')", "/no/such/recipe.yaml: No such file or directory"),
         ("import os; os.makedirs('/dev/null/run')", "/dev/null/run: Not a directory"),
         ("raise OSError('no model of this name')", "no model of this name"),
@@ -99,32 +102,13 @@ def test_user_error_is_one_line(script, capsys, body, message):
 
 @pytest.mark.parametrize(
     ("recipe", "message"),
-    [("taau: 1.0", "--taau"), ("tau: [1", "expected ',' or ']'"), ("tau: -1.0", "tau must be positive")],
+    [("taau: 1.0", "taau"), ("tau: [1", "expected ',' or ']'"), ("tau: -1.0", "tau must be positive")],
 )
-def test_error_in_a_recipe_is_one_line(script, capsys, tmp_path, recipe, message):
-    script(
-        """
-from dataclasses import dataclass
-
-from trl import TrlParser
-
-
-@dataclass
-class Arguments:
-    tau: float = 0.6
-
-    def __post_init__(self):
-        if self.tau <= 0:
-            raise ValueError("tau must be positive")
-
-def main(argv):
-    TrlParser(Arguments).parse_args_and_config(argv)
-"""
-    )
-    (tmp_path / "recipe.yaml").write_text(recipe)
-    assert cli.main(["fake", "--config", str(tmp_path / "recipe.yaml")]) == 2
+def test_error_in_a_recipe_is_one_line(capsys, tmp_path, recipe, message):
+    (tmp_path / "recipe.yaml").write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\n{recipe}")
+    assert cli.main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("trl-capo fake: error: ")
+    assert error.startswith("trl-capo train: error: ")
     assert message in error
     assert error.count("\n") == 1
 
@@ -132,7 +116,8 @@ def main(argv):
 @pytest.mark.parametrize(
     ("body", "error"),
     [
-        ("import json; json.loads('{')", ValueError),  # a ValueError, but not one of ours
+        ("raise ValueError('a bug')", ValueError),
+        ("import json; json.loads('{')", ValueError),
         ("{}['missing']", KeyError),
         ("raise RuntimeError('bug')", RuntimeError),
     ],
@@ -144,7 +129,7 @@ def test_unexpected_error_keeps_its_traceback(script, body, error):
 
 
 def test_traceback_on_request(script, monkeypatch):
-    script("def main(argv):\n    raise ValueError('tau must be positive')")
+    script(f"def main(argv):\n    {IMPORT}; raise UserError('tau must be positive')")
     monkeypatch.setenv("TRL_CAPO_TRACEBACK", "1")
     with pytest.raises(ValueError, match="tau must be positive"):
         cli.main(["fake"])

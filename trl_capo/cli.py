@@ -9,7 +9,6 @@ import importlib
 import os
 import signal
 import sys
-import traceback
 
 from trl_capo import __version__
 from trl_capo.errors import UserError, UserErrors, one_line
@@ -59,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         number = error.signal if isinstance(error, Stopped) else signal.SIGINT
         print(f"\ntrl-capo {name}: stopped by {number.name}{_how_to_resume(name, arguments)}", file=sys.stderr)
         return 128 + number
-    except Exception as error:
-        if os.environ.get("TRL_CAPO_TRACEBACK") or not _message_says_all(error):
+    except (OSError, UserError) as error:  # the user's to mend; any other error keeps its traceback
+        if os.environ.get("TRL_CAPO_TRACEBACK"):
             raise
         for problem in error.problems if isinstance(error, UserErrors) else [_one_line(error)]:
             print(f"trl-capo {name}: error: {problem}", file=sys.stderr)
@@ -87,22 +86,7 @@ def _how_to_resume(name: str, arguments: list[str]) -> str:
     return ". Rerun the same command to resume" if resumes else ""
 
 
-def _message_says_all(error: Exception) -> bool:
-    """Whether the error is the user's to mend and a traceback would only bury its message.
-
-    This holds for `UserError`, for files that cannot be read or written and models that cannot be found (`OSError`),
-    for anything wrong with arguments and recipe, and for a `ValueError` that our own code raised. A `ValueError` from
-    inside torch or TRL in the middle of a run keeps its traceback.
-    """
-    if isinstance(error, (OSError, UserError)):
-        return True
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if any(frame.f_code.co_name == "parse_args_and_config" for frame in frames):  # TrlParser
-        return isinstance(error, ValueError) or type(error).__module__.startswith("yaml.")
-    return isinstance(error, ValueError) and frames[-1].f_globals.get("__name__", "").startswith("trl_capo.")
-
-
-def _one_line(error: Exception) -> str:
+def _one_line(error: OSError | UserError) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"{error.filename}: {error.strerror}"
     return one_line(str(error)) or type(error).__name__

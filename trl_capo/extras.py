@@ -2,6 +2,8 @@
 
 import importlib.util
 
+from trl_capo.errors import UserError
+
 
 MODULES = {
     "report": ("matplotlib", "sklearn", "scipy", "latex2mathml"),
@@ -17,8 +19,8 @@ def require(extra: str) -> None:
         extra: A key of `MODULES`.
 
     Raises:
-        ValueError: If one is not installed; says how to install them.
+        UserError: If one is not installed; says how to install them.
     """
     missing = [name for name in MODULES[extra] if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"{', '.join(missing)} must be installed for this: pip install 'trl-capo[{extra}]'.")
+        raise UserError(f"{', '.join(missing)} must be installed for this: pip install 'trl-capo[{extra}]'.")

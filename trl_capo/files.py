@@ -126,7 +126,7 @@ def remember_settings(folder: Path, settings: dict, what: str) -> None:
         what: What the run is, for the message.
 
     Raises:
-        ValueError: The folder is of other settings.
+        UserError: The folder is of other settings.
     """
     settings = redact(settings)
     check_settings(folder, settings, what)
@@ -149,7 +149,7 @@ def check_settings(folder: Path, settings: dict, what: str) -> None:
     wanted = json.loads(json.dumps(redact(settings)))  # tuples become lists
     changed = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
     if changed:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds {what} with another {', '.join(changed)}: "
             f"{', '.join(str(known.get(name)) for name in changed)}. Repeat that, choose another output_dir, or "
             "remove the folder."

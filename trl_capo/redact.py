@@ -120,7 +120,7 @@ def _mask_assigned(text: str) -> str:
             continue  # prose: "The key: think first."
         if is_secret_name(name):
             value = _VALUE.match(text, start)
-            if value[0].strip("\\\"'").lower() not in _NOT_SECRET:
+            if value and value[0].strip("\\\"'").lower() not in _NOT_SECRET:
                 parts.append(f"{value['quote']}{STARS}{value['quote']}")
                 position = value.end()
     return "".join([*parts, text[position:]])

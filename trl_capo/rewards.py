@@ -81,7 +81,10 @@ class AccuracyReward:
             results = self.workers.results(items)
         else:
             results = [self.workers.function(*item) for item in items]
-        grades = [(None, *[f"[{of.value}]"] * 2) if isinstance(of, Failure) else of for of in results]
+        grades = [
+            (None, f"[{result.value}]", f"[{result.value}]") if isinstance(result, Failure) else result
+            for result in results
+        ]
         failed = sum(isinstance(result, Failure) for result in results)
         if failed:
             warnings.warn(

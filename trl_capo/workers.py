@@ -13,16 +13,14 @@ deadline.
 
 from __future__ import annotations
 
-import copy
 import multiprocessing
 import os
+import signal
 import threading
-import types
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from enum import Enum
-from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any
 
@@ -101,10 +99,8 @@ class DeadlinePool:
         for key, item in items.items():
             if key in self._pending:
                 continue
-            if self._pool is None or not self._pool.active:
-                self._start_pool()
             # One item a task, though a task costs 0.1 ms: the deadline is pebble's, and pebble's is the task's.
-            self._pending[key] = self._pool.schedule(self.function, item, timeout=self.deadline)
+            self._pending[key] = self._running_pool().schedule(self.function, item, timeout=self.deadline)
 
     def _collect(self, items: dict[str, tuple]) -> dict[str, Any]:
         from concurrent.futures.process import BrokenProcessPool
@@ -115,9 +111,9 @@ class DeadlinePool:
         for _ in range(2):
             self._submit({key: item for key, item in items.items() if key not in results})
             futures = {key: self._pending.pop(key) for key in items if key in self._pending}
-            waiting = futures.values()
+            waiting: set[Future] = set(futures.values())
             # A pool breaks if a worker is killed while none has work, and may then forget futures.
-            while waiting and self._pool.active:
+            while waiting and self._pool is not None and self._pool.active:
                 _, waiting = wait(waiting, timeout=1.0)
             for key, future in futures.items():
                 if not future.done():
@@ -143,23 +139,29 @@ class DeadlinePool:
         self._stop_pool = lambda: None
         self._lock = threading.RLock()
 
-    def _start_pool(self) -> None:
+    def _running_pool(self) -> ProcessPool:
+        if self._pool is not None and self._pool.active:
+            return self._pool
+        from loky.backend.context import get_context
         from pebble import ProcessPool
 
         self.stop()
-        self._pool = ProcessPool(self.num_workers or _default_workers(), context=_context())
+        # A fork of this process would inherit its threads and its CUDA context. Loky starts a new interpreter that,
+        # unlike one of multiprocessing, does not import the running script: without `if __name__ == "__main__"`, each
+        # worker would train as well.
+        self._pool = ProcessPool(
+            self.num_workers or _default_workers(), initializer=_prepare_worker, context=get_context("loky")
+        )
         # Unlike atexit, this also runs at the end of a process of multiprocessing, which waits for its children first
         # and would do so for ever.
         self._stop_pool = Finalize(self, _stop, args=(self._pool,), exitpriority=100)
+        return self._pool
 
 
 _pools: weakref.WeakSet[DeadlinePool] = weakref.WeakSet()
-_server = None  # this process's fork server
 
 
 def _after_fork() -> None:
-    global _server
-    _server = None  # a process cannot wait for its parent's
     for pool in list(_pools):
         pool._forget()
 
@@ -168,62 +170,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _fork_server():
-    """Ours alone: that of `multiprocessing` is the parent's in a forked child, and may preload the user's modules."""
-    global _server
-    if _server is None:
-        from multiprocessing.forkserver import ForkServer
-
-        _server = ForkServer()
-        _server.set_forkserver_preload(["pebble", "math_verify", "trl_capo.rewards"])
-    return _server
-
-
-class _Worker(BaseProcess):
-    """A process that does not import the user's script, and that can be ended whatever it is doing.
-
-    Forked from a fork server: a fork of this process would inherit its threads and its CUDA context, a spawned process
-    would import sympy (half a second, 56 MiB of its own instead of 33) whenever one replaces a worker that was killed.
-    """
-
-    _start_method = "forkserver"
-
-    @staticmethod
-    def _Popen(process: BaseProcess):
-        from multiprocessing import forkserver, popen_forkserver, spawn
-
-        def without_main(name: str) -> dict:
-            data = spawn.get_preparation_data(name)
-            return {key: value for key, value in data.items() if not key.startswith("init_main")}
-
-        # Multiprocessing has a new process import the script that is running: without `if __name__ == "__main__"`,
-        # each worker would train as well. The name `spawn` is rebound in this one method: to change the module, or to
-        # hide `__main__`, would reach what other threads pickle or start meanwhile.
-        connect = _fork_server().connect_to_new_process
-        names = {
-            **vars(popen_forkserver),
-            "spawn": types.SimpleNamespace(get_preparation_data=without_main),
-            "forkserver": types.SimpleNamespace(**{**vars(forkserver), "connect_to_new_process": connect}),
-        }
-
-        class Popen(popen_forkserver.Popen):
-            _launch = types.FunctionType(popen_forkserver.Popen._launch.__code__, names)
-
-        return Popen(process)
-
-    def terminate(self) -> None:
-        # Pebble asks politely, for 3 seconds during which no worker gets work. Python does not hear it while in C.
-        self.kill()
-
-
-def _context():
-    context = copy.copy(multiprocessing.get_context("forkserver"))
-    context.Process = _Worker
-    return context
+def _prepare_worker() -> None:
+    """Runs in a new worker, before its first item and so outside of any deadline."""
+    # Pebble ends a worker with SIGTERM, which its handler in Python does not hear while it is in C.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    import math_verify  # noqa: F401 - half a second, once
 
 
 def can_start_workers() -> bool:
-    return "forkserver" in multiprocessing.get_all_start_methods() and not multiprocessing.current_process().daemon
+    return os.name == "posix" and not multiprocessing.current_process().daemon
 
 
 def num_cores() -> int:

@@ -90,7 +90,7 @@ def test_items_that_hang_cost_their_deadline_and_nothing_else():
     started = time.time()
     with pytest.warns(UserWarning, match="4 of 200 completions count as neither right nor wrong.* within 1.5 s"):
         grades = grade([text + " " * i for i, text in enumerate(texts)], ["$3$"] * 200, deadline=1.5, progress=False)
-    assert time.time() - started < 10
+    assert time.time() - started < 20  # 44 in a loop
     hung = np.arange(200) % 50 == 7
     np.testing.assert_array_equal(grades.failed, hung)
     assert [answer is None for answer in grades.answers] == hung.tolist()

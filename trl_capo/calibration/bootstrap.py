@@ -20,6 +20,7 @@ the mean over the drawn prompts. Needs scipy (`pip install 'trl-capo[report]'`).
 
 from bisect import bisect_left
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -286,12 +287,12 @@ def _weighted_means(values: NDArray[np.float64], seed_counts: NDArray, prompt_co
 
 def _tables(values: ArrayLike | list[ArrayLike]) -> list[NDArray[np.float64]]:
     """One table a benchmark."""
-    several = len(np.shape(values[0])) == 2
-    return [_as_table(of) for of in (values if several else [values])]
+    tables: Any = values
+    return [_as_table(table) for table in (tables if len(np.shape(tables[0])) == 2 else [tables])]
 
 
 def _as_table(values: ArrayLike) -> NDArray[np.float64]:
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim < 2 or 0 in values.shape[-2:]:
-        raise ValueError(f"values must have shape (..., S, P), seeds by prompts, none of them 0, got {values.shape}.")
-    return values
+    table = np.asarray(values, dtype=np.float64)
+    if table.ndim < 2 or 0 in table.shape[-2:]:
+        raise ValueError(f"values must have shape (..., S, P), seeds by prompts, none of them 0, got {table.shape}.")
+    return table

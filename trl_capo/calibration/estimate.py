@@ -45,9 +45,9 @@ def interval(value: float, replicates: ArrayLike, *, level: float = 0.95) -> Est
     """
     if not 0 < level < 1:
         raise ValueError(f"`level` must lie in (0, 1), got {level}. Use 0.95 for a 95% interval.")
-    replicates = np.asarray(replicates, dtype=np.float64)
-    replicates = replicates[~np.isnan(replicates)]
-    if replicates.size == 0:
+    numbers = np.asarray(replicates, dtype=np.float64)
+    numbers = numbers[~np.isnan(numbers)]
+    if numbers.size == 0:
         return Estimate(float(value), float("nan"), float("nan"))
-    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(numbers, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(float(value), float(low), float(high))

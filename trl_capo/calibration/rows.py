@@ -75,6 +75,6 @@ def average_ties(correct: NDArray[np.float64], confidence: NDArray[np.float64]) 
 
 def nanmean(values: ArrayLike) -> float:
     """Mean over what is not NaN, without numpy's warning when nothing is left."""
-    values = np.asarray(values, dtype=np.float64)
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if values.size else float("nan")
+    numbers = np.asarray(values, dtype=np.float64)
+    numbers = numbers[~np.isnan(numbers)]
+    return float(numbers.mean()) if numbers.size else float("nan")

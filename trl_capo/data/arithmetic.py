@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from datasets import Dataset
 from transformers import AddedToken, Qwen2Tokenizer
 
+from trl_capo.errors import UserError
 from trl_capo.models.source import SHIPPED, model_path  # noqa: F401  (model_path: callers import it from here)
 
 
@@ -204,16 +205,16 @@ def arithmetic_dataset(split: str, num_prompts: int | None = None, seed: int = 0
         {'prompt': [{'role': 'user', 'content': '76-20+35='}], 'solution': '\\boxed{91}'}
     """
     if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
+        raise UserError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
     num_prompts = SPLITS[split].num_prompts if num_prompts is None else num_prompts
     if num_prompts < 1:
-        raise ValueError(f"num_prompts must be at least 1, got {num_prompts}.")
+        raise UserError(f"num_prompts must be at least 1, got {num_prompts}.")
     chains: dict[str, None] = {}  # a set that keeps the order
     for draw, chain in enumerate(sample_chains(split, random.Random(f"{split}/{seed}"))):
         if len(chains) == num_prompts:
             break
         if draw > 5 * num_prompts:
-            raise ValueError(f"num_prompts={num_prompts} is more than split {split!r} can give; ask for fewer.")
+            raise UserError(f"num_prompts={num_prompts} is more than split {split!r} can give; ask for fewer.")
         chains[chain] = None
     return Dataset.from_dict(
         {

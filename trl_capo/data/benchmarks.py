@@ -17,6 +17,7 @@ from trl_capo.data.conversations import to_conversations
 from trl_capo.data.files import FORMATS, read_dataset
 from trl_capo.data.golds import problems
 from trl_capo.data.rows import check_prompts
+from trl_capo.errors import UserError
 
 
 DEFAULT_TEMPLATE = "qwen25-math-cot"
@@ -48,7 +49,7 @@ def load_benchmark(
         Columns `prompt` and `solution`.
 
     Raises:
-        ValueError: Unknown name, missing column, or no rows.
+        UserError: Unknown name, missing column, or no rows.
     """
     if name in ARITHMETIC:
         data = arithmetic_dataset(ARITHMETIC[name], *([] if num_prompts is None else [num_prompts]))
@@ -61,13 +62,13 @@ def load_benchmark(
     else:
         kind = FORMATS.get(Path(name).suffix)
         if kind is None or not Path(name).is_file():
-            raise ValueError(
+            raise UserError(
                 f"there is no benchmark {name!r}. Known are {', '.join([*ARITHMETIC, *BENCHMARKS])}; or give a file "
                 f"({', '.join(FORMATS)}) with the columns {prompt_column!r} and {solution_column!r}."
             )
         rows = read_dataset(name, "--benchmark", split="train")
         if solution_column not in rows.column_names:
-            raise ValueError(
+            raise UserError(
                 f"{name} has no column {solution_column!r}, only {', '.join(rows.column_names)}. Name the one that "
                 "holds the gold answers with --solution_column."
             )
@@ -76,7 +77,7 @@ def load_benchmark(
         )
     data = data.select_columns(["prompt", "solution"])
     if len(data) == 0:
-        raise ValueError(f"{name} has no questions.")
+        raise UserError(f"{name} has no questions.")
     check_prompts(data, name)
     if bad := problems(data["solution"]):
         examples = "; ".join(f"{data[row]['solution']!r} (row {row}: {bad[row]})" for row in list(bad)[:5])

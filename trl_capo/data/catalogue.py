@@ -21,6 +21,7 @@ from datasets import Dataset
 
 from trl_capo.data.conversations import to_conversations
 from trl_capo.data.files import read_dataset
+from trl_capo.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,12 @@ def load_raw(name: str) -> Dataset:
     """The rows of a dataset of the catalogue as they are.
 
     Raises:
-        ValueError: A column is gone. A changed number of rows is a warning.
+        UserError: A column is gone. A changed number of rows is a warning.
     """
     of = CATALOGUE[name]
     rows = read_dataset(of.path, name, **location(of.path), name=of.config, split=of.split)
     if missing := [column for column in (of.prompt_column, of.solution_column) if column not in rows.column_names]:
-        raise ValueError(
+        raise UserError(
             f"{name}: {of.path} has changed. It has no column {missing[0]!r} any more, only "
             f"{', '.join(rows.column_names)}. Correct trl_capo/data/catalogue.py, or name the dataset by its path and "
             "its columns by dataset_prompt_column and dataset_solution_column."

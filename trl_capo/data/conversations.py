@@ -6,14 +6,16 @@ such as `3x+2` or `\text{east}` is misread or not read at all by math-verify.
 
 import warnings
 from collections.abc import Callable
+from typing import Any, TypeAlias
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from trl_capo.data.golds import gold_problem, problems, wrap_gold
+from trl_capo.errors import UserError
 
 
-Rows = Dataset | IterableDataset
-Splits = DatasetDict | IterableDatasetDict
+Rows: TypeAlias = Dataset | IterableDataset
+Splits: TypeAlias = DatasetDict | IterableDatasetDict
 
 BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
 # System message and user message by name. Qwen2.5-Math was trained with the first; a base model answers far better in
@@ -46,14 +48,14 @@ def drop_unparsable_gold(dataset: Rows | Splits) -> Rows | Splits:
         dataset: Dataset, or splits, with a column `solution`.
 
     Raises:
-        ValueError: There is no column `solution`.
+        UserError: There is no column `solution`.
     """
     if isinstance(dataset, Splits):
         return type(dataset)({split: drop_unparsable_gold(rows) for split, rows in dataset.items()})
     if isinstance(dataset, IterableDataset):
         return dataset.filter(lambda row: gold_problem(row["solution"]) is None)
     if "solution" not in dataset.column_names:
-        raise ValueError(
+        raise UserError(
             f"There are no gold answers to check: the dataset has no column 'solution', only "
             f"{', '.join(dataset.column_names)}."
         )
@@ -92,7 +94,7 @@ def to_conversations(
         The dataset with `prompt` (conversations) and `solution` (wrapped by `wrap_gold`) beside its other columns.
 
     Raises:
-        ValueError: `prompt_column` is missing, or `solution_column` is missing and not the default; the template is
+        UserError: `prompt_column` is missing, or `solution_column` is missing and not the default; the template is
             unknown, or comes with a system prompt.
 
     Example:
@@ -105,23 +107,23 @@ def to_conversations(
         return type(dataset)({split: to_conversations(rows, *columns) for split, rows in dataset.items()})
     for option, column in (("prompt", prompt_column), ("solution", solution_column)):
         if column not in dataset.column_names and (option == "prompt" or column != "solution"):
-            raise ValueError(
+            raise UserError(
                 f"The dataset has no column {column!r}, only {', '.join(dataset.column_names)}. Name the one that "
                 f"holds the {option}s: dataset_{option}_column in a recipe, --{option}_column of trl-capo evaluate."
             )
     if prompt_template is not None and (prompt_template not in PROMPT_TEMPLATES or system_prompt is not None):
-        raise ValueError(
+        raise UserError(
             f"prompt_template must be one of {', '.join(PROMPT_TEMPLATES)}, without a system_prompt beside it; got "
             f"{prompt_template!r} and {system_prompt!r}."
         )
-    system_prompt, user_prompt = PROMPT_TEMPLATES.get(prompt_template, (system_prompt, "{question}"))
+    system_prompt, user_prompt = PROMPT_TEMPLATES.get(prompt_template or "", (system_prompt, "{question}"))
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     dataset = _rename(_rename(dataset, prompt_column, "prompt"), solution_column, "solution")
 
     def rewrite(row: dict) -> dict:
-        new = {}
+        new: dict[str, Any] = {}
         if isinstance(row["prompt"], list) and (system_prompt is not None or prompt_template is not None):
-            raise ValueError(
+            raise UserError(
                 "a prompt_template or system_prompt is for questions that are plain text, but these prompts are "
                 "conversations already: leave both out."
             )

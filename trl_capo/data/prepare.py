@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from datasets import Dataset
 
 from trl_capo.data.conversations import without_template
+from trl_capo.errors import UserError
 from trl_capo.models.messages import question_of, text_of
 
 
@@ -49,7 +50,7 @@ def deduplicate(rows: Dataset) -> Dataset:
         >>> len(deduplicate(Dataset.from_dict({"prompt": [ask("1+1?"), ask("1 + 1"), ask("1-1?")]})))
         2
     """
-    first = {}
+    first: dict[tuple, int] = {}
     for index, prompt in enumerate(rows["prompt"]):
         first.setdefault(conversation_key(prompt), index)
     return rows.select(sorted(first.values()))
@@ -89,11 +90,11 @@ def train_and_validation(
         seed: Of the order.
 
     Raises:
-        ValueError: There are too few rows.
+        UserError: There are too few rows.
     """
     needed = num_validation + (num_train or 1)
     if len(rows) < needed:
-        raise ValueError(
+        raise UserError(
             f"{needed} prompts are wanted (num_train_prompts={num_train}, num_validation_prompts={num_validation}), "
             f"but {len(rows)} are left. Lower these numbers."
         )

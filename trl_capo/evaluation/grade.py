@@ -125,7 +125,7 @@ def canonical_answers(grades: Grades, groups: Sequence[int], *, deadline: float 
 
     source_of: dict[tuple[int, str], str] = {}
     for group, answer, source in zip(groups, grades.answers, grades.sources, strict=True):
-        if answer is not None:
+        if answer is not None and source is not None:
             source_of.setdefault((group, answer), source)
     by_group: dict[int, list[str]] = {}
     for group, answer in source_of:
@@ -139,9 +139,13 @@ def canonical_answers(grades: Grades, groups: Sequence[int], *, deadline: float 
     compared = _work(_same, [(source_of[g, a], source_of[g, b]) for g, a, b in pairs], None, deadline)
     same = {pair for pair, equal in zip(pairs, compared, strict=True) if equal is True}
 
-    name: dict[tuple[int, str], str] = {}
+    name: dict[tuple[int, str | None], str | None] = {}
     for group, answers in by_group.items():
-        classes = equivalence_classes(answers, lambda a, b, group=group: (group, a, b) in same)
+
+        def alike(a: str, b: str, group: int = group) -> bool:
+            return (group, a, b) in same
+
+        classes = equivalence_classes(answers, alike)
         name.update({(group, answer): canonical for answer, canonical in zip(answers, classes, strict=True)})
     return [name.get((group, answer)) for group, answer in zip(groups, grades.answers, strict=True)]
 

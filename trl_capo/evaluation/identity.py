@@ -62,7 +62,7 @@ def _commit(model: str) -> str | None:
     """The commit that loading this name from the Hub gives now: its folder in the cache."""
     from transformers.utils import cached_file
 
-    path = Path(cached_file(model, "config.json"))
+    path = Path(str(cached_file(model, "config.json")))
     return path.parent.name if path.parent.parent.name == "snapshots" else None
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from trl_capo.evaluation.samples import SampleSet
+    from trl_capo.models.prompts import Prompt
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def question_confidence(answers: Sequence[str | None], mean_logps: np.ndarray) -
         ('7', 0.3125)
     """
     choice = perplexity_consistency(answers, mean_logps)
-    return choice.answer, _mean_weight(choice, len(answers))
+    return cast("str | None", choice.answer), _mean_weight(choice, len(answers))
 
 
 def question_table(of: SampleSet) -> tuple[np.ndarray, np.ndarray]:
@@ -144,7 +145,7 @@ class SelectivePredictor:
             chosen_with.setdefault("chat_template_kwargs", None)
         if abstention and abstention.num_samples is not None:
             chosen_with["num_samples"] = abstention.num_samples
-        wanted = dict(
+        wanted: dict[str, Any] = dict(
             num_samples=num_samples,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -180,12 +181,12 @@ class SelectivePredictor:
         from trl_capo.models.adapter import base_of
         from trl_capo.models.source import model_path
 
-        path = model_path(str(path))
-        base_of(path)  # an adapter without its base is refused by name
-        abstention = Abstention.load(path) if (Path(path) / FILE_NAME).exists() else None
+        folder = model_path(str(path))
+        base_of(folder)  # an adapter without its base is refused by name
+        abstention = Abstention.load(folder) if Path(folder, FILE_NAME).exists() else None
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device)
-        return cls(model, AutoTokenizer.from_pretrained(path), abstention, **options)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device)  # type: ignore[arg-type]
+        return cls(model, AutoTokenizer.from_pretrained(folder), abstention, **options)
 
     def predict(self, questions: Sequence[str], *, seed: int = 0, progress: bool = False) -> list[Prediction]:
         """Answer questions.
@@ -198,7 +199,7 @@ class SelectivePredictor:
         from trl_capo.evaluation.grade import canonical_answers, grade
         from trl_capo.evaluation.sampling import sample_completions
 
-        prompts = list(questions)
+        prompts: list[Prompt] = list(questions)
         if self.tokenizer.chat_template is not None or self.system_prompt is not None:
             system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
             prompts = [[*system, {"role": "user", "content": question}] for question in questions]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trl_capo.errors import UserError
 from trl_capo.models.prompts import Prompt, check_lengths, tokenize
 
 
@@ -97,9 +98,9 @@ def sample_completions(
     counts = {"num_samples": num_samples, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     for name, value in counts.items():
         if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            raise UserError(f"`{name}` must be at least 1, got {value}.")
     if not temperature > 0:
-        raise ValueError(f"`temperature` must be positive, got {temperature}. Use 0.01 for nearly greedy samples.")
+        raise UserError(f"`temperature` must be positive, got {temperature}. Use 0.01 for nearly greedy samples.")
     prompt_ids = tokenize(tokenizer, list(prompts))
     check_lengths(prompt_ids, max_new_tokens, model.config)
     eos_token_ids = _eos_token_ids(model, tokenizer)
@@ -223,17 +224,17 @@ def _decode(
     device = model.device
     eos = torch.tensor(eos_token_ids, device=device)
     # One number in [0, 1) per token, for inverse-CDF sampling. The factor keeps float32 from rounding it up to 1.
-    uniforms = np.stack([np.random.default_rng(stream).random(max_new_tokens) for stream in streams])
-    uniforms = torch.tensor(uniforms * (1 - 2**-22), dtype=torch.float32, device=device)
+    drawn = np.stack([np.random.default_rng(stream).random(max_new_tokens) for stream in streams])
+    uniforms = torch.tensor(drawn * (1 - 2**-22), dtype=torch.float32, device=device)
     tokens = torch.zeros(uniforms.shape, dtype=torch.long, device=device)
     logps = torch.zeros_like(uniforms)
     by_token = torch.zeros(*uniforms.shape, 2, device=device) if statistics else None
 
-    prompts, prompt_of_row = np.unique(prompt_of_row, return_inverse=True)
+    prompts, inverse = np.unique(prompt_of_row, return_inverse=True)
     cache, logits, attended, positions = _read_prompts(model, [prompt_ids[p] for p in prompts], max_new_tokens)
-    prompt_of_row = torch.tensor(prompt_of_row, device=device)
-    cache.batch_select_indices(prompt_of_row)
-    logits, attended, positions = (x[prompt_of_row] for x in (logits, attended, positions))
+    rows = torch.tensor(inverse, device=device)
+    cache.batch_select_indices(rows)
+    logits, attended, positions = (x[rows] for x in (logits, attended, positions))
     width = attended.shape[1] - max_new_tokens
 
     running = torch.arange(len(streams), device=device)
@@ -243,7 +244,7 @@ def _decode(
         token = torch.searchsorted(cdf, uniforms[running, t, None] * cdf[:, -1:], right=True)
         tokens[running, t] = token[:, 0]
         logps[running, t] = logits.log_softmax(-1).gather(1, token)[:, 0]
-        if statistics:
+        if by_token is not None:
             by_token[running, t] = token_statistics(logits)
 
         finished |= torch.isin(token[:, 0], eos)
@@ -257,8 +258,8 @@ def _decode(
                 x[stay] for x in (running, finished, token, attended, positions)
             )
         logits = _next_logits(model, token, attended[:, : width + t + 1], positions[:, width + t, None], cache)
-    by_token = by_token.cpu().numpy().astype(np.float64) if statistics else None
-    return tokens.cpu().numpy(), logps.cpu().numpy().astype(np.float64), by_token
+    found = None if by_token is None else by_token.cpu().numpy().astype(np.float64)
+    return tokens.cpu().numpy(), logps.cpu().numpy().astype(np.float64), found
 
 
 def _read_prompts(
@@ -285,7 +286,7 @@ def _read_prompts(
     cache = DynamicCache(config=model.config)
     logits = _next_logits(model, input_ids, attended[:, :width], positions[:, :width], cache)
     if logits.isnan().any():
-        raise ValueError("`model` returns NaN logits. Check its weights, or load it in bfloat16 or float32.")
+        raise UserError("`model` returns NaN logits. Check its weights, or load it in bfloat16 or float32.")
     return cache, logits, attended, positions
 
 

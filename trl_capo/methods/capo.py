@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trl_capo.calibration import metrics
+from trl_capo.errors import UserError
 from trl_capo.methods.advantages import (
     cross_prompt_advantages,
     pairwise_logistic_advantages,
@@ -102,11 +103,12 @@ class CAPOTrainer(GroupAdvantageTrainer):
     def _labels(self, groups: RolloutGroups) -> Tensor:
         if not self.args.graded_rewards:
             return groups.correct
+        assert self._correctness_index is not None  # CAPO does not start without a label
         rewards = groups.rewards_per_func[..., self._correctness_index]
         outside = rewards[(rewards < -1e-6) | (rewards > 1 + 1e-6)]
         if len(outside) > 0:
             name = self.reward_func_names[self._correctness_index]
-            raise ValueError(
+            raise UserError(
                 f"graded_rewards=True needs rewards in [0, 1], but {name!r} returned {outside[0].item():g}. Rescale "
                 "it, or set graded_rewards=False and a correct_threshold."
             )

@@ -4,6 +4,7 @@ import math
 import warnings
 from dataclasses import dataclass, field
 
+from trl_capo.errors import UserError
 from trl_capo.methods.advantages import NORMALIZATIONS
 from trl_capo.trainer.config import GroupAdvantageConfig
 
@@ -119,12 +120,12 @@ class CAPOConfig(GroupAdvantageConfig):
 
     def _check_comparison(self) -> None:
         if self.num_generations is None or self.num_generations < 2:
-            raise ValueError(
+            raise UserError(
                 f"num_generations must be at least 2, got {self.num_generations}: CAPO compares the completions of a "
                 "prompt with each other."
             )
         if not (self.tau > 0 and math.isfinite(self.tau)):
-            raise ValueError(f"tau must be positive and finite, got {self.tau}.")
+            raise UserError(f"tau must be positive and finite, got {self.tau}.")
         for name, choices in (
             ("tau_unit", ("nats", "gap")),
             ("pair_normalization", NORMALIZATIONS),
@@ -132,9 +133,9 @@ class CAPOConfig(GroupAdvantageConfig):
             ("auxiliary_rewards", ("add", "ignore")),
         ):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+                raise UserError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         if self.pair_scope == "batch" and self.pair_normalization != "sum":
-            raise ValueError(
+            raise UserError(
                 f"pair_scope='batch' needs pair_normalization='sum', got {self.pair_normalization!r}: the other "
                 "normalisations are defined within one group."
             )

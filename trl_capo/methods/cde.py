@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from trl_capo.errors import UserError
 from trl_capo.methods.advantages import reward_only_advantages
 from trl_capo.trainer.config import GroupAdvantageConfig
 from trl_capo.trainer.group_advantage import GroupAdvantageTrainer
@@ -110,14 +111,14 @@ class CDEConfig(GroupAdvantageConfig):
 
     def __post_init__(self):
         if self.bonus_schedule not in SCHEDULES:
-            raise ValueError(f"bonus_schedule must be one of {', '.join(SCHEDULES)}, got {self.bonus_schedule!r}.")
+            raise UserError(f"bonus_schedule must be one of {', '.join(SCHEDULES)}, got {self.bonus_schedule!r}.")
         if self.bonus_stairs < 2:
-            raise ValueError(f"bonus_stairs must be at least 2, got {self.bonus_stairs}.")
+            raise UserError(f"bonus_stairs must be at least 2, got {self.bonus_stairs}.")
         if self.bonus_scale < 0:
-            raise ValueError(f"bonus_scale must be at least 0, got {self.bonus_scale}.")
+            raise UserError(f"bonus_scale must be at least 0, got {self.bonus_scale}.")
         weights = (self.bonus_weight, self.bonus_weight_end)
         if min(weights) < 0 or max(weights) >= self.bonus_cap:
-            raise ValueError(
+            raise UserError(
                 f"the bonus weights must lie between 0 and bonus_cap={self.bonus_cap}, or a bonus outweighs its "
                 f"reward; got {self.bonus_weight} and {self.bonus_weight_end}."
             )
@@ -136,7 +137,7 @@ class CDETrainer(GroupAdvantageTrainer):
 
     def _setup_method(self) -> None:
         if len(self.reward_funcs) > 1 and not self.args.signed_rewards:
-            raise ValueError(
+            raise UserError(
                 "CDE maps rewards of 0 and 1 to -1 and 1, and a sum of several is neither: keep one reward function, "
                 "or let right answers have sums above 0 and wrong ones below, and set signed_rewards=True."
             )

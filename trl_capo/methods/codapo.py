@@ -26,6 +26,7 @@ from accelerate.utils import gather_object
 from datasets import IterableDataset
 from torch import Tensor
 
+from trl_capo.errors import UserError
 from trl_capo.methods.advantages import reward_only_advantages
 from trl_capo.trainer.config import GroupAdvantageConfig
 from trl_capo.trainer.group_advantage import GroupAdvantageTrainer
@@ -109,9 +110,9 @@ class CoDaPOConfig(GroupAdvantageConfig):
 
     def __post_init__(self):
         if not 0 <= self.replay_quantile <= 1:
-            raise ValueError(f"replay_quantile must lie in [0, 1], got {self.replay_quantile}.")
+            raise UserError(f"replay_quantile must lie in [0, 1], got {self.replay_quantile}.")
         if self.replay_repeats < 1:
-            raise ValueError(f"replay_repeats must be at least 1, got {self.replay_repeats}.")
+            raise UserError(f"replay_repeats must be at least 1, got {self.replay_repeats}.")
         super().__post_init__()
 
 
@@ -127,12 +128,12 @@ class CoDaPOTrainer(GroupAdvantageTrainer):
 
     def _setup_method(self) -> None:
         if self.args.replay and isinstance(self.train_dataset, IterableDataset):
-            raise ValueError("a stream cannot be drawn twice: load the dataset, or set replay=False.")
+            raise UserError("a stream cannot be drawn twice: load the dataset, or set replay=False.")
         self._batch: list[dict] = []  # the prompts of the first generation
         self._replayed: list[int] | None = None  # which of them the second one answers, while that is to come
 
     @staticmethod
-    def generations_per_batch(args: CoDaPOConfig) -> int:
+    def generations_per_batch(args: CoDaPOConfig) -> int:  # type: ignore[override]
         return 2 if args.replay else 1
 
     def _rows_needing_logps(self, groups: RolloutGroups) -> Tensor:

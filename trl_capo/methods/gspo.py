@@ -39,7 +39,7 @@ class GSPOConfig(GroupAdvantageConfig):
     loss_type: str = field(default="grpo", metadata={"help": "Mean over each sequence."})
     epsilon: float = field(default=3e-4, metadata={"help": "The ratio is clipped below 1 - epsilon."})
     epsilon_high: float | None = field(default=4e-4, metadata={"help": "The ratio is clipped above 1 + this."})
-    steps_per_generation: int | None = field(
+    steps_per_generation: int | None = field(  # type: ignore[assignment] # until the constructor has filled it in
         default=None, metadata={"help": "Mini-batches a generation: 4, unless generation_batch_size says otherwise."}
     )
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Mini-batches an optimizer step."})

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from trl_capo.errors import UserError
 from trl_capo.methods.capo import CAPOTrainer
 from trl_capo.methods.capo_config import CAPOConfig
 from trl_capo.methods.grpo import GRPO
@@ -104,12 +105,12 @@ class SimKOOptions:
 
     def __post_init__(self):
         if self.simko_top_k < 1 or not 0 <= self.simko_mix <= 1 or not 0 <= self.simko_quantile <= 1:
-            raise ValueError("simko_top_k must be at least 1, simko_mix and simko_quantile lie in [0, 1].")
+            raise UserError("simko_top_k must be at least 1, simko_mix and simko_quantile lie in [0, 1].")
         if self.simko_penalty <= 0:
-            raise ValueError(f"simko_penalty must be positive, or it rewards wrong answers; got {self.simko_penalty}.")
+            raise UserError(f"simko_penalty must be positive, or it rewards wrong answers; got {self.simko_penalty}.")
         super().__post_init__()
         if self.beta != 0:
-            raise ValueError(f"SimKO would change the gradient of a KL term too: set beta=0, not {self.beta}.")
+            raise UserError(f"SimKO would change the gradient of a KL term too: set beta=0, not {self.beta}.")
 
 
 @dataclass
@@ -125,6 +126,7 @@ class CAPOSimKOConfig(SimKOOptions, CAPOConfig):
 class SimKOLoss:
     """SimKO's loss on the advantages of the class that it is mixed into."""
 
+    args: SimKOOptions
     _reads_logits = True
 
     def _logps_from_logits(self, logps: Tensor, entropies: Tensor, inputs: dict[str, Tensor]) -> Tensor:
@@ -145,6 +147,7 @@ class SimKOLoss:
 class SimKOTrainer(SimKOLoss, GRPO):
     """`GRPOTrainer` with SimKO's loss; takes a `SimKOConfig`."""
 
+    args: SimKOConfig
     config_class = SimKOConfig
     _tag_names = ["trl", "trl-capo", "simko"]
     _name = "SimKO"
@@ -154,6 +157,7 @@ class SimKOTrainer(SimKOLoss, GRPO):
 class CAPOSimKOTrainer(SimKOLoss, CAPOTrainer):
     """CAPO's advantages in SimKO's loss; takes a `CAPOSimKOConfig`."""
 
+    args: CAPOSimKOConfig
     config_class = CAPOSimKOConfig
     _tag_names = ["trl", "trl-capo", "capo", "simko"]
     _name = "CAPO + SimKO"

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from trl_capo.errors import UserError
 from trl_capo.models.source import ModelNotFound, model_path
@@ -98,8 +98,8 @@ def _merge(model: str, folder: Path, untie: bool = False) -> tuple[torch.Tensor,
 
     shutil.rmtree(folder, ignore_errors=True)
     base = AutoModelForCausalLM.from_pretrained(base_of(model), dtype="auto")
-    rows = _vocabulary(model, base)
-    if rows not in (None, base.get_input_embeddings().weight.shape[0]):
+    rows, embedding = _vocabulary(model, base), cast("torch.nn.Embedding", base.get_input_embeddings())
+    if rows not in (None, embedding.weight.shape[0]):
         base.resize_token_embeddings(rows, mean_resizing=False)
     tied = base.get_input_embeddings().weight is getattr(base.get_output_embeddings(), "weight", None)
     if untie and tied:

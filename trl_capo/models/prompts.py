@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
+from trl_capo.errors import UserError
 from trl_capo.models.messages import text_of
 
 
@@ -17,11 +18,18 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[
     """Token ids of prompts; conversations through the chat template, or their contents in a row without one."""
     if not prompts:
         return []
-    if not isinstance(prompts[0], str) and tokenizer.chat_template is None:
-        prompts = ["\n\n".join(text_of(message["content"]) for message in prompt) for prompt in prompts]
+    encoded: Any
+    conversations = cast(list[list[dict[str, str]]], prompts)
     if isinstance(prompts[0], str):
-        return tokenizer(prompts)["input_ids"]
-    encoded = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=True, return_dict=True)
+        encoded = tokenizer(cast(list[str], prompts))
+    elif tokenizer.chat_template is None:
+        encoded = tokenizer(
+            ["\n\n".join(text_of(message["content"]) for message in prompt) for prompt in conversations]
+        )
+    else:
+        encoded = tokenizer.apply_chat_template(
+            conversations, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
     return encoded["input_ids"]
 
 
@@ -29,14 +37,14 @@ def check_lengths(prompt_ids: list[list[int]], max_new_tokens: int, config: PreT
     """Refuse prompts without a token, and those that leave too little of the model's context.
 
     Raises:
-        ValueError: Names the first such prompt.
+        UserError: Names the first such prompt.
     """
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     for p, ids in enumerate(prompt_ids):
         if not ids:
-            raise ValueError(f"`prompts[{p}]` has no tokens. Remove it, or use a tokenizer that adds a BOS token.")
+            raise UserError(f"`prompts[{p}]` has no tokens. Remove it, or use a tokenizer that adds a BOS token.")
         if context is not None and len(ids) + max_new_tokens > context:
-            raise ValueError(
+            raise UserError(
                 f"`prompts[{p}]` has {len(ids)} tokens; with `max_new_tokens={max_new_tokens}` that exceeds the "
                 f"model's context of {context}. Drop the prompt or lower `max_new_tokens`."
             )

@@ -119,7 +119,7 @@ def explained(*names: str) -> Iterator[None]:
         from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
         causes, raised_by = [], list(traceback.walk_tb(error.__traceback__))[-1][0].f_globals.get("__name__", "")
-        cause = error
+        cause: BaseException | None = error
         while cause is not None:
             causes.append(cause)
             cause = cause.__cause__ or cause.__context__

@@ -15,6 +15,7 @@ torch spares the head and the last product of each layer. The utilisation, FLOPs
 do, is the user's to give, and most of the uncertainty. Memory is the business of `trl-capo train --dry-run`.
 """
 
+import functools
 from dataclasses import dataclass
 
 
@@ -186,10 +187,9 @@ def step_seconds(
     devices: int,
 ) -> float:
     """Time of a step that generates and trains one after the other on the same devices (vLLM colocate)."""
-    rate = dict(flops_per_second=flops_per_second, devices=devices)
-    return seconds(cost.generation, utilisation=generation_utilisation, **rate) + seconds(
-        cost.passes + cost.training, utilisation=training_utilisation, **rate
-    )
+    rate = functools.partial(seconds, flops_per_second=flops_per_second, devices=devices)
+    training = rate(cost.passes + cost.training, utilisation=training_utilisation)
+    return rate(cost.generation, utilisation=generation_utilisation) + training
 
 
 def dollars(step_time: float, *, steps: int, devices: int, dollars_an_hour: float) -> float:

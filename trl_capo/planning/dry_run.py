@@ -3,18 +3,26 @@
 The dataset is loaded and prepared as for training; of the model only configuration and tokenizer are read, no weights.
 """
 
+from __future__ import annotations
+
 import argparse
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import TrainingArguments
 
+from trl_capo.errors import UserError
 from trl_capo.models.chat_templates import with_defaults
 from trl_capo.models.source import explained, model_path
 from trl_capo.planning.memory import GIB, KNOWN_OPTIMIZERS, Memory, memory
 from trl_capo.preflight.prompts import check_prompts_fit, vocabulary_of
+
+
+if TYPE_CHECKING:
+    from trl_capo.trainer.scoring import GroupScoringTrainer
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -36,7 +44,7 @@ def read_launch(path: str | None) -> tuple[int, str]:
     """Processes and sharding of an accelerate configuration; one process without one.
 
     Raises:
-        ValueError: The file describes a launch that is not known here.
+        UserError: The file describes a launch that is not known here.
     """
     import yaml
 
@@ -55,9 +63,7 @@ def read_launch(path: str | None) -> tuple[int, str]:
         return processes, "ddp"
     elif kind == "NO":
         return 1, "none"
-    raise ValueError(
-        f"{path}: distributed_type {kind!r} is not known to a dry run. It knows DDP, FSDP2, ZeRO-2 and 3."
-    )
+    raise UserError(f"{path}: distributed_type {kind!r} is not known to a dry run. It knows DDP, FSDP2, ZeRO-2 and 3.")
 
 
 def empty_model(path: str, dtype: str | None, args, revision: str | None = None):
@@ -74,14 +80,16 @@ def empty_model(path: str, dtype: str | None, args, revision: str | None = None)
 def as_if_launched(num_processes: int) -> Iterator[None]:
     """A configuration made meanwhile is that of one of so many processes, on which its checks and defaults depend."""
     original = TrainingArguments.world_size
-    TrainingArguments.world_size = property(lambda self: num_processes)
+    TrainingArguments.world_size = property(lambda self: num_processes)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        TrainingArguments.world_size = original
+        TrainingArguments.world_size = original  # type: ignore[method-assign]
 
 
-def batch_lines(method_class: type, args, num_processes: int, num_prompts: int, num_eval_prompts: int) -> list[str]:
+def batch_lines(
+    method_class: type[GroupScoringTrainer], args, num_processes: int, num_prompts: int, num_eval_prompts: int
+) -> list[str]:
     """The batch arithmetic in prompts and completions, and steps in both units."""
     from trl_capo.preflight.checks import steps_between_generations
     from trl_capo.preflight.schedule import schedule
@@ -122,17 +130,26 @@ def batch_lines(method_class: type, args, num_processes: int, num_prompts: int, 
     return lines
 
 
-def estimate(method_class: type, args, model_args, path: str, launch: tuple[int, str], gpu_bytes: int, tokens: int):
+def estimate(
+    method_class: type[GroupScoringTrainer],
+    args,
+    model_args,
+    path: str,
+    launch: tuple[int, str],
+    gpu_bytes: int,
+    tokens: int,
+):
     """Memory a GPU, and the policy without storage that it was counted on."""
     from trl import get_peft_config
 
     num_processes, sharding = launch
     model, reference = empty_model(path, model_args.dtype, args, model_args.model_revision), None
-    if model_args.use_peft:
+    peft_config = get_peft_config(model_args)
+    if peft_config is not None:
         from peft import get_peft_model
 
         with torch.device("meta"):
-            model = get_peft_model(model, get_peft_config(model_args))
+            model = get_peft_model(model, peft_config)
     elif method_class.needs_ref(args) or args.beta != 0:
         source = model_path(args.ref_model_name_or_path) if args.ref_model_name_or_path else path
         reference = empty_model(source, args.ref_model_dtype or model_args.dtype, args)
@@ -155,7 +172,7 @@ def estimate(method_class: type, args, model_args, path: str, launch: tuple[int,
 
 
 def describe(
-    method_class: type,
+    method_class: type[GroupScoringTrainer],
     options: argparse.Namespace,
     args,
     model_args,
@@ -225,7 +242,7 @@ def end_of_turn_warning(path: str, tokenizer, revision: str | None) -> list[str]
     turn = tokenizer.apply_chat_template([{"role": "assistant", "content": "7"}], tokenize=False)
     ends = [token for token in tokenizer.all_special_tokens if token in turn.rpartition("7")[2]]
     try:
-        stops = GenerationConfig.from_pretrained(path, revision=revision).eos_token_id
+        stops = GenerationConfig.from_pretrained(path, revision=revision or "main").eos_token_id
     except OSError:
         stops = None
     stops = {tokenizer.eos_token_id, *([stops] if isinstance(stops, int) else stops or [])}

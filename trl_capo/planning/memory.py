@@ -10,8 +10,10 @@ under bf16 keeps weights and gradients in bfloat16 and float32 weights with the 
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
+from transformers import PreTrainedModel
 
 
 GIB = 2**30
@@ -47,7 +49,7 @@ class Memory:
         return sum(vars(self).values())
 
 
-def optimizer_bytes(model: nn.Module, optim: str) -> int:
+def optimizer_bytes(model: PreTrainedModel, optim: str) -> int:
     """State of the optimizer for what is trained, unsharded.
 
     Args:
@@ -65,7 +67,7 @@ def optimizer_bytes(model: nn.Module, optim: str) -> int:
 
 
 def memory(
-    model: nn.Module,
+    model: PreTrainedModel,
     *,
     optim: str = "adamw_torch",
     reference: nn.Module | None = None,
@@ -112,7 +114,7 @@ def memory(
     else:
         reference_bytes = sum(p.numel() * p.element_size() for p in reference.parameters()) if reference else 0
     # Autocast leaves the stream between the layers in the precision of the embedding.
-    embedding = model.get_input_embeddings().weight
+    embedding = cast(nn.Embedding, model.get_input_embeddings()).weight
     residual_bytes = 2 if sharding.startswith("zero") and deepspeed_bf16 else embedding.element_size()
     return Memory(
         parameters=-(-weights // weight_parts),
@@ -166,7 +168,7 @@ def activation_bytes(
     return positions * (kept + compute_bytes * layer) + head
 
 
-def largest_layer(model: nn.Module) -> int:
+def largest_layer(model: PreTrainedModel) -> int:
     """Numbers in the largest block, embedding or head: what a sharded model gathers at a time.
 
     Example:

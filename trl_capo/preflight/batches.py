@@ -40,7 +40,8 @@ def check_batches(args: GRPOConfig, generation_batch_size: int | None, steps_per
         if completions % num_generations != 0:
             size_unit = num_generations // math.gcd(num_generations, args.world_size * steps)
             divisors = [n for n in range(2, completions + 1) if completions % n == 0]
-            fitting = sorted(divisors, key=lambda n: abs(n - num_generations))[:2]
+            wanted = num_generations
+            fitting = sorted(divisors, key=lambda n: abs(n - wanted))[:2]
             raise UserError(
                 f"A generation has per_device_train_batch_size={args.per_device_train_batch_size} x {processes} x "
                 f"{name}={steps} = {completions} completions, which num_generations={num_generations} does not "

@@ -120,7 +120,7 @@ def check_best_metric(
         return None
     sets = list(eval_dataset) if isinstance(eval_dataset, dict) else []
     bare = _bare(metric, sets)
-    if metric is None or bare == "loss":
+    if metric is None or bare is None or bare == "loss":
         raise UserError(
             f"{users[0] if users else 'metric_for_best_model'} would go by the evaluation loss, which is the mean of "
             f"the advantages: 0 up to rounding, whatever the model can do. Set metric_for_best_model to "

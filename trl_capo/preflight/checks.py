@@ -3,15 +3,17 @@
 import math
 import os
 import tempfile
+from typing import cast
 
 import torch
-from trl import GRPOConfig
+from transformers import PreTrainedConfig
 from trl.trainer.utils import get_callable_name, get_config_model_id
 
 from trl_capo.errors import UserError
+from trl_capo.preflight.schedule import FilledConfig
 
 
-def steps_between_generations(args: GRPOConfig) -> int:
+def steps_between_generations(args: FilledConfig) -> int:
     """Optimizer steps after which a generation is used up, where training can be resumed exactly.
 
     A generation feeds `steps_per_generation x num_iterations` micro-steps, an optimizer step takes
@@ -22,7 +24,7 @@ def steps_between_generations(args: GRPOConfig) -> int:
     return generate_every // math.gcd(generate_every, args.gradient_accumulation_steps)
 
 
-def check_save_steps(args: GRPOConfig, num_steps: float = math.inf) -> None:
+def check_save_steps(args: FilledConfig, num_steps: float = math.inf) -> None:
     """Refuses checkpoints in the middle of a generation, from which training cannot resume exactly.
 
     The completions of a generation are not part of a checkpoint. The checkpoint that transformers writes after the
@@ -33,7 +35,7 @@ def check_save_steps(args: GRPOConfig, num_steps: float = math.inf) -> None:
         num_steps: Optimizer steps of the run: a checkpoint that it would never reach is not refused.
 
     Raises:
-        ValueError: `save_steps` (`eval_steps` if the best model is saved) is no multiple of the optimizer steps
+        UserError: `save_steps` (`eval_steps` if the best model is saved) is no multiple of the optimizer steps
             between two generations.
     """
     name = {"steps": "save_steps", "best": "eval_steps"}.get(args.save_strategy)
@@ -44,7 +46,7 @@ def check_save_steps(args: GRPOConfig, num_steps: float = math.inf) -> None:
     whole_steps = int(steps) if steps >= 1 else math.ceil(num_steps * steps)
     if whole_steps < num_steps and whole_steps % interval != 0:
         nearest = max(interval, round(whole_steps / interval) * interval)
-        raise ValueError(
+        raise UserError(
             f"{name}={steps} would write checkpoints in the middle of a generation, from which training cannot resume "
             f"exactly. New completions are generated every {interval} optimizer steps: set {name}={nearest}, or "
             f"another multiple of {interval}."
@@ -61,11 +63,11 @@ def check_launch(world_size: int) -> None:
         world_size: How many processes this one knows of.
 
     Raises:
-        ValueError: The launcher started several processes, this one sees one.
+        UserError: The launcher started several processes, this one sees one.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and world_size == 1:
-        raise ValueError(
+        raise UserError(
             f"{launched} processes were launched, but each would do the whole job alone. Without a GPU set "
             "use_cpu=True (or the environment variable ACCELERATE_USE_CPU=true)."
         )
@@ -80,20 +82,20 @@ def check_same_checkpoint(steps: list[int | None]) -> None:
         steps: Of each process, the optimizer steps of the checkpoint that it would resume from; None without one.
 
     Raises:
-        ValueError: They are not all the same.
+        UserError: They are not all the same.
 
     Example:
         >>> check_same_checkpoint([40, 40])
     """
     if len(set(steps)) > 1:
         seen = ", ".join(f"process {i} {'none' if step is None else f'step {step}'}" for i, step in enumerate(steps))
-        raise ValueError(
+        raise UserError(
             f"The processes see different checkpoints to resume from ({seen}). Put output_dir on a disc that all "
             "hosts share, or copy the newest checkpoint to each of them."
         )
 
 
-def check_sampler_logps(args: GRPOConfig, has_rollout_func: bool) -> None:
+def check_sampler_logps(args: FilledConfig, has_rollout_func: bool) -> None:
     """Refuses to score completions by log-probs of a sampler that has none, or that drew from another distribution.
 
     Args:
@@ -101,12 +103,12 @@ def check_sampler_logps(args: GRPOConfig, has_rollout_func: bool) -> None:
         has_rollout_func: Whether completions come from the user's own function.
 
     Raises:
-        ValueError: `mean_logps_from="sampler"`, but transformers generates, or sampling is truncated or penalized.
+        UserError: `mean_logps_from="sampler"`, but transformers generates, or sampling is truncated or penalized.
     """
     if getattr(args, "mean_logps_from", "policy") != "sampler":
         return
     if not (args.use_vllm or has_rollout_func):
-        raise ValueError(
+        raise UserError(
             "mean_logps_from='sampler' needs a sampler that returns log-probs: set use_vllm=True, pass a "
             "rollout_func, or set mean_logps_from='policy'."
         )
@@ -126,7 +128,7 @@ def check_sampler_logps(args: GRPOConfig, has_rollout_func: bool) -> None:
         value = overrides.get(name, getattr(args, name, None))
         if value not in neutral.get(name, ()):
             wanted = f"{name}={neutral[name][0]}" if name in neutral else f"no {name} in generation_kwargs"
-            raise ValueError(
+            raise UserError(
                 f"mean_logps_from='sampler' needs {wanted}, got {value}: the sampler's log-probs would be those of a "
                 "distribution that the policy does not have. Or set mean_logps_from='policy'."
             )
@@ -136,14 +138,14 @@ def check_output_dir(output_dir: str) -> None:
     """Refuses an output directory that cannot be created or written.
 
     Raises:
-        ValueError: With the reason that the operating system gives.
+        UserError: With the reason that the operating system gives.
     """
     try:
         os.makedirs(output_dir, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir):
             pass
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"output_dir={output_dir!r} cannot be written ({error.strerror}). Choose another directory."
         ) from error
 
@@ -158,7 +160,11 @@ def reward_list(reward_funcs) -> list:
 def reward_names(reward_funcs) -> list[str]:
     """The names that TRL will give the reward functions."""
     functions = reward_list(reward_funcs)
-    models = {id(f): get_config_model_id(f.config) for f in functions if isinstance(f, torch.nn.Module)}
+    models = {
+        id(f): get_config_model_id(cast(PreTrainedConfig, f.config))
+        for f in functions
+        if isinstance(f, torch.nn.Module)
+    }
     ids = [f if isinstance(f, str) else models.get(id(f)) for f in functions]
     return [
         get_callable_name(function) if model_id is None else model_id.split("/")[-1]
@@ -178,7 +184,7 @@ def find_correctness_reward(names: list[str], wanted: str | None, needed: bool =
         The index; None if there is no label and none is needed.
 
     Raises:
-        ValueError: It is missing with several functions, not one of them, or the name of two.
+        UserError: It is missing with several functions, not one of them, or the name of two.
 
     Example:
         >>> find_correctness_reward(["format_reward", "accuracy_reward"], "accuracy_reward")
@@ -189,15 +195,17 @@ def find_correctness_reward(names: list[str], wanted: str | None, needed: bool =
     if wanted is None and len(names) > 1:
         if not needed:
             return None
-        raise ValueError(
+        raise UserError(
             "With several reward functions, set correctness_reward to the one that decides whether a completion is "
             f"correct: one of {', '.join(names)}."
         )
-    if wanted is not None and wanted not in names:
-        raise ValueError(f"correctness_reward={wanted!r} is not a reward function: one of {', '.join(names)}.")
+    if wanted is None:
+        return 0
+    if wanted not in names:
+        raise UserError(f"correctness_reward={wanted!r} is not a reward function: one of {', '.join(names)}.")
     if names.count(wanted) > 1:
         raise UserError(
             f"correctness_reward={wanted!r} is the name of {names.count(wanted)} reward functions. Give each its "
             f"own name before you pass them, for example: my_reward.__name__ = '{wanted}_1'."
         )
-    return 0 if wanted is None else names.index(wanted)
+    return names.index(wanted)

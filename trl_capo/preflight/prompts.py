@@ -53,7 +53,7 @@ def check_prompts_fit(tokenizer, vocabulary: int | None, chat_template_kwargs: d
         seen.add(roles)
     if too_small and texts:
         highest = max(max(ids, default=0) for ids in tokenizer(text=texts, add_special_tokens=False)["input_ids"])
-        if highest >= vocabulary:
+        if vocabulary is not None and highest >= vocabulary:
             raise UserError(
                 f"The prompts have the token {tokenizer.convert_ids_to_tokens(highest)!r} with id {highest}, but the "
                 f"model's vocabulary has {vocabulary} tokens. Take the tokenizer that belongs to the model, or resize "

@@ -1,8 +1,7 @@
 """All checks of a recipe that need neither the model nor this machine: a trainer and `--dry-run` make the same."""
 
 import warnings
-
-from trl import GRPOConfig
+from typing import Protocol
 
 from trl_capo.data.rows import check_data
 from trl_capo.preflight.best_metric import check_best_metric
@@ -14,12 +13,22 @@ from trl_capo.preflight.checks import (
     reward_names,
 )
 from trl_capo.preflight.rewards import check_numbers, repeated_names
-from trl_capo.preflight.schedule import check_enough_prompts, schedule
+from trl_capo.preflight.schedule import FilledConfig, check_enough_prompts, schedule
+
+
+class Method(Protocol):
+    """A trainer's class, as far as its run can be checked by it."""
+
+    @staticmethod
+    def generations_per_batch(args) -> int: ...
+
+    @classmethod
+    def needs_correct(cls, args) -> bool: ...
 
 
 def check_recipe(
-    method_class: type,
-    args: GRPOConfig,
+    method_class: type[Method],
+    args: FilledConfig,
     reward_funcs,
     train_dataset,
     eval_dataset=None,

@@ -7,11 +7,27 @@ generation feeds `steps_per_generation x num_iterations` micro-steps; an optimiz
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from trl import GRPOConfig
 
 from trl_capo.errors import UserError
+
+
+if TYPE_CHECKING:
+
+    class FilledConfig(GRPOConfig):
+        """A configuration as its constructor leaves it: TRL declares as optional what it then fills in."""
+
+        output_dir: str
+        num_generations: int
+        generation_batch_size: int
+        steps_per_generation: int
+        gradient_checkpointing_kwargs: dict[str, Any] | None
+
+else:
+    FilledConfig = GRPOConfig
 
 
 @dataclass(frozen=True)
@@ -40,7 +56,7 @@ class Schedule:
     def rollout_batches(self) -> int:
         """How often completions are generated."""
         if math.isinf(self.steps_per_epoch):
-            micro_steps = self.steps * self.accumulation
+            micro_steps: float = self.steps * self.accumulation
         elif self.steps_per_epoch == 0:
             return 0
         else:
@@ -55,7 +71,7 @@ class Schedule:
         return math.ceil(self.rollout_batches / self.draws) * self.prompts_per_generation
 
 
-def schedule(args: GRPOConfig, num_prompts: int | None, draws: int = 1) -> Schedule:
+def schedule(args: FilledConfig, num_prompts: int | None, draws: int = 1) -> Schedule:
     """Counts a run.
 
     Args:
@@ -64,11 +80,12 @@ def schedule(args: GRPOConfig, num_prompts: int | None, draws: int = 1) -> Sched
         draws: `generations_per_batch` of the method.
     """
     prompts = args.generation_batch_size // args.num_generations
-    generations = math.inf if num_prompts is None else num_prompts // prompts
+    generations: float = math.inf if num_prompts is None else num_prompts // prompts
     micro_steps = args.steps_per_generation * args.num_iterations
     accumulation = args.gradient_accumulation_steps
     if num_prompts is None:
-        steps_per_epoch, steps = math.inf, max(0, args.max_steps)
+        steps_per_epoch: float = math.inf
+        steps = max(0, args.max_steps)
     else:
         steps_per_epoch = math.ceil(generations * draws * micro_steps / accumulation)
         steps = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
@@ -76,7 +93,7 @@ def schedule(args: GRPOConfig, num_prompts: int | None, draws: int = 1) -> Sched
     return Schedule(prompts, generations, draws, micro_steps, steps_per_epoch, steps, accumulation)
 
 
-def check_some_steps(args: GRPOConfig) -> None:
+def check_some_steps(args: FilledConfig) -> None:
     """Refuses a length of no steps.
 
     Raises:
@@ -88,7 +105,7 @@ def check_some_steps(args: GRPOConfig) -> None:
         raise UserError(f"num_train_epochs={args.num_train_epochs} trains nothing: set it above 0, or set max_steps.")
 
 
-def check_enough_prompts(args: GRPOConfig, train_dataset, eval_dataset=None) -> None:
+def check_enough_prompts(args: FilledConfig, train_dataset, eval_dataset=None) -> None:
     """Refuses sets of which not one generation, or not one evaluation batch, can be made: nothing would be trained.
 
     Args:
@@ -128,13 +145,13 @@ def _prompts(count: int) -> str:
     return f"{count} prompt{'' if count == 1 else 's'}"
 
 
-def steps_option(args: GRPOConfig) -> str:
+def steps_option(args: FilledConfig) -> str:
     """The option that says how many micro-batches a generation has."""
     same = args.steps_per_generation == args.gradient_accumulation_steps
     return "gradient_accumulation_steps" if same else "steps_per_generation"
 
 
-def batch_arithmetic(args: GRPOConfig) -> str:
+def batch_arithmetic(args: FilledConfig) -> str:
     """The completions of a generation as a product, in the options that the user sets."""
     processes = f"{args.world_size} process{'' if args.world_size == 1 else 'es'}"
     return (

@@ -1,14 +1,15 @@
 """Everything that a trainer checks before it loads a model."""
 
-from trl import GRPOConfig
-
 from trl_capo.preflight.checks import check_launch, check_output_dir, reward_list
 from trl_capo.preflight.model import check_engine, check_model, check_others
 from trl_capo.preflight.prompts import check_prompts
-from trl_capo.preflight.recipe import check_recipe
+from trl_capo.preflight.recipe import Method, check_recipe
+from trl_capo.preflight.schedule import FilledConfig
 
 
-def check_trainer(method_class: type, model, reward_funcs, args: GRPOConfig, engine: type, given: dict) -> tuple:
+def check_trainer(
+    method_class: type[Method], model, reward_funcs, args: FilledConfig, engine: type, given: dict
+) -> tuple:
     """Refuses bad input.
 
     Args:

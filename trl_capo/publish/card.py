@@ -11,6 +11,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+from trl_capo.errors import UserError
 from trl_capo.files import write_text
 from trl_capo.markdown import markdown_text
 from trl_capo.publish.model_files import CALIBRATION as FILE_NAME
@@ -54,11 +55,11 @@ def add_to_model_card(block: str | Path, folder: str | Path) -> Path:
         Path of the card.
 
     Raises:
-        ValueError: If the folder does not exist.
+        UserError: If the folder does not exist.
     """
     block, folder = Path(block), Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder of a model, so it has no card to write into.")
+        raise UserError(f"{folder} is no folder of a model, so it has no card to write into.")
     text = mask(block.read_text(encoding="utf-8"))
     if folder.resolve() != block.parent.resolve():
         for image in figures(text, block.parent):
@@ -184,18 +185,18 @@ def _last_question(prompt) -> str | None:
 
 def final_figures(history: list[dict]) -> str | None:
     """The last values of what matters in a log, as a table in Markdown; None for a log without them."""
-    last, seen = {}, set()
+    last, seen = {}, {}
     for entry in history:
         for name, value in entry.items():
             if match := LOGGED.fullmatch(name):
-                seen.add(name)
+                seen[name] = match
                 if isinstance(value, (int, float)) and math.isfinite(value):
                     part = f"evaluation {match['set'] or ''}".strip() if match["eval"] else "training"
                     last[name] = (part, FIGURES[match["name"]], f"{value:.4g}", entry.get("step", ""))
     if not seen:
         return None
-    for name in seen - set(last):
-        match = LOGGED.fullmatch(name)
+    for name in seen.keys() - last.keys():
+        match = seen[name]
         part = f"evaluation {match['set'] or ''}".strip() if match["eval"] else "training"
         last[name] = (part, FIGURES[match["name"]], "undefined", "")
     order = list(FIGURES.values())
@@ -281,9 +282,9 @@ def _with_dataset(text: str, wanted: str | None, known: str | None) -> str:
     if wanted is None and known is None:
         return text
     card = ModelCard(text, ignore_metadata_errors=True)
-    if wanted is None and card.data.datasets:
+    if wanted is None and card.data.get("datasets"):
         return text
-    card.data.datasets = [wanted or known]
+    card.data["datasets"] = [wanted or known]
     return str(card)
 
 

@@ -106,7 +106,7 @@ def guarded_uploads(private: bool | None) -> Iterator[None]:
     from transformers import trainer
 
     original = trainer.hf_api
-    trainer.hf_api = lambda: GuardedApi(original(), private)
+    trainer.hf_api = lambda: GuardedApi(original(), private)  # type: ignore[assignment, return-value]
     try:
         yield
     finally:

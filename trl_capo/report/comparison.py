@@ -20,12 +20,13 @@ import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from trl_capo.calibration.bootstrap import Estimate, holm, mean_over_seeds_and_prompts, paired_difference, two_sided_p
 from trl_capo.calibration.metrics import auc_by_prompt, nanmean
+from trl_capo.errors import UserError
 from trl_capo.evaluation.samples import SampleSet, read_samples, shared_prompts
 from trl_capo.evaluation.summary import read_summary
 from trl_capo.files import replacing, write_json, write_text
@@ -51,12 +52,14 @@ def write_comparison(
         The tables, with what a reader needs to know about them.
 
     Raises:
-        ValueError: The runs answered different questions.
+        UserError: The runs answered different questions.
     """
     from trl_capo.report.page import html_section, markdown, write_report
 
     runs = {baseline: runs[baseline], **runs}  # first everywhere, so that it has one colour
-    evaluated = {name: {seed: evaluation_folder(path) for seed, path in of.items()} for name, of in runs.items()}
+    evaluated = {
+        name: {seed: cast(Path, evaluation_folder(path)) for seed, path in of.items()} for name, of in runs.items()
+    }
     sets = {name: {seed: read_samples(path) for seed, path in of.items()} for name, of in evaluated.items()}
     check_same_questions(sets)
     summaries = {name: {seed: read_summary(path) for seed, path in of.items()} for name, of in evaluated.items()}
@@ -86,7 +89,7 @@ def write_comparison(
         },
     )
     with replacing(folder / "comparison.npz") as partial, partial.open("wb") as file:
-        np.savez_compressed(file, **arrays(sets))
+        np.savez_compressed(file, **arrays(sets))  # type: ignore[arg-type]
     header, cells = table(rows, baseline)
     parts = [caption, markdown(header, cells), "Accuracy / AUC within by benchmark:", markdown(*by_benchmark(rows))]
     text = "\n\n".join(parts)
@@ -95,8 +98,8 @@ def write_comparison(
     picture = (folder / "comparison.png").read_bytes()
     section = html_section("All seeds", caption, (header, cells), picture)
     seed = next(iter(sets[baseline]))  # below it, single models: those of one seed
-    shown = {name: of.get(None, of.get(seed)) for name, of in sets.items()}
-    shown = {name if None in sets[name] else f"{name}, seed {seed}": of for name, of in shown.items() if of}
+    chosen = {name: of.get(None, of.get(seed)) for name, of in sets.items()}
+    shown = {name if None in sets[name] else f"{name}, seed {seed}": of for name, of in chosen.items() if of}
     write_report(shown, folder / "report.html", first_section=section)
     return text
 
@@ -115,7 +118,7 @@ def check_same_questions(sets: dict[str, dict[int | None, list[SampleSet]]]) -> 
                 first = known.setdefault(samples.benchmark, samples)
                 rows, _, differing = shared_prompts(samples, first)
                 if differing or any(len(of.grid("prompt_id")) != len(rows) for of in (samples, first)):
-                    raise ValueError(
+                    raise UserError(
                         f"{run_name(name, seed)} answered other questions of {samples.benchmark} than the runs before "
                         "it. Evaluate all on one version of it: remove the evaluation folder of the runs that differ."
                     )
@@ -195,7 +198,9 @@ def compare(sets: dict[str, dict[int | None, list[SampleSet]]], baseline: str) -
     for name, of in sets.items():
         shared = [seed for seed in of if seed is not None and seed in sets[baseline] and name != baseline]
         row: dict[str, Any] = {"method": name, "seeds": len(of), "seeds_compared": len(shared)}
-        pair = [{seed: m[seed] for seed in shared} for m in (of, sets[baseline])]
+        pair: list[dict[int | None, list[SampleSet]]] = [
+            {seed: m[seed] for seed in shared} for m in (of, sets[baseline])
+        ]
         for metric in METRICS:
             row[metric] = float(np.mean([mean_over_seeds_and_prompts(values) for values in by_prompt(of, metric)]))
             row |= dict.fromkeys((f"{metric}_difference", f"{metric}_p", f"{metric}_p_alone"))
@@ -253,8 +258,10 @@ def table(rows: list[dict], baseline: str) -> tuple[list[str], list[list[str]]]:
 
 
 def _with_p(gap: list[float] | None, p: float | None) -> str:
-    if gap is None or np.isnan(gap[0]):
-        return "" if gap is None else "undefined"
+    if gap is None or p is None:
+        return ""
+    if np.isnan(gap[0]):
+        return "undefined"
     shown = "" if np.isnan(p) else ", <0.01" if p < 0.01 else f", {p:.3f}"  # see two_sided_p
     return f"{gap[0]:+.3f} [{gap[1]:+.3f}, {gap[2]:+.3f}]{shown}"
 
@@ -278,7 +285,7 @@ def mean_history(models: list[Path]) -> list[dict]:
     logs, last = [], 1
     for model in models:
         states = sorted(model.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))
-        state = json.loads(states[-1].read_text()) if states else {"log_history": [], "max_steps": 1}
+        state: dict[str, Any] = json.loads(states[-1].read_text()) if states else {"log_history": [], "max_steps": 1}
         logs.append({entry["step"]: entry for entry in state["log_history"] if "capo/auc_within" in entry})
         last = state["max_steps"]
     steps = sorted(set.intersection(*(set(log) for log in logs)))
@@ -303,11 +310,12 @@ def draw(path: Path, rows: list[dict], histories: dict[str, list[dict]], runs: l
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     draw_training(axes[:2], histories, runs, x="share of the training")
+
+    def mean_of(run: dict[str, dict], name: str) -> float:
+        return float(np.mean([of[name] for of in run.values()]))
+
     points = {
-        row["method"]: [
-            tuple(float(np.mean([of[name] for of in run.values()])) for name in ("accuracy", "auc_within"))
-            for run in row["by_run"].values()
-        ]
+        row["method"]: [(mean_of(run, "accuracy"), mean_of(run, "auc_within")) for run in row["by_run"].values()]
         for row in rows
     }
     draw_frontier(axes[2], points)

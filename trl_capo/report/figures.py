@@ -99,7 +99,9 @@ def draw_perplexities(axes: Axes, runs: dict[str, SampleSet]) -> None:
         for label, style in ((1, dict(alpha=0.3)), (0, dict(histtype="step", linewidth=1.5))):
             if (of.correct == label).any():
                 title = f"{name}, {'right' if label else 'wrong'}"
-                axes.hist(ppl[of.correct == label], bins=edges, density=True, color=color, label=title, **style)
+                axes.hist(
+                    ppl[of.correct == label], bins=edges.tolist(), density=True, color=color, label=title, **style
+                )
     _finish(axes, "perplexity of right and wrong answers", "perplexity", "density")
 
 

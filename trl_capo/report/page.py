@@ -65,7 +65,7 @@ def write_report(
         Path of the page.
 
     Raises:
-        ValueError: If the runs share no benchmark, or answered different questions, or the page cannot be written.
+        UserError: If the runs share no benchmark, or answered different questions, or the page cannot be written.
     """
     from trl_capo.preflight.checks import check_output_dir
 
@@ -73,13 +73,13 @@ def write_report(
     shared = [of.benchmark for of in next(iter(runs.values()))]
     shared = [name for name in shared if all(any(of.benchmark == name for of in sets) for sets in runs.values())]
     if not shared:
-        raise ValueError(
+        raise UserError(
             "the runs have no benchmark in common: "
             + "; ".join(f"{name} has {', '.join(of.benchmark for of in sets)}" for name, sets in runs.items())
         )
     check_output_dir(str(path.parent))
     if path.is_dir():
-        raise ValueError(f"{path} is a folder. Name the page, e.g. {path / 'report.html'}.")
+        raise UserError(f"{path} is a folder. Name the page, e.g. {path / 'report.html'}.")
     sections, tables = [first_section], []
     for number, benchmark in enumerate(shared, 1):
         of = {name: next(s for s in sets if s.benchmark == benchmark) for name, sets in runs.items()}
@@ -277,7 +277,8 @@ def with_formulas(text: str) -> list[str | list[str]]:
     """
     from latex2mathml.converter import convert
 
-    pieces, end = [], 0
+    pieces: list[str | list[str]] = []
+    end = 0
     for start, stop, source in _formulas(text):
         try:
             formula = convert(source)

@@ -3,17 +3,20 @@
 import math
 import warnings
 from dataclasses import dataclass, field, fields
+from typing import cast
 
 from transformers import TrainingArguments
 from trl import GRPOConfig
 
+from trl_capo.errors import UserError
 from trl_capo.preflight.batches import check_batches
 from trl_capo.preflight.best_metric import default_direction
+from trl_capo.preflight.schedule import FilledConfig
 from trl_capo.redact import is_secret_name, redact
 
 
 @dataclass
-class FastGRPOConfig(GRPOConfig):
+class FastGRPOConfig(FilledConfig):
     """Configuration of `FastGRPOTrainer`: TRL's `GRPOConfig` with the same defaults, and one more option.
 
     Parameters:
@@ -156,25 +159,25 @@ class GroupAdvantageConfig(FastGRPOConfig):
         ):
             if getattr(self, name) not in choices:
                 allowed = ", ".join(map(str, choices))
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+                raise UserError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
         for name in ("ref_ppl_low", "ref_ppl_high"):
             threshold = getattr(self, name)
             if not (threshold >= 1 and math.isfinite(threshold)):
-                raise ValueError(f"{name} must be a finite perplexity of at least 1, got {threshold}.")
+                raise UserError(f"{name} must be a finite perplexity of at least 1, got {threshold}.")
         quantiles = self.ref_ppl_quantiles
         if quantiles is not None and (len(quantiles) != 2 or not all(0 < quantile < 1 for quantile in quantiles)):
-            raise ValueError(f"ref_ppl_quantiles must be two numbers in (0, 1), low and high, got {quantiles}.")
+            raise UserError(f"ref_ppl_quantiles must be two numbers in (0, 1), low and high, got {quantiles}.")
         if self.ref_ppl_quantile_samples < 2:
-            raise ValueError(f"ref_ppl_quantile_samples must be at least 2, got {self.ref_ppl_quantile_samples}.")
+            raise UserError(f"ref_ppl_quantile_samples must be at least 2, got {self.ref_ppl_quantile_samples}.")
         if self.ref_ppl_quantiles_by_class and quantiles is None:
-            raise ValueError("ref_ppl_quantiles_by_class=True needs ref_ppl_quantiles, e.g. [0.25, 0.75].")
+            raise UserError("ref_ppl_quantiles_by_class=True needs ref_ppl_quantiles, e.g. [0.25, 0.75].")
         if self.sync_ref_model and not self.ref_ppl_mask and self.beta == 0:
-            raise ValueError(
+            raise UserError(
                 "sync_ref_model=True has no reference to update: set ref_ppl_mask=True or a beta above 0, or leave "
                 "sync_ref_model off."
             )
         if self.sync_ref_model and self.ref_model_dtype in ("bfloat16", "float16"):
-            raise ValueError(
+            raise UserError(
                 f"sync_ref_model=True moves the reference by steps that {self.ref_model_dtype} rounds away: leave "
                 "ref_model_dtype unset."
             )
@@ -210,7 +213,7 @@ def without_secrets(args: TrainingArguments) -> TrainingArguments:
     return copy
 
 
-def checked_config(args: GRPOConfig, config_class: type[GRPOConfig], trainer: str) -> GRPOConfig:
+def checked_config(args: GRPOConfig, config_class: type[GRPOConfig], trainer: str) -> FilledConfig:
     """The configuration of a trainer; a plain `GRPOConfig` will do where no method has options of its own.
 
     Args:
@@ -230,4 +233,4 @@ def checked_config(args: GRPOConfig, config_class: type[GRPOConfig], trainer: st
                 setattr(args, option.name, option.default)
     elif not isinstance(args, config_class):
         raise TypeError(f"{trainer} takes a {config_class.__name__} as args, got {type(args).__name__}.")
-    return args
+    return cast(FilledConfig, args)

@@ -15,6 +15,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
+from trl_capo.errors import UserError
 from trl_capo.rewards import AccuracyReward
 from trl_capo.trainer.config import FastGRPOConfig
 from trl_capo.trainer.repack import (
@@ -54,6 +55,7 @@ class FastGRPOTrainer(ResumableGRPOTrainer):
 
     args: FastGRPOConfig
     config_class = FastGRPOConfig
+    pad_to_multiple_of: int | None
     _reads_logits = False  # whether the loss takes its log-probs from `_logps_from_logits`
     _repacking = Repacking(trim=False, sort=False, prune=False)  # as TRL, until the constructor has chosen
     _generation_inputs: list[dict] | None = None
@@ -74,7 +76,7 @@ class FastGRPOTrainer(ResumableGRPOTrainer):
         }
         if self._reads_logits and any(unfit.values()):
             names = ", ".join(name for name, there in unfit.items() if there)
-            raise ValueError(f"{self._name} takes its loss from plain logits, which does not work with {names}.")
+            raise UserError(f"{self._name} takes its loss from plain logits, which does not work with {names}.")
 
     # Hooks -----------------------------------------------------------------------------------------------------------
 
@@ -153,7 +155,7 @@ class FastGRPOTrainer(ResumableGRPOTrainer):
             return None, None, None
         # In evaluation the surrogate has the value of the log-probs, and its batches are larger.
         if self._reads_logits and self._loss_inputs is not None and self.model.training:
-            return self._unfused_logps(model, input_ids, attention_mask, logits_to_keep)
+            return self._unfused_logps(model, input_ids, attention_mask, logits_to_keep, self._loss_inputs)
         # TRL names a batch size where it passes over a whole generation, for the log-probs alone. It leaves dropout on
         # there: scores would be noise.
         passes_over_all = batch_size is not None and not torch.is_grad_enabled()
@@ -176,7 +178,9 @@ class FastGRPOTrainer(ResumableGRPOTrainer):
         }
         return self._logps_of_rows(model, batch, None, batch_size)
 
-    def _unfused_logps(self, model, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int):
+    def _unfused_logps(
+        self, model, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, inputs: Batch
+    ) -> tuple[Tensor, Tensor, None]:
         """Log-probs for the loss from all logits, which TRL's fused head never holds at once; and their entropies."""
         with self.accelerator.autocast():
             logits = model(
@@ -188,7 +192,7 @@ class FastGRPOTrainer(ResumableGRPOTrainer):
         logps = (logits[:, :-1].float() / self.temperature).log_softmax(-1)
         with torch.set_grad_enabled(self._entropy_bonus_enabled):  # else it is only logged
             entropies = -(logps.exp() * logps).sum(-1)
-        return self._logps_from_logits(logps, entropies.detach(), self._loss_inputs), entropies, None
+        return self._logps_from_logits(logps, entropies.detach(), inputs), entropies, None
 
     @torch.no_grad()
     def _policy_logps(self, output: Batch, rows: Tensor) -> Tensor:

@@ -12,12 +12,14 @@ its slice. Groups may straddle ranks. Last, the generation is cut into micro-bat
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trl_capo.calibration import metrics
+from trl_capo.errors import UserError
 from trl_capo.trainer.config import GroupAdvantageConfig
 from trl_capo.trainer.groups import RolloutGroups
 from trl_capo.trainer.idle import IdleWatch
@@ -37,10 +39,11 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
 
     Raises:
         TypeError: `args` is not of `config_class` (GRPO through the seam also takes TRL's own `GRPOConfig`).
-        ValueError: Bad input that would only show during training: see `trl_capo.preflight`.
+        UserError: Bad input that would only show during training: see `trl_capo.preflight`.
     """
 
     _tag_names = ["trl", "trl-capo", "grpo"]
+    _logs: dict[str, Any]
     _replaces_advantages = False  # whether `_compute_advantages` starts from the weighted sum of the rewards
 
     def __init_subclass__(cls, **kwargs):
@@ -59,7 +62,7 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
 
     def _refuse_other_aggregations(self) -> None:
         if self.args.multi_objective_aggregation != "sum_then_normalize":
-            raise ValueError(
+            raise UserError(
                 f"multi_objective_aggregation={self.args.multi_objective_aggregation!r} turns rewards into advantages "
                 f"in TRL's way, where {self._name} has its own: set it to 'sum_then_normalize'."
             )
@@ -148,14 +151,14 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
 
     def _check_shape(self, advantages: Tensor, groups: RolloutGroups) -> None:
         if advantages.shape != groups.rewards.shape:
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__}._compute_advantages must return one advantage a completion, shape "
                 f"{tuple(groups.rewards.shape)}, got {tuple(advantages.shape)}."
             )
 
     def _check_finite(self, advantages: Tensor) -> None:
         if not advantages.isfinite().all():
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__}._compute_advantages returned an advantage that is not finite. mean_logps is "
                 "NaN where groups.valid is False and outside _rows_needing_logps, ref_mean_logps outside "
                 "_rows_needing_ref: give those completions advantage 0, or let the hooks name them."

@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub.errors import HTTPError
 from transformers import PreTrainedModel
@@ -10,6 +11,7 @@ from trl.trainer.utils import get_config_model_id
 
 from trl_capo.files import write_text
 from trl_capo.models.chat_templates import with_defaults
+from trl_capo.preflight.schedule import FilledConfig
 from trl_capo.publish.card import complete_card, example_question
 from trl_capo.publish.hub import check_completions_repo, check_private, guarded_uploads, push_command, wants_private
 from trl_capo.redact import mask
@@ -19,7 +21,7 @@ from trl_capo.trainer.config import checked_config, without_secrets
 class PublishingGRPOTrainer(GRPOTrainer):
     """Stock GRPO that writes its own card, keeps private what must be, and uploads no secrets and no pickles."""
 
-    args: GRPOConfig
+    args: FilledConfig
     model: PreTrainedModel
     config_class: type[GRPOConfig] = GRPOConfig
     _tag_names = ["trl", "trl-capo", "grpo"]
@@ -37,7 +39,7 @@ class PublishingGRPOTrainer(GRPOTrainer):
         # Saved with the model, so that whoever asks it later renders the prompts that it was trained on.
         self.processing_class = with_defaults(self.processing_class, self.chat_template_kwargs)
 
-    def _checked_args(self, model, args: GRPOConfig | None) -> GRPOConfig:
+    def _checked_args(self, model, args: GRPOConfig | None) -> FilledConfig:
         """The configuration, with this layer's defaults where TRL's own was given.
 
         Raises:
@@ -108,7 +110,7 @@ class PublishingGRPOTrainer(GRPOTrainer):
 
     def _check_private(self, private: bool | None, token: str | None) -> None:
         if private and self.is_world_process_zero():
-            check_private(self.hub_model_id, token or self.args.hub_token)
+            check_private(cast(str, self.hub_model_id), token or self.args.hub_token)
 
     def _push_from_checkpoint(self, checkpoint_folder):
         with guarded_uploads(self.args.hub_private_repo):

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 from trl.trainer import grpo_trainer
 
+from trl_capo.errors import UserError
 from trl_capo.models.source import model_path
 from trl_capo.trainer.config import GroupAdvantageConfig
 
@@ -18,7 +19,7 @@ def reference_source(
     """What the reference model is to be built from: a model, an id or path, or None for TRL's own choice."""
     if args.ref_model_name_or_path is not None:
         if policy_is_peft:
-            raise ValueError(
+            raise UserError(
                 "ref_model_name_or_path cannot be used with PEFT, where the reference is the model without its "
                 "adapter. Leave it unset, or merge the adapter and train without PEFT."
             )
@@ -35,7 +36,7 @@ def reference_source(
 def make_room_for_reference_adapter(model: PreTrainedModel) -> None:
     """TRL copies the adapter "default" to "ref", the reference, and fails if one is missing or the other is there."""
     if "default" not in model.peft_config:
-        raise ValueError(
+        raise UserError(
             f"The reference of a PEFT model is a copy of its adapter 'default', but it has "
             f"{', '.join(model.peft_config)}. Load the adapter under that name (adapter_name='default'), or set "
             "ref_ppl_mask=False."
@@ -70,7 +71,7 @@ def reference_from(
             return load(model_id, **kwargs)
         return load(source, **{**kwargs, "revision": None})  # the revision is the policy's
 
-    grpo_trainer.create_model_from_path = load_policy_then_source
+    grpo_trainer.create_model_from_path = load_policy_then_source  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -21,7 +21,8 @@ conditions below are those of TRL 1.16's loss.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 
 Batch = dict[str, Tensor]  # tensors of B rows, or of no dimension; `repack` adds one number, `loss_scale`
@@ -78,7 +79,7 @@ def what_is_exact(
     return Repacking()
 
 
-def positions_depend_on_padding(model: nn.Module) -> bool:
+def positions_depend_on_padding(model: PreTrainedModel) -> bool:
     """Whether padding may change the log-probs of tokens beside it.
 
     Only models known to be free of that count as such: rotary positions that do not scale with the width of the batch,
@@ -208,7 +209,7 @@ def repack(
     for part in chosen.split(cuts):
         batch = trim(take(rows, part), pad_to_multiple_of)
         if loss_type in MEANS_OVER_ROWS:
-            batch["loss_scale"] = len(part) / rows_of_trl
+            batch["loss_scale"] = len(part) / rows_of_trl  # type: ignore[assignment]
         batches.append(batch)
     return batches
 

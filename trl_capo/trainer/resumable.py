@@ -8,7 +8,7 @@ layer adds them, restores a finished run instead of training one step more, and 
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from trl_capo.preflight.checks import check_same_checkpoint, steps_between_gener
 from trl_capo.publish.card import forget_calibration
 from trl_capo.trainer.checkpoints import begin_run, last_complete_checkpoint, remove_old_checkpoints
 from trl_capo.trainer.finite import check_gradient_norm, check_parameters
-from trl_capo.trainer.manifest import MANIFEST, STATE_FILE, Run, checkpoint_step, write_manifest
+from trl_capo.trainer.manifest import MANIFEST, STATE_FILE, Checkpoint, Run, checkpoint_step, write_manifest
 from trl_capo.trainer.publishing import PublishingGRPOTrainer
 from trl_capo.trainer.resume import (
     StreamPosition,
@@ -51,8 +51,9 @@ class ResumableGRPOTrainer(PublishingGRPOTrainer):
     Hooks: `_method_state`, `_load_method_state`, `generations_per_batch`.
     """
 
+    num_generations: int
     _run = Run()  # a new one with each training that starts from zero
-    _resumed = None  # the checkpoint that a training continues from
+    _resumed: Checkpoint | None = None  # the checkpoint that a training continues from
 
     # Hooks -----------------------------------------------------------------------------------------------------------
 
@@ -108,19 +109,20 @@ class ResumableGRPOTrainer(PublishingGRPOTrainer):
         """The folder, the same on all ranks; what cannot be resumed from is refused."""
         self._resumed = None
         newest = wanted is True
+        folder = None if isinstance(wanted, bool) else wanted
         if newest:
-            wanted, search = newest_checkpoint(self.args.output_dir, self.accelerator.print)
-        check_same_checkpoint(gather_object([checkpoint_step(wanted)]))
-        if newest and wanted is None:
+            folder, search = newest_checkpoint(self.args.output_dir, self.accelerator.print)
+        check_same_checkpoint(gather_object([checkpoint_step(folder)]))
+        if newest and folder is None:
             reasons = "".join(f" {line}" for line in search.lines)
             raise UserError(f"There is no complete checkpoint in {self.args.output_dir!r} to resume from.{reasons}")
-        if not wanted:
+        if not folder:
             return None
-        named = checkpoint_named(wanted, self.args.output_dir)
-        self._resumed = replace(named, folder=Path(wanted))  # the first host's folder may be another
+        named = checkpoint_named(folder, self.args.output_dir)
+        self._resumed = replace(named, folder=Path(folder))  # the first host's folder may be another
         for line in what_differs(self._resumed, self.args, self.is_deepspeed_enabled):
             self.accelerator.print(line)
-        return str(wanted)
+        return str(folder)
 
     def _lies_within_a_generation(self, checkpoint: str, state: TrainerState) -> bool:
         path = Path(checkpoint, STATE_FILE)
@@ -130,6 +132,7 @@ class ResumableGRPOTrainer(PublishingGRPOTrainer):
     def _restore_finished_run(self, checkpoint: str, state: TrainerState) -> TrainOutput:
         # From the checkpoint of the last step transformers would train one step more.
         self.accelerator.print(f"{checkpoint} is the end of a run of {state.global_step} steps: nothing to train.")
+        assert self._resumed is not None  # `checkpoint` as a folder
         self.state, self._run = state, self._resumed.run
         self._load_from_checkpoint(checkpoint)
         self._load_state_file(checkpoint)
@@ -293,6 +296,8 @@ class ResumableGRPOTrainer(PublishingGRPOTrainer):
 class _EpochRepeatSampler(RepeatSampler):
     """TRL's sampler in the same order, but able to start at any epoch, so that a resumed run sees the same prompts."""
 
+    seed: int  # TRL's sampler has no generator without one
+
     def set_epoch(self, epoch: int) -> None:
         self.generator.manual_seed(self.seed)
         for _ in range(epoch):
@@ -313,7 +318,7 @@ def _naming(path: str | Path) -> Iterator[None]:
 @contextmanager
 def _removes_no_checkpoints() -> Iterator[None]:
     """transformers leaves old checkpoints alone: it does not tell those of this run from others'."""
-    names = {"rotate_checkpoints": lambda **kwargs: None, "sort_checkpoints": lambda **kwargs: []}
+    names: dict[str, Callable] = {"rotate_checkpoints": lambda **kwargs: None, "sort_checkpoints": lambda **kwargs: []}
     originals = {name: getattr(transformers_trainer, name) for name in names}
     try:
         for name, function in names.items():

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from trl_capo.errors import UserError
 from trl_capo.trainer.checkpoints import Search, check_checkpoint_of, chosen_checkpoint, find_checkpoint
@@ -14,8 +14,13 @@ from trl_capo.trainer.resume_options import changed_options
 
 Answer = TypeVar("Answer")
 # Options that decide how many prompts a step takes, and so where in the data a resumed run starts.
-LAYOUT = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations")
-LAYOUT += ("num_generations",)
+LAYOUT = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "num_iterations",
+    "num_generations",
+)
 
 
 def agree(find: Callable[[], Answer]) -> Answer:
@@ -23,7 +28,8 @@ def agree(find: Callable[[], Answer]) -> Answer:
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    state, found = PartialState(), [None]
+    state = PartialState()
+    found: list[Any] = [None]
     if state.is_main_process:
         try:
             found = [find()]
@@ -41,7 +47,7 @@ def newest_checkpoint(output_dir: str, say: Callable[[str], None]) -> tuple[str 
     search = agree(lambda: find_checkpoint(output_dir))
     for line in search.lines:
         say(line)
-    return search.newest and os.path.join(output_dir, search.newest.folder.name), search
+    return os.path.join(output_dir, search.newest.folder.name) if search.newest else None, search
 
 
 def newest_or_zero(output_dir: str, say: Callable[[str], None]) -> str | None:

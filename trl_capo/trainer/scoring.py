@@ -7,6 +7,7 @@ gather is a collective that every rank calls.
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 import torch
 from accelerate.utils import is_peft_model
@@ -18,6 +19,7 @@ from trl.trainer import grpo_trainer
 from trl.trainer.utils import use_adapter
 
 from trl_capo.data.rows import with_checked_streams
+from trl_capo.errors import UserError
 from trl_capo.models.source import explained
 from trl_capo.preflight.checks import find_correctness_reward, reward_list
 from trl_capo.preflight.prompts import check_prompts
@@ -42,7 +44,7 @@ class GroupScoringTrainer(FastGRPOTrainer):
 
     args: GroupAdvantageConfig
     config_class = GroupAdvantageConfig
-    num_generations: int
+    num_generations_eval: int
     _rewards_per_func: Tensor
 
     def __init__(
@@ -62,7 +64,7 @@ class GroupScoringTrainer(FastGRPOTrainer):
         rollout_func: Callable | None = None,
         environment_factory=None,
     ):
-        args = self._checked_args(model, args)
+        config = cast(GroupAdvantageConfig, self._checked_args(model, args))
         given = dict(
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -77,28 +79,28 @@ class GroupScoringTrainer(FastGRPOTrainer):
             environment_factory=environment_factory,
         )
         model, prompts_are_checked = check_trainer(
-            type(self), model, reward_funcs, args, grpo_trainer.VLLMGeneration, given
+            type(self), model, reward_funcs, config, grpo_trainer.VLLMGeneration, given
         )
         if environment_factory is None:
             streams = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
             given |= dict(zip(streams, with_checked_streams(reward_funcs, **streams), strict=True))
 
-        beta = args.beta
-        use_ref = args.ref_ppl_mask or self.needs_ref(args)
+        beta = config.beta
+        use_ref = config.ref_ppl_mask or self.needs_ref(config)
         loaded = not isinstance(model, str)
         policy_is_peft = peft_config is not None or (loaded and is_peft_model(model))
-        if use_ref and loaded and is_peft_model(model):
+        if use_ref and not isinstance(model, str) and is_peft_model(model):
             make_room_for_reference_adapter(model)
-        reference = reference_source(model, args, policy_is_peft) if use_ref or beta != 0 else None
+        reference = reference_source(model, config, policy_is_peft) if use_ref or beta != 0 else None
         if use_ref and beta == 0:
-            args.beta = 1.0  # any nonzero value makes TRL build, wrap and shard its reference model
+            config.beta = 1.0  # any nonzero value makes TRL build, wrap and shard its reference model
         self._beta_of_the_loss, self._given = beta, {} if prompts_are_checked else given
         try:
             names = [name for name in (model, reference, *reward_list(reward_funcs)) if isinstance(name, str)]
-            with explained(*names), reference_from(reference, args.ref_model_dtype, policy_is_loaded=loaded):
-                super().__init__(model, reward_funcs, args, **given)
+            with explained(*names), reference_from(reference, config.ref_model_dtype, policy_is_loaded=loaded):
+                super().__init__(model, reward_funcs, config, **given)
         finally:
-            args.beta = beta
+            config.beta = beta
 
     def _setup(self) -> None:
         self.beta = self.args.beta = self._beta_of_the_loss
@@ -158,7 +160,7 @@ class GroupScoringTrainer(FastGRPOTrainer):
 
         A row's log-probs are 0 if they were not computed by the trainer; scores may come from the sampler instead.
         """
-        num_generations: int = self.num_generations if self.model.training else self.num_generations_eval
+        num_generations = self.num_generations if self.model.training else self.num_generations_eval
         rewards_per_func = self._rewards_per_func
         weights = self.reward_weights.to(rewards_per_func.device)
         unscorable = rewards_per_func.isnan().all(dim=1)
@@ -222,7 +224,7 @@ class GroupScoringTrainer(FastGRPOTrainer):
 
     def _sampler_logps(self, output: Batch) -> Tensor:
         if "sampling_per_token_logps" not in output:
-            raise ValueError(
+            raise UserError(
                 "mean_logps_from='sampler', but no log-probs came with the completions: let rollout_func return "
                 "'logprobs', or set mean_logps_from='policy'."
             )

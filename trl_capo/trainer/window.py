@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import Dataset
+from transformers import PreTrainedModel
 
 from trl_capo.calibration import metrics
 
 
 if TYPE_CHECKING:
-    from transformers import Trainer as Base
+    from trl import GRPOTrainer as Base
 else:
     Base = object
 
@@ -23,7 +24,8 @@ class CalibrationLogging(Base):
     rows, in training and in evaluation, and logs an undefined metric (NaN) as None, as TRL does.
     """
 
-    _num_eval_prompts = None
+    model: PreTrainedModel
+    _num_eval_prompts: int | None = None
     _eval_prefix = "eval"
 
     @property
@@ -45,7 +47,7 @@ class CalibrationLogging(Base):
         self._num_eval_prompts = len(dataloader.dataset) if isinstance(dataloader.dataset, Dataset) else None
         self._eval_prefix = metric_key_prefix
         self._window["eval"].clear()  # `predict` runs this loop and logs nothing
-        return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        return super().evaluation_loop(dataloader, *args, **kwargs | {"metric_key_prefix": metric_key_prefix})
 
     def log(self, logs: dict, start_time: float | None = None) -> None:
         training = self.model.training

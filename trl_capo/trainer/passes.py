@@ -1,0 +1,108 @@
+"""Passes without gradient over the rows that are read: sorted by length, trimmed, without dropout."""
+
+import inspect
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+
+from trl_capo.trainer.repack import Batch, Repacking, even_cuts, row_sizes, take, trim
+from trl_capo.trainer.resumable import ResumableGRPOTrainer
+
+
+# Inputs of a vision-language model: what TRL's forward takes beside tokens. They are not one row a completion, so such
+# batches pass the reference whole.
+_FORWARD = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies)
+MULTIMODAL_INPUTS = [p.name for p in _FORWARD.parameters.values() if p.default is None and p.name != "batch_size"]
+
+# What a text model's forward needs of a batch.
+TOKENS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+
+
+class ShortPassesGRPOTrainer(ResumableGRPOTrainer):
+    """`ResumableGRPOTrainer` that takes log-probs of chosen rows, each batch cut to its own longest row."""
+
+    pad_to_multiple_of: int | None
+    _repacking = Repacking(trim=False, sort=False, prune=False)  # as TRL, until the constructor has chosen
+
+    @torch.no_grad()
+    def _policy_logps(self, output: Batch, rows: Tensor) -> Tensor:
+        """Log-probs of the completion tokens under the policy without dropout, shape (B, T); 0 outside `rows`."""
+        batch_size = self._no_grad_batch_size()
+        with (
+            in_eval_mode(self.model),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+        ):
+            return self._logps_of_rows(self.model, output, rows, batch_size)
+
+    def _sorted_logps(self, model, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int):
+        """Log-probs of TRL's own pass over a generation, in the seam's sorted and trimmed batches."""
+        prompt_width = input_ids.size(1) - logits_to_keep
+        batch = {
+            "prompt_ids": input_ids[:, :prompt_width],
+            "prompt_mask": attention_mask[:, :prompt_width],
+            "completion_ids": input_ids[:, prompt_width:],
+            "completion_mask": attention_mask[:, prompt_width:],
+        }
+        return self._logps_of_rows(model, batch, None, batch_size)
+
+    @torch.no_grad()
+    def _logps_of_rows(self, model, batch: Batch, rows: Tensor | None, batch_size: int) -> Tensor:
+        """Log-probs of completion tokens (B, T) by TRL's own forward; 0 at padding and outside `rows` (None: all)."""
+        if self._is_vlm:  # images are not one row a completion: the batch passes whole
+            multimodal = {name: batch[name] for name in MULTIMODAL_INPUTS if name in batch}
+            return self._logps_of_batch(model, batch, batch_size=batch_size, **multimodal)
+        sizes = row_sizes(batch)
+        lengths = sizes.sum(dim=1)
+        index = torch.arange(len(lengths), device=lengths.device) if rows is None else rows.nonzero().squeeze(1)
+        if self._repacking.trim:
+            index = index[lengths[index].argsort(descending=True, stable=True)]
+            batch_size = 2 * batch_size  # without activations to keep; and sorted rows are shorter than padded ones
+        calls = math.ceil(len(index) / batch_size)
+        if rows is not None:
+            # A sharded model communicates in its forward: every rank makes as many calls as the busiest one.
+            calls = int(self.accelerator.gather(torch.tensor([calls], device=lengths.device)).max())
+        logps = torch.zeros(batch["completion_ids"].shape, device=lengths.device)
+        if calls == 0:
+            return logps
+        shortest = lengths.argmin().expand(max(0, calls - len(index)))
+        index = torch.cat([index, shortest])
+        if self._repacking.trim:
+            parts = index.split(even_cuts(sizes[index].tolist(), calls))
+        else:
+            parts = index.tensor_split(calls)
+        for part in parts:
+            micro_batch = take({name: batch[name] for name in TOKENS}, part)
+            if self._repacking.trim:
+                micro_batch = trim(micro_batch, self.pad_to_multiple_of)
+            part_logps = self._logps_of_batch(model, micro_batch)
+            logps[part, : part_logps.size(1)] = part_logps.float()
+        return logps if rows is None else logps.masked_fill(~rows.unsqueeze(1), 0.0)
+
+    def _logps_of_batch(self, model, batch: Batch, **kwargs) -> Tensor:
+        logps, *_ = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            batch["completion_ids"].size(1),
+            **kwargs,
+        )
+        return logps
+
+    def _no_grad_batch_size(self) -> int:
+        training = self.model.training
+        return self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
+
+
+@contextmanager
+def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -123,6 +123,7 @@ def option_annotations(reference: str) -> dict[str, str] | None:
     return fields
 
 
+@lru_cache(maxsize=64)
 def _config_class(trainer: str) -> str | None:
     """The `config_class` of a trainer, or of the first of its bases that has one, both as `module:Class`."""
     found = _find_class(*trainer.split(":"))
@@ -137,6 +138,7 @@ def _config_class(trainer: str) -> str | None:
     return next(filter(None, bases), None)
 
 
+@lru_cache(maxsize=256)
 def _find_class(module: str, name: str, depth: int = 0) -> tuple[str, ast.ClassDef] | None:
     """Where a class is defined, through the imports that bring it into a module, lazy ones included."""
     source = _source(module)

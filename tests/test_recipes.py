@@ -11,7 +11,8 @@ from tests.data.standins import make_repositories, question
 from trl_capo.compare.demo import OWN as DEMO_OWN
 from trl_capo.compare.demo import SHARED as DEMO_SHARED
 from trl_capo.compare.plan import read_plan, recipe
-from trl_capo.scripts.train import main, make_parser
+from trl_capo.recipe import make_parser
+from trl_capo.scripts.train import main
 
 
 RECIPES = sorted(path for path in Path("recipes").rglob("config_*.yaml"))

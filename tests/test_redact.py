@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from tests.helpers import config_kwargs
 from trl_capo import cli
+from trl_capo.methods import METHODS
+from trl_capo.recipe import make_parser
 from trl_capo.redact import STARS, is_secret_name, mask, redact, redact_words
-from trl_capo.scripts.train import METHODS, make_parser
 
 
 SECRET_NAMES = (

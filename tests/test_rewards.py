@@ -18,8 +18,8 @@ from trl import GRPOConfig, GRPOTrainer
 from tests.helpers import config_kwargs, prompt_dataset
 from trl_capo import rewards, workers
 from trl_capo.data.rows import check_data
+from trl_capo.preflight.rewards import load_reward_function
 from trl_capo.rewards import get_accuracy_reward
-from trl_capo.scripts.train import _reward_function
 
 
 SLOW = r"\boxed{9^{9^{9^{9}}}}"  # math-verify gives up on it after 5 seconds
@@ -345,11 +345,11 @@ def test_it_trains_as_with_trl(tiny_model, tmp_path, reward):
 
 
 def test_recipes_get_the_pooled_one():
-    assert _reward_function("accuracy_reward") is rewards.accuracy_reward
-    assert _reward_function("think_format_reward") is trl.rewards.think_format_reward
+    assert load_reward_function("accuracy_reward") is rewards.accuracy_reward
+    assert load_reward_function("think_format_reward") is trl.rewards.think_format_reward
     for name in ("get_accuracy_reward", "wait", "AccuracyReward"):
         with pytest.raises(ValueError, match=f"'{name}' is not in trl.rewards or trl_capo.rewards"):
-            _reward_function(name)
+            load_reward_function(name)
 
 
 @pytest.mark.parametrize("function", [rewards.accuracy_reward, get_accuracy_reward(num_workers=1)])

@@ -12,7 +12,7 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from trl.scripts.vllm_serve import ScriptArguments, build_command
 
-from trl_capo.scripts.train import make_parser
+from trl_capo.recipe import make_parser
 
 
 SCRIPTS = sorted(Path("recipes/slurm").glob("*.slurm"))

@@ -1,20 +1,17 @@
-"""Reads recipes and checks options before anything heavy is imported.
+"""Recipes and options of `trl-capo train`: read, checked before anything heavy is imported, parsed, written down."""
 
-Importing a configuration class takes seconds, because TRL brings torch along. The names and annotations of its fields
-stand in the source, so they are read from there (`option_annotations`): never stale, in a fraction of a second. Where
-the source cannot be followed, nothing is refused here and the parser of `trl-capo train` decides.
-"""
-
-import ast
-import difflib
-import importlib.util
+import argparse
+import json
 import re
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from trl_capo.errors import UserError
+from trl_capo.methods import METHODS, trainer_of
+from trl_capo.options import known_options, suggestion, value_problem
+from trl_capo.redact import redact
 
 
 # A recipe may come from a stranger. Variables can replace programs and libraries, or send tokens and data elsewhere,
@@ -116,43 +113,42 @@ def check_env(path: str, env: Any) -> None:
             raise UserError(f"{path}: env {name} must be text or a number, got {value!r}.")
 
 
-def check_recipe(
-    path: str, recipe: dict, method: str, methods: dict[str, tuple[str, str]], classes: list[str]
-) -> None:
+def check_recipe(path: str, recipe: dict, method: str) -> None:
     """Refuse a recipe with a key that is no option of its method, or a value of another type.
 
     Args:
         path: Names the recipe in messages.
         recipe: Its content.
         method: Which method it is for.
-        methods: `METHODS` of `trl-capo train`.
-        classes: The other dataclasses whose fields are options, as `module:Class`.
 
     Raises:
-        UserError: Says which key, and what may have been meant.
+        UserError: Says which key, and what may have been meant; or why the method cannot be used.
     """
     check_env(path, recipe.get("env"))
     if {"baseline", "methods"} <= recipe.keys():
         raise UserError(f"{path} is a plan for `trl-capo compare`, not a recipe for `trl-capo train`.")
-    known = known_options(method, methods, classes)
+    try:
+        known = known_options(method)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     if known is None:
         return
     for key, value in recipe.items():
         if key == "env":
             continue
         if key not in known:
-            raise UserError(f"{path}: unknown key {key!r}.{_hint(key, list(known), key, method, methods)}")
+            raise UserError(f"{path}: unknown key {key!r}.{suggestion(key, list(known), key, method)}")
         if problem := value_problem(value, known[key]):
             raise UserError(f"{path}: {key} must be {problem}, got {value!r}.")
 
 
-def check_options(argv: list[str], method: str, methods: dict[str, tuple[str, str]], classes: list[str]) -> None:
+def check_options(argv: list[str], method: str) -> None:
     """Refuse an unknown option, or a value of another type, on the command line.
 
     Raises:
         UserError: Says which, and what may have been meant.
     """
-    known = known_options(method, methods, classes)
+    known = known_options(method)
     if known is None:
         return
     extra = {"config", "help", "dry_run", "accelerate_config", "gpu_memory"}
@@ -165,131 +161,102 @@ def check_options(argv: list[str], method: str, methods: dict[str, tuple[str, st
             continue
         if name not in known:
             spelt = [f"--{key}" for key in [*known, *extra]]
-            raise UserError(f"unknown option {option}.{_hint(option, spelt, name, method, methods)}")
+            raise UserError(f"unknown option {option}.{suggestion(option, spelt, name, method)}")
         if not equals:
             value = argv[position + 1] if position + 1 < len(argv) else "--"
         if not value.startswith("--") and (problem := value_problem(value, known[name])):
             raise UserError(f"{option} must be {problem}, got {value!r}.")
 
 
-def known_options(method: str, methods: dict[str, tuple[str, str]], classes: list[str]) -> dict[str, str] | None:
-    """Annotation by name of every option of a method; None if the source cannot be followed."""
-    known: dict[str, str] = {}
-    for name in [methods[method][0], *classes]:
-        annotations = option_annotations(name)
-        if annotations is None:
-            return None
-        known |= annotations
-    return known
-
-
-def value_problem(value: Any, annotation: str) -> str | None:
-    """What a value should be and is not, by a field's annotation; None if it will do, or only the parser can tell."""
-    kinds = {kind.strip() for kind in annotation.replace("Optional[", "").replace("]", "").split("|")}
-    optional = "None" in kinds or annotation.startswith("Optional[")
-    kinds -= {"None"}
-    if len(kinds) != 1 or (kind := kinds.pop()) not in ("int", "float", "bool", "str"):
-        return None
-    if value is None:
-        return None if optional or kind == "str" else {"bool": "true or false"}.get(kind, "a number")
-    if kind == "str":
-        return "text" if isinstance(value, (list, dict)) else None
-    text = value.strip().lower() if isinstance(value, str) else value
-    if kind == "bool":
-        ok = isinstance(value, bool) or text in (0, 1, "true", "false", "yes", "no", "t", "f", "y", "n", "1", "0")
-        return None if ok else "true or false"
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return "a whole number" if kind == "int" else "a number"
-    try:
-        number = float(text)
-    except ValueError:
-        return "a whole number" if kind == "int" else "a number"
-    if kind == "float":
-        return None
-    whole = re.fullmatch(r"[+-]?\d[\d_]*", text) if isinstance(text, str) else number.is_integer()
-    return None if whole else "a whole number"
-
-
-@lru_cache(maxsize=64)
-def option_annotations(reference: str) -> dict[str, str] | None:
-    """Fields of a dataclass with their annotations, its bases' included, from its source.
-
-    Args:
-        reference: `module:Class`; the class may stand inside a function.
+def method_and_config(argv: list[str]) -> tuple[str, str | None]:
+    """The method decides which options exist, so it is read before everything else: option, recipe, default.
 
     Returns:
-        Annotation by name; None if the class or one of its bases cannot be found.
+        The method, and the recipe's path; None without one.
+
+    Raises:
+        UserError: There is no such method, or the recipe cannot be read.
     """
-    module, _, name = reference.partition(":")
-    found = _find_class(module, name)
-    if found is None:
-        return None
-    module, node = found
-    fields: dict[str, str] = {}
-    for base in reversed(node.bases):
-        if not isinstance(base, ast.Name):
-            return None
-        inherited = option_annotations(f"{module}:{base.id}") if base.id != "object" else {}
-        if inherited is None:
-            return None
-        fields |= inherited
-    for statement in node.body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            annotation = ast.unparse(statement.annotation).strip("'\"")
-            if not annotation.startswith("ClassVar"):
-                fields[statement.target.id] = annotation
-    return fields
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--method")
+    peek.add_argument("--config")
+    if argv.count("--config") > 1:
+        raise UserError("--config appears more than once. Keep one recipe, and give the rest as options.")
+    found, _ = peek.parse_known_args(argv)
+    recipe = read_yaml(found.config) if found.config is not None else {}
+    method = found.method or recipe.get("method", "capo")
+    if method not in list(METHODS):  # in a recipe it may be anything
+        trainer_of(method)
+    return method, found.config
 
 
-def _find_class(module: str, name: str, depth: int = 0) -> tuple[str, ast.ClassDef] | None:
-    """Where a class is defined, through the imports that bring it into a module, lazy ones included."""
-    source = _source(module)
-    if source is None or depth > 8:
-        return None
-    is_package, tree = source
-    for node in _classes_and_imports(tree):
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            return module, node
-        if isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                if (alias.asname or alias.name) == name:
-                    parts = module.split(".") if is_package else module.split(".")[:-1]
-                    package = parts[: len(parts) - node.level + 1] if node.level else []
-                    target = ".".join([*package, *([node.module] if node.module else [])])
-                    if found := _find_class(target, alias.name, depth + 1):
-                        return found
-    return None
+def make_parser(method: str = "capo"):
+    """A `TrlParser` over the options of the command, the method, the model and the dataset."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+    from trl_capo.data.training import DataArguments
+
+    @dataclass
+    class TrainArguments(ScriptArguments):
+        method: str = field(
+            default="capo",
+            metadata={"help": f"What to train with: {', '.join(METHODS)}, or package.module:Trainer of your own."},
+        )
+        reward_funcs: list[str] = field(
+            default_factory=lambda: ["accuracy_reward"],
+            metadata={
+                "help": "Reward functions: accuracy_reward (TRL's, in worker processes), other names from trl.rewards "
+                "(think_format_reward, ...), or dotted import paths such as my_package.rewards.my_reward."
+            },
+        )
+        normalize_operators: bool = field(
+            default=False,
+            metadata={
+                "help": "Let accuracy_reward mend `\\frac13`, `2\\sqrt3` and `\\boxed 7`, which else are wrong."
+            },
+        )
+
+    config_class = trainer_of(method).config_class
+    parser = TrlParser(
+        (TrainArguments, config_class, ModelConfig, DataArguments, DatasetMixtureConfig),
+        prog="trl-capo train",
+        allow_abbrev=False,
+    )
+    parser.error = _refuse  # argparse would print hundreds of lines of usage first
+    return parser
 
 
-@lru_cache(maxsize=64)
-def _source(module: str) -> tuple[bool, ast.Module] | None:
-    """Whether a module is a package, and its syntax tree, without importing it."""
-    top, *rest = module.split(".")
-    spec = importlib.util.find_spec(top)  # of a top-level name, which imports nothing
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    path = Path(spec.submodule_search_locations[0], *rest)
-    for is_package, file in ((False, path.with_name(f"{path.name}.py")), (True, path / "__init__.py")):
-        if rest and not is_package or is_package:
-            try:
-                return is_package, ast.parse(file.read_text(encoding="utf-8"))
-            except (OSError, SyntaxError, ValueError):
-                continue
-    return None
+def _refuse(message: str) -> NoReturn:
+    raise UserError(message)
 
 
-def _classes_and_imports(tree: ast.Module) -> Iterator[ast.stmt]:
-    """Also those inside functions and `if TYPE_CHECKING`. Bodies only: expressions hold neither."""
-    pending: list[ast.stmt] = list(tree.body)
-    for node in pending:
-        yield node
-        for part in ("body", "orelse", "finalbody"):
-            pending += getattr(node, part, [])
+def resolved_options(argv: list[str], method: str, config_path: str | None = None) -> tuple[dict[str, Any], list[str]]:
+    """The options of a run that differ from their defaults, as a recipe gives them.
 
+    They are taken as they were typed, before the configuration derives others from them: what is derived may not be
+    given together with what it is derived from.
 
-def _hint(typed: str, spelt: list[str], name: str, method: str, methods: dict[str, tuple[str, str]]) -> str:
-    owners = [other for other, (config, _) in methods.items() if name in (option_annotations(config) or {})]
-    if owners:
-        return f" It is an option of {owners[0]}, not of {method}."
-    close = difflib.get_close_matches(typed, spelt, n=1)
-    return f" Did you mean {close[0]!r}?" if close else " See trl-capo train --help for the options."
+    Args:
+        argv: Words of the command line after `trl-capo train`, with `--config FILE` in two words.
+        method: Name of the method.
+        config_path: The recipe, None without one.
+
+    Returns:
+        Options by name, `method` first, without secrets and without `resume_from_checkpoint`; and the names of the
+        secrets that were left out.
+    """
+    parser = make_parser(method)
+    defaults = vars(parser.parse_args([]))
+    words, environment = list(argv), {}
+    if config_path is not None:
+        recipe = read_yaml(config_path)
+        environment = recipe.pop("env", None) or {}
+        parser.set_defaults_with_config(**recipe)
+        at = words.index("--config")
+        del words[at : at + 2]
+    chosen = vars(parser.parse_args(words))
+    not_kept = {"method", "resume_from_checkpoint"}
+    options = {name: value for name, value in chosen.items() if value != defaults[name] and name not in not_kept}
+    options = {"method": method, **({"env": environment} if environment else {}), **options}
+    left_out: list[str] = []
+    return redact(json.loads(json.dumps(options, default=str)), left_out), left_out

@@ -13,8 +13,8 @@ from huggingface_hub import ModelCard
 from tests.helpers import config_kwargs, parity_reward, prompt_dataset, save_tiny_model
 from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer, cli
 from trl_capo.markdown import code_block
+from trl_capo.methods import METHODS, trainer_of
 from trl_capo.publish.card import complete_card, example_question, final_figures, put_section
-from trl_capo.scripts.train import METHODS
 
 
 PAPERS = {
@@ -51,10 +51,7 @@ def asked(card: str) -> list[str]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_paper_of_a_method(method):
-    from pkgutil import resolve_name
-
-    trainer = resolve_name(METHODS[method][1])
-    assert trainer._paper.get("id") == PAPERS[method]
+    assert trainer_of(method)._paper.get("id") == PAPERS[method]
 
 
 def test_own_method_has_no_paper_of_its_parent():

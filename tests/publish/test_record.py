@@ -13,8 +13,8 @@ from datasets import Dataset
 
 from tests.helpers import config_kwargs
 from trl_capo import cli
-from trl_capo.publish.record import RECIPE, RECORD, card_section, fingerprint, git_state, hub_dataset, resolved_options
-from trl_capo.scripts.train import make_parser
+from trl_capo.publish.record import RECIPE, RECORD, card_section, fingerprint, git_state, hub_dataset
+from trl_capo.recipe import make_parser, resolved_options
 
 
 TOKEN = "hf_" + 20 * "x"
@@ -63,7 +63,7 @@ def test_recipe_parses_to_the_same_values(tmp_path, method, arguments):
     mine = tmp_path / "mine.yaml"
     mine.write_text(yaml.safe_dump({**written, "use_cpu": True, "bf16": False}))
     arguments = ["--config", str(mine), "--method", method, *arguments]
-    options = resolved_options(arguments, method, str(mine))
+    options, left_out = resolved_options(arguments, method, str(mine))
     assert next(iter(options)) == "method" and TOKEN not in json.dumps(options)
     assert not {"max_grad_norm", "resume_from_checkpoint", "hub_token"} & set(options)  # a default, a way, a secret
     assert options.get("model_init_kwargs") in (None, '{"revision": "x"}')
@@ -88,7 +88,8 @@ def test_environment_of_a_recipe_stays_but_for_its_secrets(tmp_path):
     }
     environment = {"TRL_CAPO_TEST": 1, **secrets}
     mine.write_text(yaml.safe_dump({"tau": 0.3, "env": environment}))
-    options = resolved_options(["--config", str(mine)], "capo", str(mine))
+    options, left_out = resolved_options(["--config", str(mine)], "capo", str(mine))
+    assert sorted(left_out) == sorted(f"env.{name}" for name in secrets)
     assert options == {"method": "capo", "env": {"TRL_CAPO_TEST": 1}, "tau": 0.3}
 
 

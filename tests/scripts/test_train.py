@@ -16,7 +16,10 @@ from safetensors.torch import load_file
 
 from tests.helpers import config_kwargs
 from trl_capo import cli
-from trl_capo.scripts import train
+from trl_capo.data.training import load_data
+from trl_capo.methods import METHODS
+from trl_capo.models.source import model_path
+from trl_capo.recipe import make_parser
 
 
 def write_recipe(folder, model: str, **overrides):
@@ -115,7 +118,7 @@ def test_unparsable_gold_is_refused_or_dropped(tiny_model, tmp_path, capsys):
     ("overrides", "message"),
     [
         ({"tauu": 0.5}, "unknown key 'tauu'. Did you mean 'tau'?"),
-        ({"method": "ppo"}, "method must be one of capo, grpo, gspo, codapo, cde, simko, capo_simko, got 'ppo'"),
+        ({"method": "ppo"}, f"method must be one of {', '.join(METHODS)}, or package.module:Trainer, got 'ppo'"),
         ({"tau": 0}, "tau must be positive"),
         ({"dataset_name": None}, "dataset_name is missing"),
         ({"model_name_or_path": None}, "model_name_or_path is missing"),
@@ -206,22 +209,22 @@ def test_launched_on_two_processes(tiny_model, tmp_path, repository):
 
 
 def test_every_method_has_a_parser():
-    for method in train.METHODS:
-        assert "--num_generations" in train.make_parser(method).format_help()
+    for method in METHODS:
+        assert "--num_generations" in make_parser(method).format_help()
 
 
 @pytest.mark.parametrize("name", ["arithmetic-base", "arithmetic-flat"])
 def test_shipped_models_have_names(name):
-    assert (Path(train._model_path(name)) / "model.safetensors").exists()
-    assert train._model_path("some/other") == "some/other"
+    assert (Path(model_path(name)) / "model.safetensors").exists()
+    assert model_path("some/other") == "some/other"
 
 
 def loaded(folder, **options):
     """What `trl-capo train` would train and evaluate on."""
     options = {"output_dir": folder / "run", "use_cpu": "true", "bf16": "false", "dataset_name": folder, **options}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    script_args, training_args, model_args, data_args, mixture = train.make_parser("capo").parse_args_and_config(words)
-    return train.load_data(script_args, data_args, mixture, training_args, model_args)
+    script_args, training_args, model_args, data_args, mixture = make_parser("capo").parse_args_and_config(words)
+    return load_data(script_args, data_args, mixture, training_args, model_args)
 
 
 @pytest.fixture

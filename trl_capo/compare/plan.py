@@ -15,6 +15,7 @@ from pathlib import Path
 from trl_capo.compare.runner import Run, evaluation_options
 from trl_capo.errors import UserError, UserErrors
 from trl_capo.files import check_names
+from trl_capo.methods import METHODS
 from trl_capo.recipe import check_recipe, read_yaml
 
 
@@ -148,7 +149,6 @@ def _repeated(values: list) -> list:
 def _options(path: str, plan: Plan) -> Iterator[str]:
     """Options that `trl-capo train` and `trl-capo evaluate` do not take."""
     from trl_capo.scripts import evaluate
-    from trl_capo.scripts.train import METHODS, OPTION_CLASSES  # goes with check_recipe(path, recipe, method)
 
     if not isinstance(plan.train.get("model_name_or_path"), str):
         yield f"{path}: train needs a model_name_or_path, got {plan.train.get('model_name_or_path')!r}."
@@ -156,13 +156,13 @@ def _options(path: str, plan: Plan) -> Iterator[str]:
         yield f"{path}: train: {key} comes from the {SET_BY_PLAN[key]}. Remove it."
     for name, options in plan.methods.items():
         method = options.get("method") if isinstance(options, dict) else None
-        if not isinstance(method, str) or method not in METHODS:
+        if not isinstance(method, str) or method not in METHODS and ":" not in method:
             yield f"{path}: {name} needs a `method` of {', '.join(METHODS)}, got {method!r}."
             continue
         for key in SET_BY_PLAN.keys() & options.keys():
             yield f"{path}: {name}: {key} comes from the {SET_BY_PLAN[key]}. Remove it."
         try:
-            check_recipe(f"{path}, {name}", plan.train | options, method, METHODS, OPTION_CLASSES)
+            check_recipe(f"{path}, {name}", plan.train | options, method)
         except UserError as error:
             yield str(error)
     for key in {"models", "benchmark", "output_dir", "names"} & plan.evaluate.keys():

@@ -198,3 +198,56 @@ def prepare(
         used = " and ".join(f"{len(of):,} to {use[split]}" for split, of in splits.items())
         say(f"Data: {story[0]}{dropped}; {used}.")
     return {split: list(of[ROW]) for split, of in splits.items()}
+
+
+def load_data(script_args, data_args, mixture, training_args, model_args) -> tuple:
+    """Rows to train on, and to evaluate on if the recipe does.
+
+    The first process prepares them and tells the others which rows are left, because independent results
+    could differ: math-verify gives up on a gold answer after some seconds.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+    from transformers import AutoTokenizer
+
+    from trl_capo.models.chat_templates import with_defaults
+    from trl_capo.models.source import model_path
+
+    evaluates, test_split = training_args.eval_strategy != "no", script_args.dataset_test_split
+    if data_args.num_validation_prompts and not (evaluates and test_split == VALIDATION):
+        raise ValueError(
+            f"num_validation_prompts={data_args.num_validation_prompts} puts prompts aside that nothing would use: "
+            f"set eval_strategy and dataset_test_split: {VALIDATION}, or num_validation_prompts: 0."
+        )
+    tokenizer = None
+    if data_args.max_prompt_tokens is not None:
+        model = model_path(model_args.model_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=model_args.model_revision)
+        tokenizer = with_defaults(tokenizer, training_args.chat_template_kwargs)
+    state = PartialState()
+    with state.main_process_first():
+        splits = load_splits(
+            script_args.dataset_name, script_args.dataset_config, data_args, script_args.dataset_streaming, mixture
+        )
+    rows = {"train": _split(splits, script_args.dataset_train_split, "dataset_train_split")}
+    if evaluates and not data_args.num_validation_prompts:
+        rows["eval"] = _split(splits, test_split, "dataset_test_split")
+    if any(isinstance(of, IterableDataset) for of in rows.values()):
+        prepared = {part: prepare(of, data_args, tokenizer, part, print)["train"] for part, of in rows.items()}
+        return prepared["train"], prepared.get("eval")
+    kept = [None]
+    if state.is_main_process:
+        kept = [{part: prepare(of, data_args, tokenizer, part, print) for part, of in rows.items()}]
+    kept = broadcast_object_list(kept)[0] if state.num_processes > 1 else kept[0]
+    train = rows["train"].select(kept["train"]["train"])
+    if not evaluates:
+        return train, None
+    if VALIDATION in kept["train"]:
+        return train, rows["train"].select(kept["train"][VALIDATION])
+    return train, rows["eval"].select(kept["eval"]["train"])
+
+
+def _split(dataset, split: str, option: str):
+    if split not in dataset:
+        raise ValueError(f"{option}={split!r} is not a split of the dataset: one of {', '.join(dataset)}.")
+    return dataset[split]

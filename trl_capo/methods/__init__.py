@@ -4,11 +4,11 @@
 entry: name its trainer as `package.module:Trainer` wherever a method is named.
 """
 
-import os
-import sys
 from pkgutil import resolve_name
+from typing import Any
 
 from trl_capo.errors import UserError
+from trl_capo.imports import load
 
 
 METHODS = {
@@ -26,27 +26,34 @@ def trainer_of(method: str) -> type:
     """The trainer of a method; its `config_class` has the options.
 
     Args:
-        method: A key of `METHODS`, or `package.module:Trainer` for a subclass of `GroupAdvantageTrainer` of your own,
-            found from the working directory as `python -m` would.
+        method: A key of `METHODS`, or `package.module:Trainer` for a trainer of your own, found from the working
+            directory as `python -m` would.
 
     Raises:
-        UserError: There is no such method, module or trainer, or it is no subclass of TRL's `GRPOTrainer`.
+        UserError: There is no such method, module or trainer, or it is not derived from `GroupAdvantageTrainer`.
 
     Example:
-        >>> trainer_of("trl_capo.methods.gspo:GSPOTrainer").__name__
-        'GSPOTrainer'
+        >>> trainer_of("gspo").__name__, trainer_of("trl_capo.methods.gspo:GSPOTrainer").__name__
+        ('GSPOTrainer', 'GSPOTrainer')
     """
-    path = METHODS.get(method, method)
-    if ":" not in path:
+    if not isinstance(method, str) or method not in METHODS and not all(method.partition(":")):
         raise UserError(f"method must be one of {', '.join(METHODS)}, or package.module:Trainer, got {method!r}.")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        trainer = resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"method {method!r} could not be imported: {error}.") from error
-    from trl import GRPOTrainer
+    if method in METHODS:
+        return resolve_name(METHODS[method])
+    module, _, name = method.partition(":")
+    trainer = load("method", method, module, name)
 
-    if not (isinstance(trainer, type) and issubclass(trainer, GRPOTrainer) and hasattr(trainer, "config_class")):
+    from trl_capo.trainer.config import GroupAdvantageConfig
+    from trl_capo.trainer.group_advantage import GroupAdvantageTrainer
+
+    if not _derives(trainer, GroupAdvantageTrainer):
         raise UserError(f"method {method!r} is no trainer: derive it from trl_capo.GroupAdvantageTrainer.")
+    if not _derives(trainer.config_class, GroupAdvantageConfig):
+        raise UserError(
+            f"method {method!r} has no config_class: set it to a dataclass derived from trl_capo.GroupAdvantageConfig."
+        )
     return trainer
+
+
+def _derives(found: Any, parent: type) -> bool:
+    return isinstance(found, type) and issubclass(found, parent)

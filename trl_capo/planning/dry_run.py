@@ -26,6 +26,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def take_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of a dry run, and the others; a recipe for GPUs is then also read on a machine without one."""
+    options, rest = make_parser().parse_known_args(argv)
+    return options, rest if torch.cuda.is_available() else [*rest, "--use_cpu", "true"]
+
+
 def read_launch(path: str | None) -> tuple[int, str]:
     """Processes and sharding of an accelerate configuration; one process without one.
 

@@ -5,6 +5,35 @@ from trl_capo.extras import require
 from trl_capo.models.source import check_trainable, model_path
 
 
+def check_before_data(args, model: str | None, *, another_machine: bool) -> str:
+    """Refuses what is wrong whatever the data are.
+
+    Args:
+        args: The trainer's configuration.
+        model: The name of the model.
+        another_machine: Whether the run is planned for another machine, where more may be installed.
+
+    Returns:
+        Where the model is.
+
+    Raises:
+        ValueError: One line that says what to change.
+    """
+    from trl.trainer.grpo_trainer import VLLMGeneration
+
+    from trl_capo.preflight.schedule import check_some_steps
+
+    check_some_steps(args)
+    if not another_machine:
+        check_engine(args, VLLMGeneration)
+    check_others(args, [])
+    if model is None:
+        raise ValueError(
+            "model_name_or_path is missing: set it to a model id, a folder, arithmetic-base or arithmetic-flat."
+        )
+    return check_model(model)
+
+
 def check_model(model):
     """The model to train: a name becomes that of a folder or of the Hub, a model stays what it is.
 

@@ -1,13 +1,10 @@
 """Reward functions: found by the names that recipes give them, and told apart by the names that TRL gives them."""
 
-import difflib
-import importlib
-import os
 import sys
-import traceback
 from collections import Counter
 
 from trl_capo.errors import UserError
+from trl_capo.imports import hint, load
 
 
 def load_reward_function(name: str, normalize_operators: bool = False):
@@ -44,51 +41,14 @@ def load_reward_function(name: str, normalize_operators: bool = False):
         if callable(function):
             return function
         raise UserError(
-            f"reward_funcs: {name!r} is not in trl.rewards or trl_capo.rewards.{_hint(name, known)} Give the dotted "
+            f"reward_funcs: {name!r} is not in trl.rewards or trl_capo.rewards.{hint(name, known)} Give the dotted "
             "path of your own function."
         )
-    found = _import(name, module)
-    function = getattr(found, attribute, None)
-    where = getattr(found, "__file__", None) or module
-    if function is None:
-        functions = [other for other, value in vars(found).items() if callable(value) and not other.startswith("_")]
-        raise UserError(f"reward_funcs: {where} has no {attribute!r}.{_hint(attribute, functions)}")
+    function = load("reward_funcs", name, module, attribute)
     if not callable(function):
+        where = getattr(sys.modules[module], "__file__", None) or module
         raise UserError(f"reward_funcs: {attribute!r} of {where} is no function, but {type(function).__name__}.")
     return function
-
-
-def _import(name: str, module: str):
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
-            tried = os.path.join(os.getcwd(), *module.split("."))
-            folder = os.path.dirname(tried)
-            there = [entry.removesuffix(".py") for entry in os.listdir(folder)] if os.path.isdir(folder) else []
-            hint = _hint(os.path.basename(tried), there)
-            raise UserError(
-                f"reward_funcs: {name!r} needs a module {error.name!r}, which is not installed; nor is there a file "
-                f"{tried}.py.{hint}"
-            ) from error
-        reason = str(error)
-    except UserError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        if not isinstance(error, SyntaxError) and not frame.filename.startswith("<"):
-            reason += f" ({frame.filename}, line {frame.lineno})"
-    raise UserError(f"reward_funcs: importing {module!r} failed: {reason}")
-
-
-def _hint(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    if close:
-        return f" Did you mean {close[0]!r}?"
-    return f" It has {', '.join(sorted(known)[:8])}." if 0 < len(known) <= 8 else ""
 
 
 def repeated_names(names: list[str]) -> list[str]:

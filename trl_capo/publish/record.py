@@ -32,21 +32,20 @@ PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "peft", "v
 
 
 def write_reproduction(
-    trainer, argv: list[str], method: str, config_path: str | None, resumed_from: str | None = None
+    trainer, argv: list[str], options: dict[str, Any], left_out: list[str], resumed_from: str | None = None
 ) -> None:
     """Write `recipe.yaml` and `reproduction.json` into the run's folder, or note in the latter that it is resumed.
 
     Args:
         trainer: The trainer, before it trains. Only its main process writes.
         argv: Words of the command line after `trl-capo train`, with `--config FILE` in two words.
-        method: Name of the method.
-        config_path: The recipe that was given, None without one.
+        options: Those that differ from their defaults, without secrets.
+        left_out: Names of the secrets.
         resumed_from: Checkpoint that the run goes on from, None at its start.
     """
     if not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir)
-    options, left_out = _options_and_secrets(argv, method, config_path)
     event = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["trl-capo", "train", *redact_words(argv)]),
@@ -73,46 +72,6 @@ def write_reproduction(
         record["resumed"] = [{**event, "from": Path(resumed_from).name}]
     _write_recipe(folder / RECIPE, options, event["date"], left_out)
     write_json(folder / RECORD, record)
-
-
-def resolved_options(argv: list[str], method: str, config_path: str | None = None) -> dict[str, Any]:
-    """The options of a run that differ from their defaults, as a recipe gives them.
-
-    They are taken as they were typed, before the configuration derives others from them: what is derived may not be
-    given together with what it is derived from.
-
-    Args:
-        argv: Words of the command line after `trl-capo train`, with `--config FILE` in two words.
-        method: Name of the method.
-        config_path: The recipe, None without one.
-
-    Returns:
-        Options by name, `method` first, without secrets and without `resume_from_checkpoint`.
-    """
-    return _options_and_secrets(argv, method, config_path)[0]
-
-
-def _options_and_secrets(argv: list[str], method: str, config_path: str | None) -> tuple[dict[str, Any], list[str]]:
-    """`resolved_options`, and the names of the secrets that were left out."""
-    import yaml
-
-    from trl_capo.scripts.train import make_parser
-
-    parser = make_parser(method)
-    defaults = vars(parser.parse_args([]))
-    words, environment = list(argv), {}
-    if config_path is not None:
-        recipe = yaml.safe_load(Path(config_path).read_text())
-        environment = recipe.pop("env", None) or {}
-        parser.set_defaults_with_config(**recipe)
-        at = words.index("--config")
-        del words[at : at + 2]
-    chosen = vars(parser.parse_args(words))
-    left_out = {"method", "resume_from_checkpoint"}
-    options = {name: value for name, value in chosen.items() if value != defaults[name] and name not in left_out}
-    options = {"method": method, **({"env": environment} if environment else {}), **options}
-    left_out = []
-    return redact(json.loads(json.dumps(options, default=str)), left_out), left_out
 
 
 def versions() -> dict[str, str]:
@@ -262,7 +221,7 @@ def _device_name(device) -> str:
 
 
 def _model_record(trainer, options: dict) -> dict[str, Any]:
-    from trl_capo.data.arithmetic import model_path
+    from trl_capo.models.source import model_path
 
     name = options.get("model_name_or_path")
     config = Path(model_path(name)) / "config.json" if name else None

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 from trl_capo.errors import UserError
@@ -70,6 +71,23 @@ def newest_or_zero(output_dir: str, say: Callable[[str], None]) -> str | None:
 def checkpoint_named(folder: str, output_dir: str) -> Checkpoint:
     """`chosen_checkpoint`, verified by the first process."""
     return agree(lambda: chosen_checkpoint(folder, output_dir))
+
+
+def checkpoint_to_resume(args) -> str | None:
+    """`--resume_from_checkpoint` takes a folder, or `true` for the newest complete checkpoint, if there is one."""
+    wanted, output_dir = args.resume_from_checkpoint, args.output_dir
+    say = print if args.process_index == 0 else lambda line: None
+    if str(wanted).lower() == "true":
+        return newest_or_zero(output_dir, say)
+    if wanted is None or str(wanted).lower() == "false":
+        if next(Path(output_dir).glob("checkpoint-*"), None) is not None:
+            say(
+                f"ℹ️ Starting over in a folder with checkpoints of an earlier run: {output_dir}. Each stays until this "
+                "run writes one of the same step. To continue from the newest instead: --resume_from_checkpoint true"
+            )
+        return None
+    checkpoint_named(wanted, output_dir)
+    return wanted
 
 
 def check_best(folder: str, run: Run) -> None:

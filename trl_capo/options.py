@@ -1,0 +1,183 @@
+"""Which options a method has, and what type each takes, before anything heavy is imported.
+
+Importing a configuration class takes seconds, because TRL brings torch along. The names and annotations of its fields
+stand in the source, so they are read from there (`option_annotations`): never stale, in a fraction of a second. Where
+the source cannot be followed, nothing is refused here and the parser of `trl-capo train` decides. A method from
+outside the package is imported, since it may be made in any way.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from trl_capo.methods import METHODS, trainer_of
+
+
+# Whose fields are options, beside those of the method.
+OPTION_CLASSES = [
+    "trl_capo.recipe:TrainArguments",
+    "trl:ModelConfig",
+    "trl_capo.data.training:DataArguments",
+    "trl:DatasetMixtureConfig",
+]
+
+
+def known_options(method: str) -> dict[str, str] | None:
+    """Annotation by name of every option of a method; None if the source cannot be followed.
+
+    Raises:
+        UserError: A method from outside the package cannot be imported, or is no trainer.
+    """
+    known: dict[str, str] = {}
+    for annotations in [options_of_method(method), *map(option_annotations, OPTION_CLASSES)]:
+        if annotations is None:
+            return None
+        known |= annotations
+    return known
+
+
+def options_of_method(method: str) -> dict[str, str] | None:
+    """The same, without the options that all methods share."""
+    if method in METHODS:
+        config = _config_class(METHODS[method])
+        return option_annotations(config) if config else None
+    options = dataclasses.fields(trainer_of(method).config_class)
+    return {f.name: f.type if isinstance(f.type, str) else _annotation(f.type) for f in options}
+
+
+def _annotation(kind: Any) -> str:
+    """A type as it is written: `int`, `list[str] | None`."""
+    return kind.__name__ if type(kind) is type else str(kind).removeprefix("typing.")
+
+
+def value_problem(value: Any, annotation: str) -> str | None:
+    """What a value should be and is not, by a field's annotation; None if it will do, or only the parser can tell."""
+    kinds = {kind.strip() for kind in annotation.replace("Optional[", "").replace("]", "").split("|")}
+    optional = "None" in kinds or annotation.startswith("Optional[")
+    kinds -= {"None"}
+    if len(kinds) != 1 or (kind := kinds.pop()) not in ("int", "float", "bool", "str"):
+        return None
+    if value is None:
+        return None if optional or kind == "str" else {"bool": "true or false"}.get(kind, "a number")
+    if kind == "str":
+        return "text" if isinstance(value, (list, dict)) else None
+    text = value.strip().lower() if isinstance(value, str) else value
+    if kind == "bool":
+        ok = isinstance(value, bool) or text in (0, 1, "true", "false", "yes", "no", "t", "f", "y", "n", "1", "0")
+        return None if ok else "true or false"
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return "a whole number" if kind == "int" else "a number"
+    try:
+        number = float(text)
+    except ValueError:
+        return "a whole number" if kind == "int" else "a number"
+    if kind == "float":
+        return None
+    whole = re.fullmatch(r"[+-]?\d[\d_]*", text) if isinstance(text, str) else number.is_integer()
+    return None if whole else "a whole number"
+
+
+def suggestion(typed: str, spelt: list[str], name: str, method: str) -> str:
+    """What may have been meant by an option that a method does not have, as the end of a message."""
+    owners = [other for other in METHODS if name in (options_of_method(other) or {})]
+    if owners:
+        return f" It is an option of {owners[0]}, not of {method}."
+    close = difflib.get_close_matches(typed, spelt, n=1)
+    return f" Did you mean {close[0]!r}?" if close else " See trl-capo train --help for the options."
+
+
+@lru_cache(maxsize=64)
+def option_annotations(reference: str) -> dict[str, str] | None:
+    """Fields of a dataclass with their annotations, its bases' included, from its source.
+
+    Args:
+        reference: `module:Class`; the class may stand inside a function.
+
+    Returns:
+        Annotation by name; None if the class or one of its bases cannot be found.
+    """
+    module, _, name = reference.partition(":")
+    found = _find_class(module, name)
+    if found is None:
+        return None
+    module, node = found
+    fields: dict[str, str] = {}
+    for base in reversed(node.bases):
+        if not isinstance(base, ast.Name):
+            return None
+        inherited = option_annotations(f"{module}:{base.id}") if base.id != "object" else {}
+        if inherited is None:
+            return None
+        fields |= inherited
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            annotation = ast.unparse(statement.annotation).strip("'\"")
+            if not annotation.startswith("ClassVar"):
+                fields[statement.target.id] = annotation
+    return fields
+
+
+def _config_class(trainer: str) -> str | None:
+    """The `config_class` of a trainer, or of the first of its bases that has one, both as `module:Class`."""
+    found = _find_class(*trainer.split(":"))
+    if found is None:
+        return None
+    module, node = found
+    for statement in node.body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Name):
+            if [ast.unparse(target) for target in statement.targets] == ["config_class"]:
+                return f"{module}:{statement.value.id}"
+    bases = (_config_class(f"{module}:{base.id}") for base in node.bases if isinstance(base, ast.Name))
+    return next(filter(None, bases), None)
+
+
+def _find_class(module: str, name: str, depth: int = 0) -> tuple[str, ast.ClassDef] | None:
+    """Where a class is defined, through the imports that bring it into a module, lazy ones included."""
+    source = _source(module)
+    if source is None or depth > 8:
+        return None
+    is_package, tree = source
+    for node in _classes_and_imports(tree):
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return module, node
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    parts = module.split(".") if is_package else module.split(".")[:-1]
+                    package = parts[: len(parts) - node.level + 1] if node.level else []
+                    target = ".".join([*package, *([node.module] if node.module else [])])
+                    if found := _find_class(target, alias.name, depth + 1):
+                        return found
+    return None
+
+
+@lru_cache(maxsize=64)
+def _source(module: str) -> tuple[bool, ast.Module] | None:
+    """Whether a module is a package, and its syntax tree, without importing it."""
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top)  # of a top-level name, which imports nothing
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    path = Path(spec.submodule_search_locations[0], *rest)
+    for is_package, file in ((False, path.with_name(f"{path.name}.py")), (True, path / "__init__.py")):
+        if rest and not is_package or is_package:
+            try:
+                return is_package, ast.parse(file.read_text(encoding="utf-8"))
+            except (OSError, SyntaxError, ValueError):
+                continue
+    return None
+
+
+def _classes_and_imports(tree: ast.Module) -> Iterator[ast.stmt]:
+    """Also those inside functions and `if TYPE_CHECKING`. Bodies only: expressions hold neither."""
+    pending: list[ast.stmt] = list(tree.body)
+    for node in pending:
+        yield node
+        for part in ("body", "orelse", "finalbody"):
+            pending += getattr(node, part, [])

@@ -3,7 +3,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, GPT2Config, LlamaConfig
 
-from trl_capo.evaluation import sample as sample_module
+from trl_capo.evaluation import sampling as sample_module
 from trl_capo.evaluation.sampling import STATISTICS, sample_completions, sequence_statistics
 
 

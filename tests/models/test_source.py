@@ -117,16 +117,16 @@ def test_a_reference_may_be_a_shipped_model(tmp_path):
 
 
 def test_every_entry_point_knows_the_names(monkeypatch):
-    from trl_capo.scripts import evaluate
+    from trl_capo.evaluation.run import check_model
 
     assert model_path("arithmetic-base") == str(SHIPPED["arithmetic-base"])
     assert isinstance(SelectivePredictor.from_pretrained("arithmetic-base"), SelectivePredictor)
     with pytest.raises(ModelNotFound):
         SelectivePredictor.from_pretrained("/no/such/model")
     rows = {"arithmetic_test_2": prompt_dataset(2)}
-    evaluate.check_model("arithmetic-base", rows, 4)
+    check_model("arithmetic-base", rows, 4)
     with pytest.raises(ModelNotFound):
-        evaluate.check_model("/no/such/model", rows, 4)
+        check_model("/no/such/model", rows, 4)
 
 
 def train(tmp_path, capsys, *options: str) -> str:
@@ -141,7 +141,7 @@ def train(tmp_path, capsys, *options: str) -> str:
 
 @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
 def test_the_command_says_it_before_it_reads_data(tmp_path, capsys, monkeypatch, dry_run):
-    monkeypatch.setattr("trl_capo.data.training.load_data", lambda *args: pytest.fail("data are read"))
+    monkeypatch.setattr("trl_capo.scripts.train.load_data", lambda *args: pytest.fail("data are read"))
     assert "is no folder" in train(tmp_path, capsys, "--model_name_or_path", "no/such/model", *dry_run)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({}))
@@ -153,7 +153,7 @@ def test_vllm_that_is_not_installed_is_said_before_data_are_read(tiny_model, tmp
     args = CAPOConfig(**config_kwargs(tmp_path, ref_ppl_mask=False, use_vllm=True))
     with pytest.raises(UserError, match="use_vllm=True: no_such_module must be installed.*trl-capo.vllm.*use_vllm=F"):
         CAPOTrainer(tiny_model, parity_reward, args, prompt_dataset())
-    monkeypatch.setattr("trl_capo.data.training.load_data", lambda *args: pytest.fail("data are read"))
+    monkeypatch.setattr("trl_capo.scripts.train.load_data", lambda *args: pytest.fail("data are read"))
     assert "must be installed" in train(tmp_path, capsys, "--model_name_or_path", tiny_model, "--use_vllm", "true")
 
 

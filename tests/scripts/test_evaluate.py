@@ -9,19 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.evaluation.test_samples import rows
 from trl_capo import cli
+from trl_capo.evaluation import run
 from trl_capo.evaluation.grade import grade
-from trl_capo.evaluation.identity import model_identity
 from trl_capo.evaluation.samples import read_samples, write_part
 from trl_capo.evaluation.summary import summarize
-from trl_capo.scripts import evaluate as script
 
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +69,7 @@ def test_every_sample_once_and_graded(done):
 
 
 def test_a_finished_evaluation_is_not_repeated(done, tiny_model, capsys, monkeypatch):
-    monkeypatch.setattr(script, "load_engine", pytest.fail)
+    monkeypatch.setattr(run, "load_engine", pytest.fail)
     before = (done / "samples.parquet").stat().st_mtime_ns
     assert cli.main(arguments(tiny_model, done.parent, "--statistics")) == 0
     assert (done / "samples.parquet").stat().st_mtime_ns == before
@@ -97,71 +94,6 @@ def test_other_weights_or_questions_are_another_evaluation(tiny_model, tmp_path,
     assert "holds an evaluation with another weights" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "file, change",
-    [
-        ("chat_template.jinja", lambda text: "9*9*" + text),
-        ("generation_config.json", lambda text: json.dumps({**json.loads(text), "eos_token_id": [1, 5, 6]})),
-        ("tokenizer_config.json", lambda text: json.dumps({**json.loads(text), "eos_token": ";"})),
-        ("config.json", lambda text: json.dumps({**json.loads(text), "rms_norm_eps": 0.1})),
-        ("tokenizer.json", lambda text: text + " "),
-        ("modeling_own.py", lambda text: "changed = True"),
-    ],
-)
-def test_whatever_decides_the_samples_is_recorded(tiny_model, tmp_path, capsys, file, change):
-    model = shutil.copytree(tiny_model, tmp_path / "model")
-    known = script._settings(str(model), {}, {"max_new_tokens": None})
-    script._remember(tmp_path / "out", known)
-    write_part(tmp_path / "out", "b", 0, rows())
-    for name in ("README.md", "trainer_state.json", "abstention.json", "reproduction.json", "figure.png"):
-        (model / name).write_text("written beside the model")
-    script._remember(tmp_path / "out", script._settings(str(model), {}, {"max_new_tokens": None}))
-    path = model / file
-    path.write_text(change(path.read_text() if path.exists() else ""))
-    with pytest.raises(ValueError, match=f"holds an evaluation with another {file}"):
-        script._remember(tmp_path / "out", script._settings(str(model), {}, {"max_new_tokens": None}))
-    # A folder of an earlier version knows none of these, and says so.
-    old = {name: value for name, value in known.items() if name in ("model", "weights", "questions")}
-    (tmp_path / "out" / "settings.json").write_text(json.dumps(old))
-    script._remember(tmp_path / "out", script._settings(str(model), {}, {"max_new_tokens": None}))
-    assert "made by an earlier version" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="another chat_template_kwargs"):
-        with_kwargs = {"max_new_tokens": None, "chat_template_kwargs": {"a": 1}}
-        script._remember(tmp_path / "out", script._settings(str(model), {}, with_kwargs))
-    (tmp_path / "out" / "settings.json").write_text("[1]")
-    with pytest.raises(ValueError, match="holds no settings of an evaluation"):
-        script._remember(tmp_path / "out", known)
-
-
-def test_an_adapters_base_is_part_of_it(tiny_model, tmp_path):
-    base, run = shutil.copytree(tiny_model, tmp_path / "base"), tmp_path / "run"
-    run.mkdir()
-    (run / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
-    before = model_identity(str(run))
-    os.utime(base / "model.safetensors", (1, 1))
-    (base / "generation_config.json").write_text("{}")
-    after = model_identity(str(run))
-    changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"base/weights", "base/generation_config.json"}
-
-
-def test_a_commit_of_the_hub_is_part_of_it(tiny_model, tmp_path, monkeypatch):
-    """As `from_pretrained` resolves the name now, here in a cache without a connection."""
-    repo, found = tmp_path / "models--me--tiny", []
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True)
-    (repo / "refs").mkdir(parents=True)
-    for commit in ("a" * 40, "b" * 40):
-        shutil.copytree(tiny_model, repo / "snapshots" / commit)
-        (repo / "refs" / "main").write_text(commit)
-        monkeypatch.setattr(
-            "transformers.utils.hub.cached_files",
-            lambda *args, commit=commit, **kwargs: [str(repo / "snapshots" / commit / "config.json")],
-        )
-        found.append(model_identity("me/tiny"))
-    assert [of["commit"] for of in found] == ["a" * 40, "b" * 40] and found[0]["weights"] is None
-
-
 def test_a_broken_part_is_sampled_again(tiny_model, tmp_path, capsys):
     """One that a full disk left empty once blocked its evaluation."""
     name = Path(tiny_model).name
@@ -180,29 +112,6 @@ def test_a_broken_part_is_sampled_again(tiny_model, tmp_path, capsys):
     assert tables(folder) == rows
 
 
-def test_numbers_without_a_meaning_are_named():
-    good = dict(num_prompts=2, num_samples=2, grading_failed=0, ungraded=0, truncated=3)
-    assert script._problems(good) == [] == script._problems({**good, "grading_failed": 3})
-    for name, message in (
-        ("grading_failed", "grading failed for every completion"),
-        ("ungraded", "nothing is graded"),
-        ("truncated", "every completion ran into --max_new_tokens"),
-    ):
-        [problem] = script._problems({**good, name: 4})
-        assert message in problem
-    assert "needs several samples" in script._problems({**good, "num_samples": 1, "truncated": 0})[0]
-
-
-def test_every_process_gets_parts_and_gaps_are_filled(tmp_path):
-    parts = script._missing_parts(tmp_path, {"b": range(30)}, 2, SimpleNamespace(num_processes=8))
-    assert parts == [("b", start, min(start + 4, 30)) for start in range(0, 30, 4)]
-    write_part(tmp_path, "b", 4, rows("b", range(4, 8), 2))
-    write_part(tmp_path, "b", 20, rows("b", range(20, 21), 2))
-    parts = script._missing_parts(tmp_path, {"b": range(30)}, 2, SimpleNamespace(num_processes=2))
-    assert parts == [("b", 0, 4), ("b", 8, 20), ("b", 21, 30)]
-    assert script._missing_parts(tmp_path, {"b": range(4, 8)}, 2, SimpleNamespace(num_processes=1))[0] == ("b", 0, 4)
-
-
 def test_processes_that_do_not_know_of_each_other_are_refused(tiny_model, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(arguments(tiny_model, tmp_path)) == 2
@@ -210,12 +119,12 @@ def test_processes_that_do_not_know_of_each_other_are_refused(tiny_model, tmp_pa
 
 
 def test_bad_input_is_found_before_anything_is_sampled(tiny_model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(script, "load_engine", pytest.fail)
+    monkeypatch.setattr(run, "load_engine", pytest.fail)
     questions = tmp_path / "q.jsonl"
     lines = [json.dumps({"prompt": "1+1=", "solution": "2"})] * 50
     for row, message in (
         ({"prompt": "1" * 40000, "solution": "2"}, "has 40000 tokens"),
-        ({"prompt": None, "solution": "2"}, "row 50 has no question"),
+        ({"prompt": None, "solution": "2"}, "the prompt of row 50 is null"),
     ):
         questions.write_text("\n".join([*lines, json.dumps(row)]))
         command = ["evaluate", tiny_model, "--benchmark", str(questions), "--output_dir", str(tmp_path / "out")]

@@ -244,6 +244,22 @@ def reach(correct: ArrayLike, confidence: ArrayLike, precision: float, *, delta:
     return best, float(np.ceil(needed.min()))
 
 
+def advice(correct: ArrayLike, confidence: ArrayLike, missed: Abstention) -> str:
+    """What to say where `choose_threshold` found nothing: what is within reach, and what the target would take."""
+    best, needed = reach(correct, confidence, missed.precision, delta=missed.delta)
+    story = [
+        f"No threshold is right {missed.precision:.6g} of the time with probability {1 - missed.delta:.0%} on "
+        f"{missed.num_questions} questions, so the model should always abstain."
+    ]
+    if not math.isnan(best):
+        story.append(f"The best precision within reach is about {best:.3f}.")
+    if math.isinf(needed):
+        story.append("No part of the answers is seen to be that precise, so more questions would hardly help.")
+    else:
+        story.append(f"For {missed.precision:.6g}, calibrate on about {needed:,.0f} questions.")
+    return " ".join(story)
+
+
 def _most_confident_first(correct: ArrayLike, confidence: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     correct, confidence, usable = paired_rows(correct, confidence)
     if correct.ndim != 1:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from trl_capo.compare.runner import Run, evaluation_options
 from trl_capo.errors import UserError, UserErrors
+from trl_capo.evaluation.options import check_numbers, make_parser
 from trl_capo.files import check_names
 from trl_capo.methods import METHODS
 from trl_capo.recipe import check_recipe, read_yaml
@@ -148,8 +149,6 @@ def _repeated(values: list) -> list:
 
 def _options(path: str, plan: Plan) -> Iterator[str]:
     """Options that `trl-capo train` and `trl-capo evaluate` do not take."""
-    from trl_capo.scripts import evaluate
-
     if not isinstance(plan.train.get("model_name_or_path"), str):
         yield f"{path}: train needs a model_name_or_path, got {plan.train.get('model_name_or_path')!r}."
     for key in SET_BY_PLAN.keys() & plan.train.keys():
@@ -173,7 +172,7 @@ def _options(path: str, plan: Plan) -> Iterator[str]:
             return
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{path}: evaluate: {key} must be a finite number, got {value!r}."
-    parser = evaluate.make_parser()
+    parser = make_parser()
 
     def refuse(message: str) -> None:
         raise UserError(f"{path}: evaluate: {message}.")
@@ -181,6 +180,6 @@ def _options(path: str, plan: Plan) -> Iterator[str]:
     parser.error = refuse
     try:
         args = parser.parse_args(["model", *evaluation_options(["benchmark"], plan.evaluate)])
-        evaluate._check_numbers(args)
+        check_numbers(args)
     except (UserError, ValueError) as error:
         yield str(error) if path in str(error) else f"{path}: evaluate: {error}"

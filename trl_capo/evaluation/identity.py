@@ -1,6 +1,6 @@
-"""What a model is, as far as samples depend on it: its files, its base's, its commit.
+"""What samples depend on: a model's files, its base's, its commit, and the settings that an evaluation recorded.
 
-Everything goes by content, except that weights go by name, size and time of change, since reading them takes minutes.
+A model's files go by content, except that weights go by name, size and time of change: reading them takes minutes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from trl_capo.errors import UserError
 from trl_capo.files import SETTINGS
 from trl_capo.models.adapter import base_of
+from trl_capo.models.source import model_path
 
 
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -91,3 +92,39 @@ def read_settings(folder: Path) -> dict:
 def is_recorded(settings: dict) -> bool:
     """Whether settings say which files and commit a model had; those of earlier versions do not."""
     return "commit" in settings
+
+
+def check_unchanged(model: str, settings: dict) -> None:
+    """Refuse samples that an earlier state of the same folder gave."""
+    evaluated = model_path(str(settings.get("model")))
+    same_folder = Path(evaluated).is_dir() and Path(evaluated).resolve() == Path(model).resolve()
+    if same_folder and is_recorded(settings):
+        identity = model_identity(model)
+        changed = [name for name, value in identity.items() if settings.get(name) != value]
+        if changed:
+            raise UserError(
+                f"{model} has changed since the samples were drawn ({', '.join(changed)}): evaluate it again, into "
+                "another --output_dir."
+            )
+
+
+def sampling_of(settings: dict, benchmarks: list[str]) -> dict:
+    """How `trl-capo evaluate` drew the samples; empty for samples from elsewhere."""
+    if not settings:
+        return {}
+    sampling = {}
+    try:
+        sampling["temperature"] = settings["temperature"]
+        for name in ("max_new_tokens", "system_prompt"):
+            values = {settings[name][benchmark] for benchmark in benchmarks}
+            if len(values) > 1:
+                raise UserError(f"the benchmarks were sampled with another {name} each: choose one with --benchmark.")
+            sampling[name] = values.pop()
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"the settings.json beside the samples is not that of these samples: {error!r}. Evaluate again, or remove "
+            "it; then `trl-capo answer` cannot check how it samples."
+        ) from error
+    if settings.get("chat_template_kwargs"):
+        sampling["chat_template_kwargs"] = settings["chat_template_kwargs"]
+    return sampling

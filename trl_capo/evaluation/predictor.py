@@ -177,8 +177,8 @@ class SelectivePredictor:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from trl_capo.calibration.abstention import FILE_NAME
-        from trl_capo.data.arithmetic import model_path
         from trl_capo.models.adapter import base_of
+        from trl_capo.models.source import model_path
 
         path = model_path(str(path))
         base_of(path)  # an adapter without its base is refused by name
@@ -228,6 +228,22 @@ class SelectivePredictor:
             )
             predictions.append(Prediction(answer, confidence, abstains, best))
         return predictions
+
+    def predict_or_ask(
+        self, fallback: SelectivePredictor | None, questions: Sequence[str], *, seed: int = 0
+    ) -> tuple[list[Prediction], set[int]]:
+        """`predict`, asking another predictor (None: nobody) where this one abstains.
+
+        Returns:
+            A prediction for each question, and the numbers of those that the fallback gave.
+        """
+        predictions = self.predict(questions, seed=seed)
+        unsure = [i for i, own in enumerate(predictions) if own.abstains]
+        if fallback is None or not unsure:
+            return predictions, set()
+        for i, said in zip(unsure, fallback.predict([questions[i] for i in unsure], seed=seed), strict=True):
+            predictions[i] = said
+        return predictions, set(unsure)
 
     def _room(self, prompts: list) -> int:
         """What the longest prompt leaves of the context, at most 3000 tokens."""

@@ -164,6 +164,24 @@ class SampleSet:
         return [field.name for field in self.table.schema if field.name not in known and types.is_floating(field.type)]
 
 
+def shared_prompts(ours: SampleSet, theirs: SampleSet) -> tuple[np.ndarray, np.ndarray, int]:
+    """Align two runs by the numbers of their prompts.
+
+    Args:
+        ours: Samples of one run.
+        theirs: Samples of another run on the same benchmark.
+
+    Returns:
+        Rows of the prompts that both answered, in each; and the number of these prompts whose texts differ, so that
+        the runs answered other questions. 0 where a run has no texts.
+    """
+    both = (ours, theirs)
+    _, rows, their_rows = np.intersect1d(*(of.grid("prompt_id")[:, 0] for of in both), return_indices=True)
+    if any("prompt" not in of.table.column_names for of in both):
+        return rows, their_rows, 0
+    return rows, their_rows, int((ours.grid("prompt")[rows, 0] != theirs.grid("prompt")[their_rows, 0]).sum())
+
+
 def read_samples(path: str | Path) -> list[SampleSet]:
     """Read a samples file, or the one in a folder, and check it.
 

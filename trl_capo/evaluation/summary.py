@@ -1,15 +1,34 @@
 """The numbers of one model on one set of prompts, from its graded samples: how good, and how trustworthy."""
 
+import json
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from trl_capo.calibration import metrics
 from trl_capo.calibration.selection import choose_all, majority_vote, perplexity_consistency
+from trl_capo.evaluation.samples import read_samples
+from trl_capo.files import write_json
 
 
+FILE_NAME = "summary.json"
+# By name: the title on a page, and a function of correctness and confidence, (P, N) each.
+METRICS: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray], float]]] = {
+    "accuracy": ("accuracy", lambda correct, logps: metrics.accuracy(correct)),
+    "auc_within": ("AUC within", metrics.auc_within),
+    "auc_pooled": ("AUC pooled", metrics.auc_pooled),
+    "aurc": ("AURC", metrics.aurc),
+    "excess_aurc": ("excess AURC", metrics.excess_aurc),
+    "prr": ("PRR", metrics.prediction_rejection_ratio),
+    "precision_at_50": ("precision@50%", partial(metrics.precision_at_coverage, coverage=0.5)),
+    "precision_at_80": ("precision@80%", partial(metrics.precision_at_coverage, coverage=0.8)),
+    "coverage_at_90": ("coverage@90%", partial(metrics.coverage_at_precision, precision=0.9)),
+}
+# Of a summary, with their headers in the terminal: some of the above, votes, and perplexities.
 COLUMNS = {
     "accuracy": "accuracy\nmean@N",
     "auc_within": "AUC\nwithin",
@@ -45,17 +64,13 @@ def summarize(
         (1.0, 0.0, 1.0)
     """
     correct, mean_logps = np.asarray(correct, dtype=float), np.asarray(mean_logps, dtype=float)
-    return {
-        "accuracy": metrics.accuracy(correct),
-        "auc_within": metrics.auc_within(correct, mean_logps),
-        "auc_pooled": metrics.auc_pooled(correct, mean_logps),
+    numbers = {name: METRICS[name][1](correct, mean_logps) for name in COLUMNS if name in METRICS} | {
         "majority": metrics.nanmean(choose_all(majority_vote, answers, mean_logps, correct)[1]),
         "perplexity_consistency": metrics.nanmean(choose_all(perplexity_consistency, answers, mean_logps, correct)[1]),
-        "precision_at_50": metrics.precision_at_coverage(correct, mean_logps, 0.5),
-        "precision_at_80": metrics.precision_at_coverage(correct, mean_logps, 0.8),
         "ppl_correct": metrics.perplexity(mean_logps, valid=correct == 1),
         "ppl_wrong": metrics.perplexity(mean_logps, valid=correct == 0),
     }
+    return {name: numbers[name] for name in COLUMNS}
 
 
 def print_summaries(models: dict[str, dict[str, dict]]) -> None:
@@ -88,3 +103,59 @@ def print_summaries(models: dict[str, dict[str, dict]]) -> None:
         "precision@50%: accuracy of the surest half.",
         highlight=False,
     )
+
+
+def write_summary(model: str, folder: Path) -> None:
+    """Summarise `samples.parquet` of a folder, in its `summary.json`.
+
+    Args:
+        model: Its name, for whoever reads the file.
+        folder: Of the samples.
+    """
+    summary = {
+        of.benchmark: summarize(of.correct, of.mean_logps, of.answers)
+        | {
+            "num_prompts": len(of.correct),
+            "num_samples": of.num_samples,
+            "grading_failed": int(of.grid("grading_failed").sum()),
+            "ungraded": int(np.isnan(of.correct).sum()),
+            "truncated": int(of.grid("truncated").sum()),
+        }
+        for of in read_samples(folder)
+    }
+    write_json(folder / FILE_NAME, {"model": model, "benchmarks": summary})
+
+
+def read_summary(folder: Path) -> dict[str, dict]:
+    """What `write_summary` wrote, by benchmark; an undefined number is None."""
+    return json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))["benchmarks"]
+
+
+def notes(summaries: dict[str, dict[str, dict]]) -> list[str]:
+    """What a reader of the table should know: answers that could not be graded, numbers without a meaning.
+
+    Args:
+        summaries: By model and benchmark, as for `print_summaries`.
+    """
+    failed = sum(of["grading_failed"] for benchmarks in summaries.values() for of in benchmarks.values())
+    found = [f"{failed} completions count as neither right nor wrong because math-verify hung or crashed on them."]
+    return found[: failed > 0] + [
+        f"Warning: {model}, {benchmark}: {problem}"
+        for model, benchmarks in summaries.items()
+        for benchmark, of in benchmarks.items()
+        for problem in problems(of)
+    ]
+
+
+def problems(summary: dict) -> list[str]:
+    """What leaves the numbers of a benchmark without a meaning. Summaries of earlier versions lack some counts."""
+    total, problems = summary["num_prompts"] * summary["num_samples"], []
+    if summary["grading_failed"] == total:
+        problems.append("grading failed for every completion, so every number is undefined.")
+    if summary.get("ungraded") == total:
+        problems.append("no gold answer can be read, so nothing is graded and every number is undefined.")
+    if summary.get("truncated") == total:
+        problems.append("every completion ran into --max_new_tokens. Raise it, or check the end-of-sequence token.")
+    if summary["num_samples"] == 1:
+        problems.append("AUC within needs several samples of each question: --num_samples 2 or more.")
+    return problems

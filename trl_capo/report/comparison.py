@@ -26,7 +26,8 @@ import numpy as np
 
 from trl_capo.calibration.bootstrap import Estimate, holm, mean_over_seeds_and_prompts, paired_difference, two_sided_p
 from trl_capo.calibration.metrics import auc_by_prompt, nanmean
-from trl_capo.evaluation.samples import SampleSet, read_samples
+from trl_capo.evaluation.samples import SampleSet, read_samples, shared_prompts
+from trl_capo.evaluation.summary import read_summary
 from trl_capo.files import replacing, write_json, write_text
 
 
@@ -58,10 +59,7 @@ def write_comparison(
     evaluated = {name: {seed: evaluation_folder(path) for seed, path in of.items()} for name, of in runs.items()}
     sets = {name: {seed: read_samples(path) for seed, path in of.items()} for name, of in evaluated.items()}
     check_same_questions(sets)
-    summaries = {
-        name: {seed: json.loads((path / "summary.json").read_text())["benchmarks"] for seed, path in of.items()}
-        for name, of in evaluated.items()
-    }
+    summaries = {name: {seed: read_summary(path) for seed, path in of.items()} for name, of in evaluated.items()}
     rows = compare(sets, baseline)
     for row in rows:
         row["by_run"] = {
@@ -109,15 +107,14 @@ def run_name(method: str, seed: int | None) -> str:
 
 
 def check_same_questions(sets: dict[str, dict[int | None, list[SampleSet]]]) -> None:
-    """Rows are paired by their number, so all runs must have answered the same questions in one order."""
-    known: dict[str, list] = {}
+    """Rows are paired by their number, so all runs must have answered the same questions."""
+    known: dict[str, SampleSet] = {}
     for name, of in sets.items():
         for seed, benchmarks in of.items():
             for samples in benchmarks:
-                has_text = "prompt" in samples.table.column_names
-                asked = [samples.grid(column)[:, 0] for column in ("prompt_id", *["prompt"] * has_text)]
-                first = known.setdefault(samples.benchmark, asked)
-                if not all(np.array_equal(ours, theirs) for ours, theirs in zip(asked, first, strict=True)):
+                first = known.setdefault(samples.benchmark, samples)
+                rows, _, differing = shared_prompts(samples, first)
+                if differing or any(len(of.grid("prompt_id")) != len(rows) for of in (samples, first)):
                     raise ValueError(
                         f"{run_name(name, seed)} answered other questions of {samples.benchmark} than the runs before "
                         "it. Evaluate all on one version of it: remove the evaluation folder of the runs that differ."

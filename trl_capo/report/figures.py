@@ -14,6 +14,7 @@ from trl_capo.calibration.metrics import calibration_bins, deferral_curve, nanme
 from trl_capo.calibration.posthoc import fit_isotonic
 from trl_capo.calibration.selection import SELECTORS, accuracy_by_count
 from trl_capo.evaluation.predictor import question_table
+from trl_capo.evaluation.samples import shared_prompts
 
 
 if TYPE_CHECKING:
@@ -48,11 +49,10 @@ def draw_deferral(axes: Axes, runs: dict[str, SampleSet]) -> None:
     """Accuracy when the least sure questions go to the most accurate of the runs, on questions that both answered."""
     tables = {name: question_table(of) for name, of in runs.items()}
     best = max(tables, key=lambda name: np.nan_to_num(nanmean(tables[name][0]), nan=-1))
-    numbers = {name: of.table["prompt_id"].to_numpy()[:: of.num_samples] for name, of in runs.items()}
     for color, name in zip(_colors(runs), runs, strict=True):
         if name == best:
             continue
-        _, rows, of_best = np.intersect1d(numbers[name], numbers[best], return_indices=True)
+        rows, of_best, _ = shared_prompts(runs[name], runs[best])
         right, confidence = (array[rows] for array in tables[name])
         share, accuracy = deferral_curve(right, confidence, tables[best][0][of_best])
         axes.plot(share, accuracy, color=color, label=f"{name}, else {best}", linewidth=2)

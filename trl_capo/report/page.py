@@ -15,7 +15,6 @@ import io
 import json
 import re
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,9 @@ from trl_capo.calibration import metrics
 from trl_capo.calibration.metrics import nanmean
 from trl_capo.calibration.prompt_bootstrap import prompt_difference, prompt_interval
 from trl_capo.calibration.selection import SELECTORS, choose_all
+from trl_capo.errors import UserError
+from trl_capo.evaluation.samples import shared_prompts
+from trl_capo.evaluation.summary import METRICS
 from trl_capo.files import write_bytes, write_text
 from trl_capo.markdown import markdown_text
 
@@ -42,20 +44,6 @@ the right one is surer. 95% intervals over questions."""
 FORMULAS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 OPENING = re.compile("|".join(re.escape(opening) for opening, _ in FORMULAS))
 LONGEST_FORMULA = 2000  # characters; longer ones stay text, because the converter's time is not linear in them
-
-
-# Header, and a function of correctness and confidence, (P, N) each.
-METRICS = {
-    "accuracy": lambda correct, logps: metrics.accuracy(correct),
-    "AUC within": metrics.auc_within,
-    "AUC pooled": metrics.auc_pooled,
-    "AURC": metrics.aurc,
-    "excess AURC": metrics.excess_aurc,
-    "PRR": metrics.prediction_rejection_ratio,
-    "precision@50%": partial(metrics.precision_at_coverage, coverage=0.5),
-    "precision@80%": partial(metrics.precision_at_coverage, coverage=0.8),
-    "coverage@90%": partial(metrics.coverage_at_precision, precision=0.9),
-}
 
 
 def write_report(
@@ -116,6 +104,21 @@ def write_report(
     return path
 
 
+def read_history(path: Path) -> list[dict]:
+    """The log of a trainer state, or such a log by itself."""
+    try:
+        content = json.loads(path.read_text())
+        return content if isinstance(content, list) else content["log_history"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the trainer_state.json of a run: {error!r}.") from error
+
+
+def run_names(paths: list[str]) -> list[str]:
+    """What to call runs: the folder of each samples file; its whole path where two folders have one name."""
+    short = [(Path(path) if Path(path).is_dir() else Path(path).parent).resolve().name for path in paths]
+    return [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
+
+
 def html_section(title: str, text: str, table: tuple[list[str], list[list[str]]], png: bytes) -> str:
     """A section of the page: a sentence, a table (header and rows) and a picture."""
     title, text = html.escape(title), html.escape(text)
@@ -125,14 +128,20 @@ def html_section(title: str, text: str, table: tuple[list[str], list[list[str]]]
 def metric_rows(runs: dict[str, SampleSet]) -> tuple[list[str], list[list[str]]]:
     """Metrics with 95% intervals over prompts: a column a run, then its paired difference to the first run."""
     first, baseline = next(iter(runs.items()))
-    header, columns = ["metric"], [["questions x samples", *METRICS, *SELECTORS, "perplexity right / wrong"]]
+    titles = [title for title, _ in METRICS.values()]
+    header, columns = ["metric"], [["questions x samples", *titles, *SELECTORS, "perplexity right / wrong"]]
     for name, of in runs.items():
         numbers = _numbers(of, np.arange(len(of.correct)))
         ppl = [metrics.perplexity(of.mean_logps, valid=of.correct == label) for label in (1, 0)]
         intervals = [prompt_interval(f, *arrays, num_resamples=NUM_RESAMPLES) for f, arrays in numbers]
         header.append(name)
         columns.append([f"{len(of.correct)} x {of.num_samples}", *map(str, intervals), f"{ppl[0]:.3f} / {ppl[1]:.3f}"])
-        rows, of_baseline = _shared_prompts(of, baseline)
+        rows, of_baseline, differing = shared_prompts(of, baseline)
+        if differing:
+            raise ValueError(
+                f"the runs answered different questions of {of.benchmark}, {differing} of {len(rows)}. "
+                "Evaluate them on one version of it."
+            )
         if name == first or len(rows) == 0:
             continue
         gaps = [
@@ -149,25 +158,11 @@ def metric_rows(runs: dict[str, SampleSet]) -> tuple[list[str], list[list[str]]]
 def _numbers(of: SampleSet, prompts: np.ndarray) -> list[tuple]:
     """What each row of the table is computed from: a metric, and correctness and confidence of some prompts."""
     samples = (of.correct[prompts], of.mean_logps[prompts])
-    numbers = [(f, samples) for f in METRICS.values()]
+    numbers = [(f, samples) for _, f in METRICS.values()]
     for select in SELECTORS.values():
         right = choose_all(select, of.answers, of.mean_logps, of.correct)[1][prompts, None]
         numbers.append((lambda right, _: nanmean(right), (right, right)))
     return numbers
-
-
-def _shared_prompts(of: SampleSet, other: SampleSet) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the prompts that both runs answered, in each."""
-    numbers = [s.table["prompt_id"].to_numpy()[:: s.num_samples] for s in (of, other)]
-    _, rows, of_other = np.intersect1d(*numbers, return_indices=True)
-    if "prompt" in of.table.column_names and "prompt" in other.table.column_names:
-        ours, theirs = (s.grid("prompt")[at, 0] for s, at in ((of, rows), (other, of_other)))
-        if (ours != theirs).any():
-            raise ValueError(
-                f"the runs answered different questions of {of.benchmark}, {(ours != theirs).sum()} of {len(rows)}. "
-                "Evaluate them on one version of it."
-            )
-    return rows, of_other
 
 
 def draw_benchmark(runs: dict[str, SampleSet]) -> bytes:

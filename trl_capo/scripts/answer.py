@@ -55,15 +55,9 @@ def main(argv: list[str] | None = None) -> None:
     fallback = None
     if args.fallback_model is not None:
         fallback = SelectivePredictor.from_pretrained(args.fallback_model, num_samples=args.num_samples, **options)
-    predictions = predictor.predict(args.questions, seed=args.seed)
-    fallbacks = {}
-    unsure = [i for i, prediction in enumerate(predictions) if prediction.abstains]
-    if fallback is not None and unsure:
-        answers = fallback.predict([args.questions[i] for i in unsure], seed=args.seed)
-        fallbacks = dict(zip(unsure, answers, strict=True))
-    for i, (question, own) in enumerate(zip(args.questions, predictions, strict=True)):
-        said = fallbacks.get(i, own)
-        by = f", asked {args.fallback_model}" if i in fallbacks else ""
+    predictions, asked = predictor.predict_or_ask(fallback, args.questions, seed=args.seed)
+    for i, (question, said) in enumerate(zip(args.questions, predictions, strict=True)):
+        by = f", asked {args.fallback_model}" if i in asked else ""
         if said.abstains:
             guess = "" if said.answer is None else f"; its guess would be {said.answer}"
             print(f"{question}  not sure enough (confidence {said.confidence:.3f}{by}{guess})")

@@ -147,6 +147,7 @@ def print_health(found: dict[str, dict]) -> None:
 
 def keep_mixed(args: argparse.Namespace) -> None:
     """Sample and grade every question with `trl-capo evaluate`, and write those with mixed outcomes."""
+    from trl_capo.evaluation.run import folder_names, patient_state
     from trl_capo.preflight.checks import check_output_dir
     from trl_capo.scripts import evaluate
 
@@ -158,7 +159,7 @@ def keep_mixed(args: argparse.Namespace) -> None:
         raise ValueError(f"--num_samples must be at least 2, or no outcome is mixed; got {args.num_samples}.")
     check_output_dir(args.output_dir)
     check_output_dir(str(Path(args.output).parent))
-    state = evaluate.patient_state()
+    state = patient_state()
     questions = Path(args.output_dir) / "questions.parquet"
     with state.main_process_first():
         rows = load(args.name, args).select_columns(["prompt", "solution"])
@@ -172,7 +173,7 @@ def keep_mixed(args: argparse.Namespace) -> None:
         options.append(f"--chat_template_kwargs={args.chat_template_kwargs}")
     evaluate.main([args.model, "--benchmark", str(questions), *options])
     if state.is_main_process:
-        write_mixed(rows, Path(args.output_dir) / evaluate.folder_names([args.model])[0], args)
+        write_mixed(rows, Path(args.output_dir) / folder_names([args.model])[0], args)
 
 
 def write_mixed(rows, samples: Path, args: argparse.Namespace) -> None:

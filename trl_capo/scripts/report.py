@@ -8,7 +8,6 @@ A run is a `samples.parquet` or its folder. Training curves are drawn for runs w
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -45,12 +44,12 @@ def main(argv: list[str] | None = None) -> None:
 
     from trl_capo.evaluation.samples import read_samples
     from trl_capo.publish.card import add_to_model_card
-    from trl_capo.report.page import write_report
+    from trl_capo.report.page import read_history, run_names, write_report
 
     require("report")
     if args.model_card is not None and not Path(args.model_card).is_dir():
         raise UserError(f"--model_card takes the folder of a model; {args.model_card} is none.")
-    names = args.names or _names(args.samples)
+    names = args.names or run_names(args.samples)
     if len(names) != len(args.samples) or len(set(names)) != len(names):
         raise ValueError(f"{len(args.samples)} runs need as many different --names, got {', '.join(names)}.")
     histories = {}
@@ -58,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         name, _, file = pair.partition("=")
         if name not in names or not file:
             raise ValueError(f"--trainer_states takes NAME=FILE with a NAME of {', '.join(names)}, got {pair!r}.")
-        histories[name] = _history(Path(file))
+        histories[name] = read_history(Path(file))
     runs = {name: read_samples(path) for name, path in zip(names, args.samples, strict=True)}
     for name, sets in runs.items():
         for samples in sets:
@@ -72,21 +71,6 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB), with figures and {path.with_suffix('.md').name} beside it")
     if args.model_card is not None:
         print(f"Also in {add_to_model_card(path.with_suffix('.md'), args.model_card)}")
-
-
-def _history(path: Path) -> list[dict]:
-    """The log of a trainer state, or such a log by itself."""
-    try:
-        content = json.loads(path.read_text())
-        return content if isinstance(content, list) else content["log_history"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not the trainer_state.json of a run: {error!r}.") from error
-
-
-def _names(paths: list[str]) -> list[str]:
-    """The folder of each file; the whole path where two are the same."""
-    short = [(Path(path) if Path(path).is_dir() else Path(path).parent).resolve().name for path in paths]
-    return [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
 
 
 if __name__ == "__main__":

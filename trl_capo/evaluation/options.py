@@ -1,0 +1,58 @@
+"""The options of `trl-capo evaluate`: for the command, and for plans that name them."""
+
+import argparse
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trl-capo evaluate",
+        description="`trl-capo evaluate`: sample held-out questions, grade the answers, say how far confidence can be "
+        "trusted.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("models", nargs="+", help="folders, names on the Hub, or arithmetic-base, arithmetic-flat")
+    parser.add_argument(
+        "--benchmark", nargs="+", required=True, help="names, or files with questions and gold answers"
+    )
+    parser.add_argument("--num_samples", type=int, default=16, help="completions a question (default: %(default)s)")
+    parser.add_argument("--num_prompts", type=int, help="only the first so many questions of each benchmark")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the sampler (default: %(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, help="longest completion (default: 3000; arithmetic: 64)")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
+    parser.add_argument("--statistics", action="store_true", help="also self-certainty and DeepConf's confidences")
+    parser.add_argument(
+        "--engine", choices=("auto", "transformers", "vllm"), default="auto", help="auto: vLLM where it and a GPU are"
+    )
+    parser.add_argument("--batch_size", type=int, default=256, help="completions at a time, with transformers")
+    parser.add_argument("--dtype", default="auto", help="of the weights (default: as stored)")
+    parser.add_argument("--prompt_column", default="prompt", help="of a file: the questions")
+    parser.add_argument("--solution_column", default="solution", help="of a file: the gold answers")
+    parser.add_argument("--system_prompt", help="system message before questions that are plain text")
+    parser.add_argument("--prompt_template", help="instead: qwen25-math-cot, qwen-boxed or step-by-step")
+    parser.add_argument(
+        "--normalize_operators", action="store_true", help=r"let \frac13, 2\sqrt3 and \boxed 7 in answers count"
+    )
+    parser.add_argument(
+        "--chat_template_kwargs",
+        metavar="JSON",
+        help="variables of the chat template, e.g. '{\"enable_thinking\": false}' (default: those of the training)",
+    )
+    parser.add_argument("--output_dir", default="runs/evaluation", help="where everything goes (default: %(default)s)")
+    parser.add_argument("--names", nargs="+", help="folders for the models in it (default: the last part of each)")
+    return parser
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Refuse numbers that no evaluation can have.
+
+    Raises:
+        ValueError: Names the option and its value.
+    """
+    for name in ("num_samples", "num_prompts", "max_new_tokens", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}.")
+    if not args.temperature > 0:
+        raise ValueError(
+            f"--temperature must be positive, got {args.temperature}. Use 0.01 for nearly greedy samples."
+        )

@@ -141,7 +141,7 @@ def train(tmp_path, capsys, *options: str) -> str:
 
 @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
 def test_the_command_says_it_before_it_reads_data(tmp_path, capsys, monkeypatch, dry_run):
-    monkeypatch.setattr("trl_capo.scripts.train.load_data", lambda *args: pytest.fail("data are read"))
+    monkeypatch.setattr("trl_capo.data.training.load_data", lambda *args: pytest.fail("data are read"))
     assert "is no folder" in train(tmp_path, capsys, "--model_name_or_path", "no/such/model", *dry_run)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({}))
@@ -153,7 +153,7 @@ def test_vllm_that_is_not_installed_is_said_before_data_are_read(tiny_model, tmp
     args = CAPOConfig(**config_kwargs(tmp_path, ref_ppl_mask=False, use_vllm=True))
     with pytest.raises(UserError, match="use_vllm=True: no_such_module must be installed.*trl-capo.vllm.*use_vllm=F"):
         CAPOTrainer(tiny_model, parity_reward, args, prompt_dataset())
-    monkeypatch.setattr("trl_capo.scripts.train.load_data", lambda *args: pytest.fail("data are read"))
+    monkeypatch.setattr("trl_capo.data.training.load_data", lambda *args: pytest.fail("data are read"))
     assert "must be installed" in train(tmp_path, capsys, "--model_name_or_path", tiny_model, "--use_vllm", "true")
 
 

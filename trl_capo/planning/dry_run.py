@@ -133,7 +133,7 @@ def estimate(method_class: type, args, model_args, path: str, launch: tuple[int,
 
         with torch.device("meta"):
             model = get_peft_model(model, get_peft_config(model_args))
-    elif method_class.needs_ref(args) or args.beta != 0:
+    elif args.ref_ppl_mask or method_class.needs_ref(args) or args.beta != 0:
         source = model_path(args.ref_model_name_or_path) if args.ref_model_name_or_path else path
         reference = empty_model(source, args.ref_model_dtype or model_args.dtype, args)
     colocated = args.use_vllm and args.vllm_mode == "colocate"

@@ -185,3 +185,19 @@ def test_a_summary_of_other_samples_does_not_complete_a_run(tmp_path):
     run = finished(tmp_path / "grpo-0", rows=19)
     assert not runner.is_done(run)
     assert runner._incomplete(run) == "the summary is of other benchmarks or samples."
+
+
+def test_a_run_is_complete_while_its_files_are_what_they_were(tmp_path, monkeypatch):
+    """Also one of an earlier version: sizes by path from the folder of the run."""
+    run = runs_in(tmp_path)["grpo"][0]
+    monkeypatch.setattr(runner, "_incomplete", lambda run: None)
+    files = {"model/model.safetensors": 3, "model/training_args.bin": 2, "evaluation/model/samples.parquet": 4}
+    for name, size in files.items():
+        path = run.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * size)
+    assert not runner.is_done(run)
+    (run.folder / "work.json").write_text(json.dumps({"trained": True, "complete": files}))
+    assert runner.is_done(run)
+    (run.folder / "model" / "model.safetensors").write_bytes(b"")
+    assert not runner.is_done(run)

@@ -55,3 +55,14 @@ def test_every_process_gets_parts_and_gaps_are_filled(tmp_path):
     parts = run._missing_parts(tmp_path, {"b": range(30)}, 2, SimpleNamespace(num_processes=2))
     assert parts == [("b", 0, 4), ("b", 8, 20), ("b", 21, 30)]
     assert run._missing_parts(tmp_path, {"b": range(4, 8)}, 2, SimpleNamespace(num_processes=1))[0] == ("b", 0, 4)
+
+
+def test_folders_have_the_names_that_were_chosen():
+    assert run.folder_names(["runs/a/model", "runs/b/model"]) == ["model", "model-2"]
+    assert run.folder_names(["runs/a/model", "runs/b/model"], ["a", "b"]) == ["a", "b"]
+    for names, message in (
+        (["a"], "needs one name for each of the 2 models, got 1"),
+        (["a", "A"], "would become one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run.folder_names(["runs/a/model", "runs/b/model"], names)

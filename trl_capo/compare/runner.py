@@ -251,14 +251,14 @@ def read_work(folder: Path) -> dict:
 def _files(run: Run) -> dict[str, int]:
     """Sizes of what a run is, by path from its folder: weights of the model, samples and their summary."""
     kinds = ("*.safetensors", "*.bin") if run.recipe is not None else ()
-    found = [path for kind in kinds for path in Path(run.model).glob(kind) if path.name != "training_args.bin"]
+    found = [path for kind in kinds for path in Path(run.model).glob(kind)]
     found += [run.evaluation / "samples.parquet", run.evaluation / "summary.json"]
     sizes = {os.path.relpath(path, run.folder): path.stat().st_size for path in sorted(found) if path.exists()}
     return {name: size for name, size in sizes.items() if size}
 
 
 def _is_weight(name: str) -> bool:
-    return name.endswith((".safetensors", ".bin"))
+    return name.endswith((".safetensors", ".bin")) and "training_args" not in name
 
 
 def _unchanged(run: Run, files: dict[str, int]) -> bool:

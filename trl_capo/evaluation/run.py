@@ -151,7 +151,6 @@ def evaluate(
     *,
     max_new_tokens: int | None = None,
     num_samples: int = 16,
-    position: int | None = None,
     normalize_operators: bool = False,
     **sampling,
 ) -> None:
@@ -164,7 +163,6 @@ def evaluate(
         state: accelerate's `PartialState`.
         max_new_tokens: Longest completion; None: 64 in the arithmetic world, else 3000.
         num_samples: Completions a question.
-        position: Line of the progress bar, where several are shown at once.
         normalize_operators: See `grade`.
         sampling: See `load_engine`.
     """
@@ -179,7 +177,7 @@ def evaluate(
         if mine:
             path = merged(model_path(model), folder / "merged")
             sample, close = load_engine(path, state, num_samples=num_samples, **sampling)
-            for name, start, stop in _with_progress(mine, total, num_samples, folder.name, state, position):
+            for name, start, stop in _with_progress(mine, total, num_samples, folder.name, state):
                 rows = data[name].select(range(start, stop))
                 limit = _limit(name, max_new_tokens)
                 samples = sample(list(rows["prompt"]), max_new_tokens=limit, first_prompt=start)
@@ -240,14 +238,11 @@ def graded_table(benchmark: str, first_prompt: int, rows, samples, normalize_ope
     return pa.table(columns, schema=schema(list(samples.statistics)))
 
 
-def _with_progress(
-    parts: list[tuple], total: int, num_samples: int, name: str, state, position: int | None
-) -> Iterator[tuple]:
+def _with_progress(parts: list[tuple], total: int, num_samples: int, name: str, state) -> Iterator[tuple]:
     """The parts, with a bar that counts samples."""
     from tqdm import tqdm
 
-    shown = dict(desc=name, unit="sample", position=position, disable=not state.is_local_main_process)
-    with tqdm(total=total, **shown) as bar:
+    with tqdm(total=total, desc=name, unit="sample", disable=not state.is_local_main_process) as bar:
         for part in parts:
             if state.is_main_process:
                 report_progress(bar.n, total, "sample")

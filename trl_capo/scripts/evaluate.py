@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     check_launch(state.num_processes)
     sampling = {name: getattr(args, name) for name in SAMPLING}
     sampling |= {"normalize_operators": True} if args.normalize_operators else {}
-    folders = evaluate_all(args.models, data, args.output_dir, state, args.names, **sampling)
+    folders = evaluate_all(args.models, data, args.output_dir, state, names=args.names, **sampling)
     if state.is_main_process:
         summaries = {folder.name: read_summary(folder) for folder in folders}
         print_summaries(summaries)

@@ -217,8 +217,9 @@ def make_parser(method: str = "capo"):
         )
 
     config_class = trainer_of(method).config_class
-    parser = TrlParser(
-        (TrainArguments, config_class, ModelConfig, DataArguments, DatasetMixtureConfig),
+    classes: Any = (TrainArguments, config_class, ModelConfig, DataArguments, DatasetMixtureConfig)
+    parser: Any = TrlParser(
+        classes,
         prog="trl-capo train",
         allow_abbrev=False,
     )
@@ -247,7 +248,8 @@ def resolved_options(argv: list[str], method: str, config_path: str | None = Non
     """
     parser = make_parser(method)
     defaults = vars(parser.parse_args([]))
-    words, environment = list(argv), {}
+    words: list[str] = list(argv)
+    environment: dict[str, Any] = {}
     if config_path is not None:
         recipe = read_yaml(config_path)
         environment = recipe.pop("env", None) or {}

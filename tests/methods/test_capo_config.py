@@ -144,7 +144,7 @@ def test_checkpoints_inside_a_generation_are_refused(tmp_path, layout, save_step
         ({"prompt": ["1+1="], "solution": ["$2$"]}, "has plain text prompts"),
         (
             {"prompt": [[{"role": "user", "content": "1+1="}]] * 2, "solution": ["$2$", "east"]},
-            r"cannot parse 1 of 2 gold answers in 'solution': 'east' \(row 1\).*Wrap each gold",
+            r"cannot parse 1 of 2 gold answers in 'solution'.*row 1, 'east'.*Wrap each gold",
         ),
         ({"prompt": []}, "has no rows"),
     ],

@@ -62,7 +62,7 @@ def equivalence_classes(answers: Sequence[str | None], equal: Callable[[str, str
         return answer
 
     for a, b in itertools.combinations(parent, 2):
-        first, second = sorted((root(a), root(b)), key=position.get)
+        first, second = sorted((root(a), root(b)), key=lambda answer: position[answer])
         if first != second and equal(a, b):
             parent[second] = first
     return [None if answer is None else root(answer) for answer in answers]
@@ -125,14 +125,14 @@ def class_grade(correct: NDArray, confidence: NDArray) -> float:
     if not known.any():
         return math.nan
     right, confidence = correct[known] > 0.5, np.where(np.isnan(confidence[known]), -np.inf, confidence[known])
-    margin = int(right.sum()) - int((~right).sum())
+    margin = float(right.sum()) - float((~right).sum())
     if margin == 0:
         margin = float(confidence[right].max() > confidence[~right].max()) - 0.5
     return float(margin > 0)
 
 
 def accuracy_by_count(
-    select: Callable[[list, NDArray], Selection],
+    select: Callable[[Sequence, NDArray], Selection],
     answers: Sequence[Sequence[Hashable | None]],
     confidence: ArrayLike,
     correct: ArrayLike,

@@ -13,7 +13,7 @@ Departures: the released code of Perplexity Consistency lets tied answers share 
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -146,7 +146,7 @@ def best_of_n(answers: Sequence[Hashable | None], confidence: ArrayLike) -> Sele
     for answer, value in zip(answers, confidence.tolist(), strict=True):
         if answer is not None and not math.isnan(value):
             scores[answer] = max(scores.get(answer, -math.inf), value)
-    winner = max(scores, key=scores.get, default=None)
+    winner = max(scores, key=lambda answer: scores[answer], default=None)
     return Selection(scores, winner, scores[winner] if scores else math.nan)
 
 
@@ -239,7 +239,7 @@ def borda_vote(answers: Sequence[Hashable | None], confidence: ArrayLike, *, pow
 
 
 # What reports compare.
-SELECTORS = {
+SELECTORS: dict[str, Callable[..., Selection]] = {
     "majority vote": majority_vote,
     "Perplexity Consistency": perplexity_consistency,
     "best of N": best_of_n,

@@ -26,7 +26,7 @@ MODELS = (BASE, "grpo", "capo")
 
 # What both have, and what defines them; also `recipes/arithmetic/*/`. Tau was chosen on the validation split, with
 # other seeds (`benchmarks/results/demo_tau.md`).
-SHARED = dict(
+SHARED: dict[str, Any] = dict(
     learning_rate=1e-4,
     lr_scheduler_type="constant",
     per_device_train_batch_size=256,
@@ -42,11 +42,11 @@ SHARED = dict(
     save_total_limit=1,
     report_to="none",
 )
-OWN = {
+OWN: dict[str, dict[str, Any]] = {
     "grpo": dict(scale_rewards="none"),
     "capo": dict(tau=0.25, pair_normalization="group", ref_ppl_mask=False),
 }
-DATA = dict(
+DATA: dict[str, Any] = dict(
     model_name_or_path="arithmetic-base",
     dtype="float32",
     dataset_name="arithmetic",

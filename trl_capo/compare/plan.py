@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, NoReturn
 
 from trl_capo.compare.runner import Run, evaluation_options
 from trl_capo.errors import UserError, UserErrors
@@ -172,9 +173,9 @@ def _options(path: str, plan: Plan) -> Iterator[str]:
             return
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{path}: evaluate: {key} must be a finite number, got {value!r}."
-    parser = make_parser()
+    parser: Any = make_parser()
 
-    def refuse(message: str) -> None:
+    def refuse(message: str) -> NoReturn:
         raise UserError(f"{path}: evaluate: {message}.")
 
     parser.error = refuse

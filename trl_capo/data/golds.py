@@ -59,7 +59,7 @@ def read_gold(answer: Any) -> str:
         return ""
     if isinstance(answer, (list, tuple)) and len(answer) == 1:
         return read_gold(answer[0])
-    if isinstance(answer, (bool, list, tuple, dict, set, bytes)) or getattr(answer, "shape", ()):
+    if isinstance(answer, (bool, list, tuple, dict, set, bytes)) or bool(getattr(answer, "shape", False)):
         raise Misread(f"it is a {type(answer).__name__}, not one answer")
     if isinstance(answer, float) and answer.is_integer() and abs(answer) >= 1e6:
         answer = int(answer)  # a CSV column of integers with a hole is read as floats, which are compared roughly

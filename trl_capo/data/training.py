@@ -6,6 +6,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 
@@ -106,7 +107,7 @@ def load_splits(name: str | None, config: str | None, args: DataArguments, strea
         from trl_capo.data.arithmetic import SPLITS, arithmetic_dataset
 
         return {split: arithmetic_dataset(split) for split in SPLITS}
-    prompts = dict(system_prompt=args.system_prompt, prompt_template=args.prompt_template)
+    prompts: dict[str, Any] = dict(system_prompt=args.system_prompt, prompt_template=args.prompt_template)
     mixed = mixture is not None and mixture.datasets
     if name in CATALOGUE and not mixed:
         given = [
@@ -183,7 +184,7 @@ def prepare(
     if part == "train" and args.deduplicate:
         rows = keep(deduplicate(rows), "repeated")
     if part == "train" and args.exclude_benchmarks:
-        prompts = dict(system_prompt=args.system_prompt, prompt_template=args.prompt_template)
+        prompts: dict[str, Any] = dict(system_prompt=args.system_prompt, prompt_template=args.prompt_template)
         benchmarks = [load_benchmark(name, **prompts) for name in args.exclude_benchmarks]
         rows = keep(without_questions_of(rows, benchmarks), "of a benchmark")
     splits = {"train": rows}
@@ -235,10 +236,10 @@ def load_data(script_args, data_args, mixture, training_args, model_args) -> tup
     if any(isinstance(of, IterableDataset) for of in rows.values()):
         prepared = {part: prepare(of, data_args, tokenizer, part, print)["train"] for part, of in rows.items()}
         return prepared["train"], prepared.get("eval")
-    kept = [None]
+    shared: list[Any] = [None]
     if state.is_main_process:
-        kept = [{part: prepare(of, data_args, tokenizer, part, print) for part, of in rows.items()}]
-    kept = broadcast_object_list(kept)[0] if state.num_processes > 1 else kept[0]
+        shared = [{part: prepare(of, data_args, tokenizer, part, print) for part, of in rows.items()}]
+    kept = broadcast_object_list(shared)[0] if state.num_processes > 1 else shared[0]
     train = rows["train"].select(kept["train"]["train"])
     if not evaluates:
         return train, None

@@ -46,8 +46,10 @@ def load_engine(
 
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(state.device)
     tokenizer = with_defaults(AutoTokenizer.from_pretrained(model), chat_template_kwargs)
-    options = dict(batch_size=batch_size, progress=False)
-    return functools.partial(sample_completions, policy, tokenizer, **options, **sampling), lambda: None
+    sample = functools.partial(
+        sample_completions, policy, tokenizer, batch_size=batch_size, progress=False, **sampling
+    )
+    return sample, lambda: None
 
 
 def _show_own_device(local_process_index: int) -> None:

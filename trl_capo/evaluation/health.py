@@ -4,7 +4,10 @@ Every gold answer is graded against itself, as `\boxed{gold}` would be: one that
 recognise would make every right answer wrong.
 """
 
+import functools
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from datasets import Dataset
 
@@ -83,7 +86,7 @@ def print_health(found: dict[str, dict]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    lines = {
+    lines: dict[str, Callable[[dict], Any]] = {
         "rows": lambda of: f"{of['rows']:,}" + (f" of {of['expected_rows']:,}" if "expected_rows" in of else ""),
         "licence": lambda of: of.get("licence", "-"),
         "empty questions": lambda of: of["empty_questions"],
@@ -93,10 +96,9 @@ def print_health(found: dict[str, dict]) -> None:
         "gold answers that fail themselves": lambda of: of["golds_that_fail_themselves"],
     }
     first = next(iter(found.values()))
-    for name in first["shared_questions"]:
-        lines[f"questions shared with {name}"] = lambda of, name=name: of["shared_questions"][name]
-    for name in first.get("prompt_tokens", ()):
-        lines[f"tokens of a prompt: {name}"] = lambda of, name=name: of["prompt_tokens"][name]
+    nested = {f"questions shared with {name}": ("shared_questions", name) for name in first["shared_questions"]}
+    nested |= {f"tokens of a prompt: {name}": ("prompt_tokens", name) for name in first.get("prompt_tokens", ())}
+    lines |= {title: functools.partial(_within, *keys) for title, keys in nested.items()}
     table = Table(header_style="bold")
     table.add_column("")
     for name in found:
@@ -119,3 +121,7 @@ def as_answer(gold: str) -> str:
         ('\\boxed{\\frac{1}{2}}', 'so \\boxed{4}')
     """
     return gold if r"\boxed" in gold else rf"\boxed{{{gold.strip('$')}}}"
+
+
+def _within(part: str, name: str, of: dict) -> Any:
+    return of[part][name]

@@ -245,6 +245,6 @@ def _with_progress(parts: list[tuple], total: int, num_samples: int, name: str, 
     with tqdm(total=total, desc=name, unit="sample", disable=not state.is_local_main_process) as bar:
         for part in parts:
             if state.is_main_process:
-                report_progress(bar.n, total, "sample")
+                report_progress(int(bar.n), total, "sample")
             yield part
             bar.update((part[2] - part[1]) * num_samples)

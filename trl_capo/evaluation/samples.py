@@ -175,9 +175,9 @@ def shared_prompts(ours: SampleSet, theirs: SampleSet) -> tuple[np.ndarray, np.n
         Rows of the prompts that both answered, in each; and the number of these prompts whose texts differ, so that
         the runs answered other questions. 0 where a run has no texts.
     """
-    both = (ours, theirs)
-    _, rows, their_rows = np.intersect1d(*(of.grid("prompt_id")[:, 0] for of in both), return_indices=True)
-    if any("prompt" not in of.table.column_names for of in both):
+    numbers, their_numbers = ours.grid("prompt_id")[:, 0], theirs.grid("prompt_id")[:, 0]
+    _, rows, their_rows = np.intersect1d(numbers, their_numbers, return_indices=True)
+    if any("prompt" not in of.table.column_names for of in (ours, theirs)):
         return rows, their_rows, 0
     return rows, their_rows, int((ours.grid("prompt")[rows, 0] != theirs.grid("prompt")[their_rows, 0]).sum())
 

@@ -22,7 +22,7 @@ METHODS = {
 }
 
 
-def trainer_of(method: str) -> type:
+def trainer_of(method: str) -> Any:
     """The trainer of a method; its `config_class` has the options.
 
     Args:

@@ -60,8 +60,8 @@ def check_recipe(
         check_data(reward_funcs, train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_enough_prompts(args, train_dataset, eval_dataset)
         check_numbers(len(functions), reward_processing_classes, args.reward_weights)
-        needed = method_class.needs_correct(args)
-        calibrated = find_correctness_reward(names, args.correctness_reward, needed=needed) is not None
+        label, needed = getattr(args, "correctness_reward", None), method_class.needs_correct(args)
+        calibrated = find_correctness_reward(names, label, needed=needed) is not None
     for name in repeated_names(names):
         warnings.warn(
             f"{names.count(name)} reward functions are called {name!r}: TRL logs them as one. To tell them apart, "

@@ -70,7 +70,7 @@ def write_reproduction(
     }
     if resumed_from is not None:  # the run began without these files
         record["resumed"] = [{**event, "from": Path(resumed_from).name}]
-    _write_recipe(folder / RECIPE, options, event["date"], left_out)
+    _write_recipe(folder / RECIPE, options, str(event["date"]), left_out)
     write_json(folder / RECORD, record)
 
 

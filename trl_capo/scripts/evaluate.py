@@ -14,8 +14,17 @@ from trl_capo.evaluation.options import check_numbers, make_parser
 
 
 COLUMNS = ("prompt_column", "solution_column", "system_prompt", "prompt_template")
-SAMPLING = ("num_samples", "temperature", "max_new_tokens", "seed", "statistics", "engine", "batch_size", "dtype")
-SAMPLING += ("chat_template_kwargs",)
+SAMPLING = (
+    "num_samples",
+    "temperature",
+    "max_new_tokens",
+    "seed",
+    "statistics",
+    "engine",
+    "batch_size",
+    "dtype",
+    "chat_template_kwargs",
+)
 
 
 def main(argv: list[str] | None = None) -> None:

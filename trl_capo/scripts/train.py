@@ -11,9 +11,10 @@
 Conventions are TRL's: an option overrides the recipe, the recipe overrides the default.
 """
 
+import argparse
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 from trl_capo.cli import main as cli_main
 from trl_capo.methods import trainer_of
@@ -29,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     check_options(argv, method)
     if config_path is not None:
         check_recipe(config_path, read_yaml(config_path), method)
-    dry_run, launch = None, nullcontext()
+    dry_run: argparse.Namespace | None = None
+    launch: AbstractContextManager = nullcontext()
     if {"--dry-run", "--dry_run"} & set(argv):
         from trl_capo.planning.dry_run import as_if_launched, read_launch, take_options
 

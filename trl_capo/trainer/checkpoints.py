@@ -133,10 +133,8 @@ def current_run(output_dir: str | Path, checkpoints: Iterable[Checkpoint] = ()) 
                 f"{path} cannot be read: it says which run the folder belongs to. Remove it to use the run that "
                 "wrote the newest checkpoint."
             ) from None
-    with_manifest = [checkpoint for checkpoint in checkpoints if checkpoint.manifest is not None]
-    if not with_manifest:
-        return Run()
-    return max(with_manifest, key=lambda checkpoint: checkpoint.manifest["written"]).run
+    written = {c.manifest["written"]: c.run for c in checkpoints if c.manifest is not None}
+    return written[max(written)] if written else Run()
 
 
 def begin_run(output_dir: str | Path, checkpoint: Checkpoint | None) -> Run:
@@ -147,7 +145,7 @@ def begin_run(output_dir: str | Path, checkpoint: Checkpoint | None) -> Run:
         checkpoint: Where it starts; None for zero.
     """
     search = find_checkpoint(output_dir) if checkpoint is not None else Search()
-    if search.newest is not None and _same(search.newest.folder, checkpoint.folder):
+    if checkpoint is not None and search.newest is not None and _same(search.newest.folder, checkpoint.folder):
         run = current_run(output_dir, [checkpoint])
     else:
         run = Run.start(checkpoint)
@@ -191,7 +189,7 @@ def remove_old_checkpoints(
 def _folders(output_dir: str | Path) -> list[Path]:
     """The `checkpoint-*` folders, newest first."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((path for path in found if path.is_dir()), key=step_in_name, reverse=True)
+    return sorted((path for path in found if path.is_dir()), key=lambda path: step_in_name(path) or 0, reverse=True)
 
 
 def _same(first: Path, second: Path) -> bool:

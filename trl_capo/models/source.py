@@ -13,7 +13,7 @@ from pathlib import Path
 from trl_capo.errors import UserError
 
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED = {name: ASSETS / name for name in ("arithmetic-base", "arithmetic-flat")}
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         generation_batch_size: int
         steps_per_generation: int
         gradient_checkpointing_kwargs: dict[str, Any] | None
+        correctness_reward: str | None  # ours: the trainer has set its default where a plain `GRPOConfig` was given
 
 else:
     FilledConfig = GRPOConfig

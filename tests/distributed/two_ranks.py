@@ -21,7 +21,6 @@ def recording(trainer_class):
             self.seen = []
 
         def _compute_advantages(self, groups):
-            advantages = super()._compute_advantages(groups)
             ref_mean_logps = groups.ref_mean_logps
             self.seen.append(
                 {
@@ -29,10 +28,14 @@ def recording(trainer_class):
                     "correct": groups.correct.tolist(),
                     "mean_logps": groups.mean_logps.double().tolist(),
                     "ref_mean_logps": None if ref_mean_logps is None else ref_mean_logps.double().tolist(),
-                    "advantages": advantages.double().tolist(),
                 }
             )
-            return advantages
+            return super()._compute_advantages(groups)
+
+        def _replace_advantages(self, output, advantages):
+            per_group = len(self.seen[-1]["correct"][0])
+            self.seen[-1]["advantages"] = advantages.double().view(-1, per_group).tolist()
+            super()._replace_advantages(output, advantages)
 
         def _generate_and_score_completions(self, inputs):
             output = super()._generate_and_score_completions(inputs)

@@ -13,7 +13,6 @@ Conventions are TRL's: an option overrides the recipe, the recipe overrides the 
 
 import argparse
 import sys
-import time
 from contextlib import AbstractContextManager, nullcontext
 
 from trl_capo.cli import main as cli_main
@@ -93,11 +92,12 @@ def main(argv: list[str] | None = None) -> int:
     trainer.save_model(training_args.output_dir, _internal_call=True)  # or it would push before the card is written
     trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
     pushed = push_trained(trainer)
-    trainer.end()
     if trainer.accelerator.num_processes > 1:
-        # The model's DDP wrapper now owns the process group. When it is freed, the main thread waits for gloo's thread
-        # and holds the GIL, which that thread may still need to free its last gather: let it do so first.
-        time.sleep(1)
+        # DDP's wrapper would keep the process group beyond its end, and free it while holding the GIL, for which gloo's
+        # thread may be waiting.
+        trainer.model_wrapped = trainer.model
+        trainer.accelerator.free_memory()
+    trainer.end()
     return 0 if pushed else 1
 
 

@@ -93,8 +93,8 @@ def main(argv: list[str] | None = None) -> int:
     trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
     pushed = push_trained(trainer)
     if trainer.accelerator.num_processes > 1:
-        # DDP's wrapper would keep the process group beyond its end, and free it while holding the GIL, for which gloo's
-        # thread may be waiting.
+        # DDP's wrapper would keep the process group beyond its end, and free it while holding the GIL, which gloo's
+        # thread may be waiting for.
         trainer.model_wrapped = trainer.model
         trainer.accelerator.free_memory()
     trainer.end()

@@ -115,3 +115,24 @@ def test_private_names_of_trl_appear_in_the_trainer_room_only():
         if used in private
     }
     assert not found, sorted(found)
+
+
+def opens_text_by_locale(call: ast.Call) -> bool:
+    """Whether a call reads or writes text in an encoding that depends on the machine."""
+    attribute = isinstance(call.func, ast.Attribute)
+    name = call.func.attr if attribute else getattr(call.func, "id", "")
+    if name not in ("open", "read_text", "write_text") or any(word.arg == "encoding" for word in call.keywords):
+        return False
+    if attribute and ast.unparse(call.func.value) == "os" or not attribute and name != "open":
+        return False  # os.open is of bytes, and our own write_text of UTF-8
+    return name != "open" or not any(isinstance(arg, ast.Constant) and "b" in str(arg.value) for arg in call.args)
+
+
+def test_text_is_utf8_on_every_machine():
+    found = [
+        f"{name}:{node.lineno}"
+        for name, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and opens_text_by_locale(node)
+    ]
+    assert not found

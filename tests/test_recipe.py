@@ -1,27 +1,29 @@
 """Recipes and options are checked without imports, exactly as the parser would."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 
-from trl_capo import cli, recipe
+from trl_capo import cli, options, recipe
 from trl_capo.files import check_names
-from trl_capo.scripts.train import METHODS, OPTION_CLASSES, make_parser
+from trl_capo.methods import METHODS
+from trl_capo.recipe import make_parser
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_options_read_from_the_source_are_those_of_the_parser(method):
     parser = {action.dest for action in make_parser(method)._actions} - {"help"}
-    assert set(recipe.known_options(method, METHODS, OPTION_CLASSES)) == parser
+    assert set(recipe.known_options(method)) == parser
 
 
 def test_a_source_that_cannot_be_followed_refuses_nothing(monkeypatch):
-    assert recipe.option_annotations("no_such_package.module:Class") is None
-    assert recipe.option_annotations("trl_capo.errors:Missing") is None
-    monkeypatch.setattr(recipe, "option_annotations", lambda name: None)
-    recipe.check_options(["--anything", "1"], "capo", METHODS, OPTION_CLASSES)
-    recipe.check_recipe("x.yaml", {"anything": 1}, "capo", METHODS, OPTION_CLASSES)
+    assert options.option_annotations("no_such_package.module:Class") is None
+    assert options.option_annotations("trl_capo.errors:Missing") is None
+    monkeypatch.setattr(options, "option_annotations", lambda name: None)
+    recipe.check_options(["--anything", "1"], "capo")
+    recipe.check_recipe("x.yaml", {"anything": 1}, "capo")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_mistyped_options_are_refused_before_heavy_imports(words, message):
     ],
 )
 def test_values_that_work_pass(value, annotation):
-    assert recipe.value_problem(value, annotation) is None
+    assert options.value_problem(value, annotation) is None
 
 
 def test_every_shipped_recipe_passes(repository):
@@ -101,7 +103,7 @@ def test_every_shipped_recipe_passes(repository):
     assert paths
     for path in paths:
         content = recipe.read_yaml(str(path))
-        recipe.check_recipe(str(path), content, content.get("method", "capo"), METHODS, OPTION_CLASSES)
+        recipe.check_recipe(str(path), content, content.get("method", "capo"))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,10 @@ def test_every_shipped_recipe_passes(repository):
     "PATH LD_PRELOAD LD_LIBRARY_PATH PYTHONPATH PYTHONSTARTUP HOME HTTPS_PROXY HF_TOKEN HF_TOKEN_PATH HF_ENDPOINT "
     "WANDB_API_KEY WANDB_BASE_URL NCCL_NET_PLUGIN NCCL_TUNER_PLUGIN NCCL_CONF_FILE VLLM_PLUGINS VLLM_API_KEY "
     "CUDA_INJECTION64_PATH TRL_CAPO_PARENT HF_DATASETS_TRUST_REMOTE_CODE hf_token "
-    "VLLM_ALLOW_INSECURE_SERIALIZATION".split(),
+    "VLLM_ALLOW_INSECURE_SERIALIZATION WANDB_X_PROXIES WANDB_PROXIES WANDB_X_EXTRA_HTTP_HEADERS WANDB_SERVICE "
+    "WANDB_CONFIG_DIR WANDB_DIR WANDB_ENTITY NCCL_COMM_ID NCCL_TOPO_FILE VLLM_DP_MASTER_IP VLLM_USE_MODELSCOPE "
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING VLLM_CACHE_ROOT VLLM_CONFIG_ROOT TRACKIO_SPACE_ID TRACKIO_DATASET_ID "
+    "TRACKIO_BUCKET_ID HF_HOME HF_HUB_CACHE TORCH_NCCL_DEBUG_INFO_TEMP_FILE".split(),
 )
 def test_variables_that_run_code_or_send_data_are_refused(name):
     with pytest.raises(ValueError, match=f"env may not set '{name}'.*export"):
@@ -117,15 +122,23 @@ def test_variables_that_run_code_or_send_data_are_refused(name):
 
 
 def test_variables_that_tune_or_name_a_run_pass():
-    names = (
-        "WANDB_PROJECT WANDB_MODE TRACKIO_PROJECT HF_HUB_OFFLINE HF_HOME NCCL_DEBUG NCCL_SOCKET_IFNAME OMP_NUM_THREADS"
-    )
+    names = "WANDB_PROJECT WANDB_MODE TRACKIO_PROJECT HF_HUB_OFFLINE NCCL_DEBUG NCCL_SOCKET_IFNAME OMP_NUM_THREADS"
     names += " CUDA_VISIBLE_DEVICES TOKENIZERS_PARALLELISM PYTORCH_CUDA_ALLOC_CONF VLLM_ATTENTION_BACKEND"
+    names += " WANDB_NAME WANDB_RUN_GROUP WANDB_TAGS WANDB_NOTES WANDB_SILENT HF_DATASETS_OFFLINE NCCL_P2P_DISABLE"
+    names += " HF_HUB_DISABLE_TELEMETRY HF_HUB_ENABLE_HF_TRANSFER NCCL_IB_DISABLE TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    names += " VLLM_USE_V1 VLLM_LOGGING_LEVEL VLLM_CPU_KVCACHE_SPACE"
     recipe.check_env("x.yaml", dict.fromkeys(names.split(), 1))
 
 
+def test_variables_are_those_of_the_readme(repository):
+    text = (repository / "recipes" / "README.md").read_text(encoding="utf-8")
+    _, start, listed = text.partition("`env:` may set only")
+    listed = listed[listed.index("\n- ") :].partition("\n#")[0]
+    assert start and set(re.findall(r"`([A-Z0-9_]+)`", listed)) == recipe.ENV_NAMES
+
+
 def test_names_of_models_become_folders():
-    from trl_capo.scripts.evaluate import folder_names
+    from trl_capo.evaluation.run import folder_names
 
     assert folder_names(["a/x", "b/x", "my model (v2)"]) == ["x", "x-2", "my model (v2)"]
     with pytest.raises(ValueError, match="models: '' is empty"):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import timeit
 
 import pytest
 import torch
@@ -21,13 +22,14 @@ SECRET_NAMES = (
     "API_KEYS OPENAI_KEY AWS_SECRET_ACCESS_KEY AWS_ACCESS_KEY_ID private_key ssh-key access_token refreshToken "
     "client_secret Authorization bearer password passwd user_pwd credentials HUGGING_FACE_HUB_TOKEN use_auth_token "
     "WANDB_API_KEY SLACK_WEBHOOK_URL MYSQL_PWD key secrets push_to_hub_token db.password "
-    "x-api-key AZURE_STORAGE_CONNECTION_STRING"
+    "x-api-key AZURE_STORAGE_CONNECTION_STRING dbpass userpass creds oauth pin otp db_pin X-Amz-Signature"
 ).split()
 PLAIN_NAMES = (
     "pad_token eos_token bos_token unk_token image_token mask_token pad_token_id eos_token_id max_prompt_tokens "
     "tokens num_key_value_heads tokenizer_name tokenizer include_num_input_tokens_seen average_tokens_across_devices "
     "max_new_tokens token_type_ids key_value compass bypass passes pass_at_k monkey keyboard sort_key prompt_key "
-    "author additional_special_tokens decoder_start_token_id per_token_logps method tau"
+    "author additional_special_tokens decoder_start_token_id per_token_logps method tau "
+    "secretary secretaries dataloader_pin_memory pin_memory spin opinion trespass signature"
 ).split()
 LETTERS = "aB3dE5gH7jK9mN1pQ2rS4tU6vW8xY0z"
 SHAPES = {
@@ -115,10 +117,66 @@ def test_secret_by_its_shape(shape, around):
         '{"min_lr_rate": 0.1}',
         "[0.25, 0.75]",
         "eos_token: <eos>\npad_token_id: 0",
+        "The secretary: Anna77777777777. secretary=Anna",
+        "Solve for key = 3",
+        "Solve for key = 3x + 5, where the secret = y and token = x",
+        "Let key=7. The key: 3.14159265358979, or the key: Straightforward thinking.",
+        "Enter your login and password here; a password is required.",
+        "docker run -u 1000:1000 image",
     ],
 )
 def test_plain_text_stays(text):
     assert mask(text) == text and redact(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"token: {LETTERS}",
+        f"see credential: {LETTERS}, or",
+        f"key: '{LETTERS}'",
+        "curl -u me:VALUE https://example.com",
+        "curl --user 'me:VALUE' https://example.com",
+        '{"auth": ["me", "VALUE"]}',
+        '{"auth": [\n "me",\n "VALUE"\n]}',
+        "auth=(me, VALUE)",
+        'password: "a\\"VALUE"',
+        "password: 'a\\'VALUE'",
+        json.dumps(json.dumps({"password": 'a"VALUE', "tau": 1})),
+        "-----BEGIN PGP PRIVATE KEY BLOCK-----\n\nVALUE\n=abcd\n-----END PGP PRIVATE KEY BLOCK-----",
+        "https://x.blob.core.windows.net/a?sv=2024&sig=VALUE7%3D&se=1",
+        "https://x.s3.amazonaws.com/a?X-Amz-Signature=VALUE",
+        "https://discord.com/api/webhooks/1234567/VALUE-x_y",
+        "machine huggingface.co login me password VALUE",
+        "machine huggingface.co\n  login me\n  password VALUE\n",
+        "password VALUE77",
+        "url=https%3A%2F%2Fx.y%2F%3Ftoken%3DVALUE",
+        "%7B%22token%22%3A%20%22VALUE%22%7D",
+        "token = VALUE",
+        "my token = VALUE77",
+    ],
+)
+def test_secret_as_tools_write_it(text):
+    clean = mask(text)
+    assert STARS in clean and "VALUE" not in clean and LETTERS not in clean
+    assert mask(clean) == clean
+
+
+def test_secret_after_its_option_in_a_list():
+    assert redact(["--token", "geheim", "--tau", "1"]) == ["--token", STARS, "--tau", "1"]
+    assert redact([("token", "geheim"), {"a": ["password", "geheim"]}]) == [
+        ("token", STARS),
+        {"a": ["password", STARS]},
+    ]
+    for plain in (
+        ["key", "value"],
+        ["query", "key", "value"],
+        ("key", 3),
+        ["--token", "--tau"],
+        ["pad_token", "x"],
+        ["hub_token", "a.token"],
+    ):
+        assert redact(plain) == plain
 
 
 def test_no_option_of_a_method_is_taken_for_a_secret():
@@ -161,10 +219,20 @@ def test_masking_twice_changes_nothing(text):
     assert mask(mask(text)) == mask(text)
 
 
-def test_long_text_takes_no_time(monkeypatch):
-    """Each pattern is bounded: text of a hundred thousand characters is no trap. It ends, which is what is tested."""
-    for piece in ("a.a", "a+", "token", "hf_", "a=b=", "://a", '"a": ', "-----BEGIN PRIVATE KEY-----", "eyJaaaaaa."):
-        assert mask(piece * (100_000 // len(piece)))
+@pytest.mark.parametrize(
+    "piece",
+    ("a.a", "a+", "token", "hf_", "a=b=", "://a", '"a": ', "-----BEGIN PRIVATE KEY-----", "eyJaaaaaa.", "token:")
+    + ("token: {", "auth=[", "token=[\n", 'token: "', "token='\\'", '\\"token\\":', "-u a:", "password ", "machine a ")
+    + ("key = ", "?sig=", "token%3D", "-----BEGIN ", "default login a password ", 'password:"\\'),
+)
+def test_long_text_takes_no_time(piece):
+    """Each pattern is bounded, so text of 200,000 characters is no trap: four times the text, four times the work."""
+
+    def seconds(length: int) -> float:
+        text = piece * (length // len(piece))
+        return min(timeit.repeat(lambda: mask(text), number=1, repeat=2))
+
+    assert seconds(200_000) < max(1.0, 10 * seconds(50_000))
 
 
 def test_nothing_that_a_run_writes_holds_a_secret(tiny_model, tmp_path):

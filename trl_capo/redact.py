@@ -8,6 +8,7 @@ not. `pad_token`, `max_prompt_tokens` or `num_key_value_heads` are no secrets.
 import json
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 
@@ -15,10 +16,12 @@ STARS = "***"
 
 # Anywhere in a name, without its separators and in lower case.
 _ALWAYS = re.compile(
-    r"passw(or)?d|passphrase|passcode|secret|credential|apikey|accesskey|privatekey|signingkey|encryptionkey|"
-    r"(api|auth|access|refresh|session|bearer|bot|hub|hf|github|id)tokens?$|connectionstring|webhook|authorization"
+    r"passw(or)?d|passphrase|passcode|secret(?!ar(y|ies|ial|iat)|ion|ive)|credential|apikey|accesskey|privatekey|signingkey|encryptionkey|"
+    r"(api|auth|access|refresh|session|bearer|bot|hub|hf|github|id)tokens?$|connectionstring|webhook|authorization|"
+    r"(db|user|my|root|admin|ssh|pg|smtp|mail|ftp|http|proxy|login|sudo|wifi|app|api)pass$|(amz|goog)signature$"
 )
-_WORDS = {"pwd", "bearer", "cookie", "cookies", "jwt", "auth", "dsn"}
+_WORDS = {"pwd", "bearer", "cookie", "cookies", "jwt", "auth", "oauth", "dsn", "cred", "creds"}
+_LAST_WORDS = {"pass", "pin", "otp", "totp"}  # but not in pin_memory
 # A token is text of the tokenizer after one of these words, and a number of the trainer before one of those.
 _TEXT_TOKENS = set(
     "pad eos bos unk mask sep cls image video audio boi eoi stop start end think first last per next new prefix "
@@ -36,12 +39,15 @@ _PLAIN_KEYS = set(
 
 # Shapes of secrets, wherever they stand. They start where no other word is in progress.
 _SHAPES = re.compile(
-    r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----.*?(?:-----END [A-Z0-9 ]*PRIVATE KEY-----|\Z)"
+    r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
+    r".*?(?:-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|\Z)"
     r"|(?<![A-Za-z0-9])(?:"
     r"hf_(?:oauth_|jwt_)?[A-Za-z0-9]{16,}[\w.-]*|api_org_[A-Za-z0-9]{16,}"
     r"|sk-[A-Za-z0-9_-]{16,}|[rsp]k_(?:live|test)_[A-Za-z0-9]{10,}|whsec_[A-Za-z0-9+/=]{16,}"
     r"|gh[a-z]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|gl[a-z]{2,5}-[\w-]{16,}"
-    r"|xox[a-z](?:\.xox[a-z])?-[\w-]{8,}|xapp-[\w-]{8,}|hooks\.slack\.com/services/[\w/]+"
+    r"|xox[a-z](?:\.xox[a-z])?-[\w-]{8,}|xapp-[\w-]{8,}|hooks\.slack\.com/(?:services|workflows|triggers)/[\w/]+"
+    r"|discord(?:app)?\.com/api/(?:v\d{1,3}/)?webhooks/[\w/-]+|webhook\.office\.com/[\w/@-]+"
+    r"|api\.telegram\.org/bot[\w:-]+"
     r"|(?:AKIA|ASIA|AGPA|AIDA|AROA|ANPA|ABIA|ACCA)[A-Z0-9]{12,}|AIza[\w-]{30,}|ya29\.[\w-]{16,}"
     r"|eyJ[\w-]{6,}\.[\w-]{4,}(?:\.[\w-]*)?"
     r"|wandb_v1_\w{16,}|npm_[A-Za-z0-9]{30,}|pypi-[\w-]{30,}|rpa_[A-Za-z0-9]{20,}|gsk_[A-Za-z0-9]{20,}"
@@ -61,14 +67,38 @@ _URL = re.compile(
 _OPTION = re.compile(
     r"(?<!\S)(--?(?P<name>[\w-]{1,80})[ \t]{1,20})(?=[^\s-])(?!'\*\*\*')(?:'[^'\n]*'|\"[^\"\n]*\"|\S+)"
 )
-# `NAME=value`, `name: value`, `"name": "value"`: the value up to a space, or to the quote that ends it.
-_ASSIGNED = re.compile(r"(?P<name>(?<![\w])[A-Za-z_][\w.-]{0,80})(?P<between>\\?[\"']?[ \t]{0,20}[=:][ \t]{0,20})")
-_VALUE = re.compile(
-    r"(?P<quote>\\?\"|'|)(?:(?<=\")(?:[^\"\\\n]|\\[^\"\n])*(?:\\?\")?|(?<=')[^'\n]*'?|[^\s\"',;&}\])]*)"
+# What signs a URL of Azure, AWS or Google.
+_SIGNED = re.compile(r"(?i)((?:[?&;]|%3F|%26)(?:sig|signature)(?:=|%3D))[^\s\"'<>&#*]{6,}")
+_CURL = re.compile(  # but not the numbers of a user and a group
+    r"(?<!\S)((?:-u|--user|--proxy-user)[ \t=]{0,20}[\"']?[^\s:\"']{1,80}:)"
+    r"(?!\*\*\*|(?<=\d:)\d{1,6}(?!\S))[^\s\"']+"
 )
-_NOT_SECRET = {"", "none", "null", "true", "false", "~", "bearer", "basic", STARS}
+# Of a netrc file: an entry, or a password alone that has a digit.
+_NETRC = re.compile(
+    r"(\b(?:machine\s{1,20}\S{1,200}|default)\s{1,20}login\s{1,20}\S{1,80}\s{1,20}password\s{1,20}"
+    r"|\bpassword[ \t]{1,20}(?=[^\s\d]{0,80}\d)(?=\S{6}))(?!\*\*\*)\S+"
+)
+# `NAME=value`, `name: value`, `"name": "value"`, also percent-encoded.
+_ASSIGNED = re.compile(
+    r"(?P<name>(?:(?<!\w)|(?<=%[0-9A-Fa-f][0-9A-Fa-f]))[A-Za-z_][\w.-]{0,80}+)"
+    r"(?P<between>(?:\\?[\"']|%2[27])?(?:[ \t]|%20){0,20}(?:[=:]|%3[ADad])(?:[ \t]|%20){0,20}(?:%2[27])?)"
+)
+# Up to the quote or bracket that ends it, or to a space. In JSON within JSON, quotes are `\"` and those within `\\\"`.
+_VALUE = re.compile(
+    r"(?P<quote>\\?[\"']|)(?:"
+    r"(?<=\\\")(?:[^\"\\\n]|\\\\(?:\\\")?|\\[^\"\\\n])*(?:\\\")?|(?<=\\')(?:[^'\\\n]|\\[^'\n])*(?:\\')?"
+    r"|(?<=\")(?:[^\"\\\n]|\\[^\n])*\"?|(?<=')(?:[^'\\\n]|\\[^\n]|'')*'?"
+    r"|\[[^\]]{0,1000}\]|\([^)]{0,1000}\)|\{[^}]{0,1000}\}"
+    r"|[\[({]?[^\s\"',;&}\])]*)"
+)
+_NOT_SECRET = {"", "none", "null", "true", "false", "~", "bearer", "basic", STARS, "[]", "{}", "()"}
+# A name that is an everyday word too, as in "The key: think first" and "Solve for key = 3".
+_EVERYDAY = re.compile(r"(?!.*pass)[A-Z]?[a-z]+")
+_LOOKS_SECRET = re.compile(r"(?=.*(?:\d|[a-z][A-Z]))(?!\d+\.\d+$|.*://)[^\s\\^{}|<>()\[\]]{12,}")
+_WORD = re.compile(r"\\?[\"']?([^\s\"',;&}\])]{0,100})")
 
 
+@lru_cache(maxsize=4096)
 def is_secret_name(name: str) -> bool:
     """Whether what goes by this name is a secret.
 
@@ -87,7 +117,7 @@ def is_secret_name(name: str) -> bool:
     joined, last = "".join(words), words[-1]
     if words[0] in _TEXT_TOKENS - {"ref"} and last in ("token", "tokens"):
         return False
-    if _ALWAYS.search(joined) or _WORDS & set(words) or last == "pass":
+    if _ALWAYS.search(joined) or _WORDS & set(words) or last in _LAST_WORDS:
         return True
     if "token" in words:
         at = words.index("token")
@@ -105,6 +135,8 @@ def mask(text: str) -> str:
     """
     text = _SHAPES.sub(STARS, text)
     text = _URL.sub(rf"\1{STARS}@", text)
+    for pattern in (_SIGNED, _CURL, _NETRC):
+        text = pattern.sub(rf"\1{STARS}", text)
     text = _HEADER.sub(rf"\1{STARS}", text)
     text = _OPTION.sub(lambda match: f"{match[1]}{STARS}" if is_secret_name(match["name"]) else match[0], text)
     return _mask_assigned(text)
@@ -116,14 +148,28 @@ def _mask_assigned(text: str) -> str:
         name, start = match["name"], match.end()
         parts.append(text[position:start])
         position = start
-        if match["between"].strip() == ":" and re.fullmatch(r"[A-Z]?[a-z]+", name) and name.lower() != "password":
-            continue  # prose: "The key: think first."
-        if is_secret_name(name):
+        if is_secret_name(name) and not _is_prose(name, match["between"], text, match.start(), start):
             value = _VALUE.match(text, start)
             if value and value[0].strip("\\\"'").lower() not in _NOT_SECRET:
                 parts.append(f"{value['quote']}{STARS}{value['quote']}")
                 position = value.end()
     return "".join([*parts, text[position:]])
+
+
+def _is_prose(name: str, between: str, text: str, begin: int, start: int) -> bool:
+    """Whether a name that is an everyday word too is no more than that: what follows does not look like a secret."""
+    if not _EVERYDAY.fullmatch(name):
+        return False
+    word = _WORD.match(text, start)[1]  # bounded: a text may be one long value
+    if name.lower() == "key" and re.fullmatch(r"-?\d[\d.]*", word):
+        return True
+    if between.strip() == ":":
+        return not _LOOKS_SECRET.fullmatch(word)
+    if not re.fullmatch(r"[ \t]+=[ \t]+", between) or text[start : start + 1] in ("'", '"'):
+        return False
+    if not text[max(0, begin - 80) : begin].rpartition("\n")[2].strip():
+        return False  # a line of a configuration
+    return len(word) < 6 or word.isalpha()
 
 
 def redact(value: Any, left_out: list[str] | None = None, path: str = "") -> Any:
@@ -149,7 +195,10 @@ def redact(value: Any, left_out: list[str] | None = None, path: str = "") -> Any
                 kept[mask(name) if isinstance(name, str) else name] = redact(content, left_out, name_path)
         return kept
     if type(value) in (list, tuple):
-        return type(value)(redact(content, left_out, path) for content in value)
+        hidden = _secret_items(value)
+        return type(value)(
+            STARS if at in hidden else redact(content, left_out, path) for at, content in enumerate(value)
+        )
     if not isinstance(value, str):
         return value
     if value.lstrip()[:1] in ("{", "["):  # options may be given as JSON
@@ -160,6 +209,25 @@ def redact(value: Any, left_out: list[str] | None = None, path: str = "") -> Any
         clean = redact(content, left_out, path)
         return value if clean == content else json.dumps(clean)
     return mask(value)
+
+
+def _secret_items(items: list | tuple) -> set[int]:
+    """Places of values that follow their option, as `["--token", value]`, or their name, as `("token", value)`."""
+    hidden = set()
+    for at, (name, value) in enumerate(zip(items, items[1:], strict=False)):
+        if not isinstance(name, str) or not isinstance(value, str) or value.lower() in _NOT_SECRET:
+            continue
+        if name.startswith("-"):
+            secret = is_secret_name(name.lstrip("-")) and "=" not in name and not value.startswith("--")
+        elif len(items) == 2 and re.fullmatch(r"[\w.-]+", name) and is_secret_name(name):
+            # "key" and "value" are also names of layers and columns, and two names are a list of names.
+            names = name.lower() in ("key", "keys") or is_secret_name(value)
+            secret = not names or bool(_LOOKS_SECRET.fullmatch(value))
+        else:
+            secret = False
+        if secret:
+            hidden.add(at + 1)
+    return hidden
 
 
 def secret_problems(file: str, content: dict, path: str = "") -> Iterator[str]:

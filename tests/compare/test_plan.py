@@ -52,6 +52,22 @@ def test_all_problems_of_a_plan_are_named_at_once(tmp_path, capsys):
         assert sum(wanted in line for line in lines) == 1
 
 
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        (dict(methods=dict(grpo=dict(method="grpo", hub_token="geheim77"))), "methods.grpo.hub_token"),
+        (dict(methods=dict(grpo=dict(method="grpo", model_init_kwargs='{"token": "geheim77"}'))), "model_init_kwargs"),
+        (dict(evaluate=dict(system_prompt="https://me:geheim77@example.com/x")), "evaluate.system_prompt"),
+    ],
+)
+def test_secrets_are_refused(tmp_path, capsys, changes, name):
+    """Every run's recipe would repeat them; the message does not."""
+    assert cli.main(["compare", plan_for(tmp_path, **changes)]) == 2
+    error = capsys.readouterr().err
+    assert f"{name} is or holds a secret" in error and "geheim77" not in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_unknown_options_of_the_evaluation_are_refused(tmp_path, capsys):
     assert cli.main(["compare", plan_for(tmp_path, evaluate=dict(num_sample=4))]) == 2
     assert "--num_sample" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """What a model repository gets: a list of names. Everything else, whatever it is called, stays here."""
 
+import json
 import shutil
 
 import pytest
@@ -17,7 +18,8 @@ NEEDED = (
     "special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt tokenizer.model spiece.model "
     "sentencepiece.bpe.model source.spm qwen.tiktoken preprocessor_config.json processor_config.json "
     "chat_template.jinja additional_chat_templates/tool_use.jinja README.md LICENSE LICENSE.txt recipe.yaml "
-    "reproduction.json calibration.md abstention.json modeling_mine.py configuration_mine.py"
+    "reproduction.json calibration.md abstention.json tokenizer.model.v3 tokenizer.model.v7m1 NOTICE NOTICE.md "
+    "modeling_mine.py configuration_mine.py layers_mine.py tokenization_mine.py"
 ).split()
 NOT_NEEDED = (
     "train.csv train.json data.arrow data.jsonl data.parquet dataset_info.json state.json .env .gitattributes "
@@ -30,21 +32,44 @@ NOT_NEEDED = (
     "global_step3/mp_rank_00_model_states.pt ref/adapter_config.json ref/adapter_model.safetensors samples.npz "
     "reference/model.safetensors completions/completions_00001.parquet slurm-1.out run.log train.py my.ipynb "
     "photo.png curve.svg README.md.bak model.safetensors.123.partial sub/config.json sub/model.safetensors "
-    "additional_chat_templates/x.txt zero_to_fp32.py settings.json "
+    "additional_chat_templates/x.txt zero_to_fp32.py settings.json LICENSE.key LICENSE.pkl LICENSE_KEYS.json "
+    "NOTICE.env tokenizer.model.env tokenizer.model.bak tokenizer.modelcache.pkl tokenizer.model.v3.pkl "
+    "optimizer.safetensors scheduler.safetensors train.safetensors data.safetensors model_data.safetensors "
+    "processing_data.py modeling_secrets.py modeling_other.py sentencepiece.keys.model mine.spm "
+    "data.safetensors.index.json"
 ).split()
+CONTENT = {
+    "config.json": json.dumps(
+        {"auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine", "AutoConfig": "me/x--modeling_other.Other"}}
+    ),
+    "tokenizer_config.json": json.dumps({"auto_map": {"AutoTokenizer": ["tokenization_mine.Mine", None]}}),
+    "modeling_mine.py": "import torch\nfrom .configuration_mine import Config\nfrom . import layers_mine\n",
+}
 
 
 def test_the_list(tmp_path, capsys):
     for name in (*NEEDED, *NOT_NEEDED):
         path = tmp_path / "run" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("{}")
+        path.write_text(CONTENT.get(name, "{}"))
     assert set(model_files(tmp_path / "run")) == set(NEEDED)
     uploaded = files_to_upload(tmp_path / "run")
     rest = left_behind(tmp_path / "run", uploaded)
     assert set(rest) == {
         name.partition("/")[0] + "/" * ("/" in name) for name in NOT_NEEDED if not name.startswith("additional")
     }
+
+
+def test_weights_are_those_of_the_index(tmp_path):
+    """Whatever they are called; a broken index names none."""
+    for name in ("part_a.safetensors", "part_b.safetensors", "keys.pem"):
+        (tmp_path / name).write_bytes(b"x")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "part_a.safetensors", "b": "keys.pem", "c": "../x.safetensors"}}))
+    assert set(files_to_upload(tmp_path)) == {index.name, "part_a.safetensors"}
+    for broken in ("{", "[]", '{"weight_map": 3}'):
+        index.write_text(broken)
+        assert files_to_upload(tmp_path) == [index.name]
 
 
 def test_what_stays_is_said_in_a_line(hub, tiny_model, tmp_path, capsys):

@@ -19,6 +19,7 @@ from trl_capo.evaluation.options import check_numbers, make_parser
 from trl_capo.files import check_names
 from trl_capo.methods import METHODS
 from trl_capo.recipe import check_recipe, read_yaml
+from trl_capo.redact import secret_problems
 
 
 BASE = "base"
@@ -62,7 +63,8 @@ def read_plan(path: str) -> Plan:
     plan = Plan(**content)
     if problems := list(_shapes(path, plan)):
         raise UserErrors(problems)
-    if problems := [*_names_and_seeds(path, plan), *_options(path, plan)]:
+    copied = {"train": plan.train, "methods": plan.methods, "evaluate": plan.evaluate}
+    if problems := [*secret_problems(path, copied), *_names_and_seeds(path, plan), *_options(path, plan)]:
         raise UserErrors(problems)
 
     from trl_capo.data.benchmarks import load_benchmark

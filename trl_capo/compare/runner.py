@@ -188,7 +188,7 @@ def do(run: Run, share: dict[str, str], say: Callable[[str], None] = print) -> P
         say: Gets messages.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
-    with (run.folder / "lock").open("w") as lock:
+    with (run.folder / "lock").open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -292,7 +292,7 @@ def _last_line(log: Path) -> str:
 
 def _succeeds(command: str, options: list[str], log: Path, lock, share: dict[str, str]) -> bool:
     """The child inherits the lock: should this process be killed, nobody else starts what the child still does."""
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         call = [sys.executable, "-m", f"trl_capo.scripts.{command}", *options]
         outputs = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=file, pass_fds=[lock.fileno()])
         reports = log.with_name(REPORTS)

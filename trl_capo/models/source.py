@@ -95,7 +95,7 @@ def check_trainable(path: str) -> None:
             )
         raise ModelNotFound(f"{path!r} holds no model: there is no config.json in it.")
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ModelNotFound(f"{path}/config.json cannot be read: {error}") from error
     if not isinstance(config, dict) or not {"model_type", "auto_map"} & config.keys():

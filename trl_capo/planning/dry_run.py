@@ -50,7 +50,7 @@ def read_launch(path: str | None) -> tuple[int, str]:
 
     if path is None:
         return 1, "none"
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         launch = yaml.safe_load(file)
     kind, processes = launch.get("distributed_type"), int(launch.get("num_processes", 1))
     if kind == "DEEPSPEED":

@@ -3,20 +3,24 @@
 Weights are safetensors only: a `.bin` or `.pt` file is a pickle, which can hold anything and runs when it is loaded.
 """
 
+import json
 import re
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 
 CARD, CALIBRATION, RECIPE, RECORD = "README.md", "calibration.md", "recipe.yaml", "reproduction.json"
 OURS = (CARD, CALIBRATION, RECIPE, RECORD, "abstention.json")
 ADAPTER_CONFIG = "adapter_config.json"
-UPLOADED = (
+INDEX = "model.safetensors.index.json"
+UPLOADED = {
     *OURS,
-    "LICENSE*",
-    "NOTICE*",
-    "*.safetensors",
-    "*.safetensors.index.json",
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
+    "NOTICE.md",
+    "NOTICE.txt",
+    INDEX,
     "config.json",
     "generation_config.json",
     ADAPTER_CONFIG,
@@ -35,24 +39,30 @@ UPLOADED = (
     "normalizer.json",
     "emoji.json",
     "tekken.json",
-    "tokenizer.model*",
+    "tokenizer.model",
     "spiece.model",
     "spm.model",
-    "sentencepiece*.model",
-    "*.spm",
-    "*.tiktoken",
+    "spm_char.model",
+    "sentencepiece.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "target.spm",
     "preprocessor_config.json",
     "processor_config.json",
     "image_processor_config.json",
     "video_preprocessor_config.json",
     "chat_template.jinja",
     "chat_template.json",
-    # Code of a model that transformers does not know, as transformers saves it beside the weights.
-    "configuration_*.py",
-    "modeling_*.py",
-    "tokenization_*.py",
-    "processing_*.py",
-    "image_processing_*.py",
+}
+# What has a number or a name in it: weights as transformers and PEFT name them, Mistral's tokenizers, and tiktoken's.
+UPLOADED_PATTERN = re.compile(
+    r"model(\.(fp|bf|int)\d+)?(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.(fp|bf|int)\d+\.json"
+    r"|adapter_model[\w.-]*\.safetensors|tokenizer\.model\.v\d+(m\d+)?|\w+\.tiktoken"
+)
+# Where transformers says in which modules a model's own code lies.
+CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+RELATIVE_IMPORT = re.compile(
+    r"^[ \t]*(?:from[ \t]+\.(\w+)[ \t]+import|from[ \t]+\.[ \t]+import[ \t]+(\w+))", re.MULTILINE
 )
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 REFERENCE_ADAPTERS = ("ref", "reference")  # TRL's and ours, for training only
@@ -77,7 +87,12 @@ def files_to_upload(folder: str | Path) -> list[str]:
         Names relative to the folder, sorted.
     """
     folder = Path(folder)
-    names = [path.name for path in folder.iterdir() if path.is_file() and _belongs(path.name)]
+    belong = {*UPLOADED, *_shards(folder), *_code(folder)}
+    names = [
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() and (path.name in belong or UPLOADED_PATTERN.fullmatch(path.name))
+    ]
     names += [path.relative_to(folder).as_posix() for path in folder.glob(CHAT_TEMPLATES) if path.is_file()]
     # PEFT saves an adapter that is not called "default" in a folder of its name.
     for config in folder.glob(f"*/{ADAPTER_CONFIG}"):
@@ -102,5 +117,32 @@ def left_behind(folder: str | Path, uploaded: list[str]) -> list[str]:
     return [f"{path.name}/" if path.is_dir() else path.name for path in rest]
 
 
-def _belongs(name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in UPLOADED)
+def _shards(folder: Path) -> set[str]:
+    """Files of weights that the index names."""
+    shards = _json_dict(folder / INDEX).get("weight_map")
+    names = {str(name) for name in shards.values()} if isinstance(shards, dict) else set()
+    return {name for name in names if name.endswith(".safetensors")}
+
+
+def _code(folder: Path) -> set[str]:
+    """Modules that `auto_map` names, and those beside them that they import: without these the model does not load."""
+    references = [_json_dict(folder / config).get("auto_map") for config in CONFIGS]
+    # An entry is text, or for tokenizers a list; text with "--" is code of another repository.
+    named = re.findall(r"\"(\w+)\.\w+\"", json.dumps(references))
+    found: set[str] = set()
+    while named:
+        name = f"{named.pop()}.py"
+        if name not in found and (folder / name).is_file():
+            found.add(name)
+            text = (folder / name).read_text(encoding="utf-8", errors="replace")
+            named += [module or imported for module, imported in RELATIVE_IMPORT.findall(text)]
+    return found
+
+
+def _json_dict(path: Path) -> dict:
+    """The content of a JSON file; empty if there is none in it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -57,7 +57,7 @@ def write_reproduction(
         },
     }
     if resumed_from is not None and (folder / RECORD).exists():
-        record = json.loads((folder / RECORD).read_text())
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         entry = {**event, "from": Path(resumed_from).name, "changed_options": _changed(folder / RECIPE, options)}
         write_json(folder / RECORD, {**redact(record), "resumed": [*record.get("resumed", []), entry]})
         return
@@ -138,7 +138,7 @@ def run_folder(folder: str | Path) -> Path:
 def hub_dataset(folder: str | Path) -> str | None:
     """The Hub's name of the dataset that a folder's model was trained on; None if it has none, or several."""
     path = Path(folder) / RECORD
-    train = json.loads(path.read_text())["data"].get("train", {}) if path.exists() else {}
+    train = json.loads(path.read_text(encoding="utf-8"))["data"].get("train", {}) if path.exists() else {}
     sources = train.get("hub") or []
     return sources[0]["id"] if len(sources) == 1 else None
 
@@ -157,8 +157,8 @@ def card_section(folder: str | Path) -> str | None:
     folder = Path(folder)
     if not (folder / RECIPE).exists() or not (folder / RECORD).exists():
         return None
-    record = redact(json.loads((folder / RECORD).read_text()))
-    recipe = _without_folders(redact(yaml.safe_load((folder / RECIPE).read_text())))
+    record = redact(json.loads((folder / RECORD).read_text(encoding="utf-8")))
+    recipe = _without_folders(redact(yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))))
     lines = ["## How it was trained", "", f"With `trl-capo train --config {RECIPE}`, the recipe below.", ""]
     model = record["model"]
     lines.append(f"- Base model: {_base_model(model)}")
@@ -199,7 +199,7 @@ def _changed(recipe: Path, options: dict) -> dict[str, Any]:
     """Options of a resumed run that are others than those of its start; None for those at their default again."""
     import yaml
 
-    before = yaml.safe_load(recipe.read_text()) if recipe.exists() else {}
+    before = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else {}
     names = [name for name in {**before, **options} if before.get(name) != options.get(name)]
     return {name: options.get(name) for name in names}
 

@@ -135,7 +135,7 @@ def record(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in (run / "model" / "reproduction.json", run / "work.json"):
         if path.exists():
-            found |= json.loads(path.read_text())
+            found |= json.loads(path.read_text(encoding="utf-8"))
     kept = {name: found[name] for name in ("date", "device", "seconds", "threads") if name in found}
     events = [found, *found.get("resumed", [])] if "versions" in found else []
     commits = [(of.get("git") or {}).get("package") for of in events]
@@ -285,7 +285,9 @@ def mean_history(models: list[Path]) -> list[dict]:
     logs, last = [], 1
     for model in models:
         states = sorted(model.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))
-        state: dict[str, Any] = json.loads(states[-1].read_text()) if states else {"log_history": [], "max_steps": 1}
+        state: dict[str, Any] = (
+            json.loads(states[-1].read_text(encoding="utf-8")) if states else {"log_history": [], "max_steps": 1}
+        )
         logs.append({entry["step"]: entry for entry in state["log_history"] if "capo/auc_within" in entry})
         last = state["max_steps"]
     steps = sorted(set.intersection(*(set(log) for log in logs)))

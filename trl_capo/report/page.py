@@ -97,7 +97,7 @@ def write_report(
         figure = draw_histories(histories, list(runs))
         write_bytes(path.parent / f"{path.stem}-training.png", figure)
         sections.append(f"<h2>Training</h2>{_image(figure, 'training curves')}")
-    page = TEMPLATE.read_text().replace("<!-- sections -->", "\n".join(sections))
+    page = TEMPLATE.read_text(encoding="utf-8").replace("<!-- sections -->", "\n".join(sections))
     page = page.replace("<!-- data -->", _embedded(completions(runs, shared)))
     write_text(path, page)
     write_text(path.with_suffix(".md"), "\n\n".join([MARKDOWN_HEAD, *tables]) + "\n")
@@ -107,7 +107,7 @@ def write_report(
 def read_history(path: Path) -> list[dict]:
     """The log of a trainer state, or such a log by itself."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         return content if isinstance(content, list) else content["log_history"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the trainer_state.json of a run: {error!r}.") from error

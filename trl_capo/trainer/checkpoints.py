@@ -127,7 +127,7 @@ def current_run(output_dir: str | Path, checkpoints: Iterable[Checkpoint] = ()) 
     path = Path(output_dir, RUN_FILE)
     if path.exists():
         try:
-            return Run.from_json(json.loads(path.read_text()))
+            return Run.from_json(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
                 f"{path} cannot be read: it says which run the folder belongs to. Remove it to use the run that "

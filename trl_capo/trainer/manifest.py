@@ -99,8 +99,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     if not (folder / MANIFEST).exists():
         try:
-            state = json.loads((folder / TRAINER_STATE).read_text())
-            ours = json.loads((folder / STATE_FILE).read_text()) if (folder / STATE_FILE).exists() else {}
+            state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+            ours = (
+                json.loads((folder / STATE_FILE).read_text(encoding="utf-8")) if (folder / STATE_FILE).exists() else {}
+            )
         except (OSError, ValueError):
             raise Unusable("it was not written to the end", lost=False) from None
         if not isinstance(state, dict) or not isinstance(ours, dict) or "manifest" in ours:
@@ -110,7 +112,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise Unusable(f"global_step in {TRAINER_STATE} must be a number of steps, got {step!r}", lost=True)
         return Checkpoint(folder, step, Run())
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = {str(name): (int(size), str(digest)) for name, (size, digest) in manifest["files"].items()}
         found = Checkpoint(folder, int(manifest["step"]), Run.from_json(manifest), {**manifest, "files": files})
         bool(found.exact), str(manifest["written"]), dict(manifest["options"])
@@ -217,7 +219,7 @@ def checkpoint_step(checkpoint: str | Path | None) -> int | None:
     if not checkpoint:
         return None
     try:
-        return json.loads((Path(checkpoint) / TRAINER_STATE).read_text()).get("global_step")
+        return json.loads((Path(checkpoint) / TRAINER_STATE).read_text(encoding="utf-8")).get("global_step")
     except (OSError, ValueError, AttributeError):
         return None
 

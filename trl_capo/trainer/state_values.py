@@ -15,7 +15,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
         UserError: It cannot be read, or is not a JSON object.
     """
     try:
-        state = json.loads(Path(path).read_text())
+        state = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}. Resume from another checkpoint.") from None
     if not isinstance(state, dict):

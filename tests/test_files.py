@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from trl_capo.files import remember_settings, write_json
+from trl_capo.errors import UserError
+from trl_capo.files import check_names, remember_settings, write_json
 
 
 def test_nan_becomes_null_and_a_failed_write_leaves_the_old_file(tmp_path):
@@ -26,3 +27,9 @@ def test_a_folder_is_of_one_run(tmp_path):
         remember_settings(tmp_path / "run", {"seed": 1, "names": ["a", "b"]}, "a demo")
     with pytest.raises(ValueError, match="another names: "):
         remember_settings(tmp_path / "run", {"seed": 0}, "a demo")
+
+
+def test_names_are_counted_in_bytes():
+    check_names("models", ["é" * 100, "a" * 120])
+    with pytest.raises(UserError, match="models: .* has 400 bytes in UTF-8"):
+        check_names("models", ["🙂" * 100])

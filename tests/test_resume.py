@@ -115,6 +115,25 @@ def test_a_damaged_checkpoint_is_passed_over(run, name, kind):
     assert skipped == "checkpoint-4" and (name in reason or name == MANIFEST)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("world_size", None), ("world_size", "1"), ("files", {}), ("step", 2), ("step", "4"), ("exact", "yes")],
+)
+def test_a_manifest_that_lacks_something_is_damaged(run, key, value):
+    path = run / "checkpoint-4" / MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    search = find_checkpoint(run)
+    assert search.newest.folder.name == "checkpoint-2" and search.lost == ["checkpoint-4"]
+    assert MANIFEST in search.lines[0]
+
+
+def test_a_renamed_checkpoint_is_none_of_that_step(run):
+    (run / "checkpoint-4").rename(run / "checkpoint-9")
+    search = find_checkpoint(run)
+    assert search.newest.folder.name == "checkpoint-2" and "says step 4, but its name says 9" in search.lines[0]
+    assert read_checkpoint((run / "checkpoint-9").rename(run / "mine-9")).step == 4  # a copy may have any other name
+
+
 def test_the_run_resumes_exactly_from_the_checkpoint_before(tiny_model, finished, run, capsys):
     (run / "checkpoint-4" / "optimizer.pt").unlink()
     trainer = make(tiny_model, run)
@@ -277,6 +296,12 @@ def test_options_of_the_new_command_are_used(tiny_model, tmp_path, capsys, befor
     assert all(f"{option} " in said.partition("new values are used from here on: ")[2] for option in after)
 
 
+@pytest.mark.parametrize("optim", ["sgd", "adafactor"])
+def test_another_optimizer_is_refused_before_its_state_is_loaded(tiny_model, run, optim):
+    with pytest.raises(UserError, match=f"optim={optim}: checkpoint-4 holds the state of optim=adamw_torch"):
+        make(tiny_model, run, max_steps=6, optim=optim).train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant_with_warmup"])
 def test_options_that_did_not_change_resume_bit_for_bit(tiny_model, tmp_path, schedule):
     options = dict(lr_scheduler_type=schedule, warmup_steps=1, weight_decay=0.1)
@@ -397,6 +422,39 @@ def test_weights_that_the_last_step_spoils_without_a_checkpoint(tiny_model, tmp_
     trainer.add_callback(Spoil(1, "weights"))
     with pytest.raises(UserError, match="step 1: model.norm.weight holds values that are not finite"):
         trainer.train()
+
+
+def test_finite_weights_that_cannot_be_sampled_from(tiny_model, tmp_path):
+    trainer = make(tiny_model, tmp_path, learning_rate=1e30, save_steps=1)
+    with pytest.raises(UserError, match=r"step \d: .*learning_rate \(now 1e\+30\).*checkpoint-1"):
+        trainer.train()
+
+
+def test_weights_are_read_once_a_step(tiny_model, tmp_path, monkeypatch):
+    reads = []
+    monkeypatch.setattr("trl_capo.trainer.finite.first_not_finite", reads.append)
+    trainer = make(tiny_model, tmp_path, save_steps=1, max_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    assert len(reads) == 3  # before the first step and after each
+    trainer.evaluate()
+    assert len(reads) == 3
+    with torch.no_grad():
+        next(trainer.model.parameters()).add_(1)
+    trainer.save_model(str(tmp_path / "model"))
+    assert len(reads) == 4
+
+
+def test_only_the_main_process_looks_for_a_checkpoint(tiny_model, tmp_path, monkeypatch):
+    def look(folder):
+        raise AssertionError(folder)
+
+    trainer = make(tiny_model, tmp_path)
+    monkeypatch.setattr("trl_capo.trainer.finite.last_complete_checkpoint", look)
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    with torch.no_grad():
+        trainer.model.model.norm.weight[3] = math.inf
+    with pytest.raises(UserError, match="The main process names the last finite checkpoint"):
+        trainer.save_model(str(tmp_path / "model"))
 
 
 # State files -----------------------------------------------------------------------------------------------------

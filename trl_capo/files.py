@@ -15,7 +15,7 @@ from trl_capo.redact import mask, redact
 
 
 SETTINGS = "settings.json"
-MAX_NAME = 120  # characters; most systems allow 255 bytes, and we append to names
+MAX_NAME, MAX_BYTES = 120, 200  # most systems allow 255 bytes, and we append to names
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows
 
 
@@ -98,6 +98,8 @@ def _name_problem(name: Any) -> str | None:
         return "is empty"
     if len(name) > MAX_NAME:
         return f"has {len(name)} characters"
+    if (size := len(name.encode("utf-8", "surrogatepass"))) > MAX_BYTES:
+        return f"has {size} bytes in UTF-8, more than {MAX_BYTES}"
     if bad := sorted({c for c in name if c in '/\\:*?"<>|' or unicodedata.category(c).startswith(("C", "Zl", "Zp"))}):
         return f"contains {bad[0]!r}"
     if name[0] in ".-~" or name[0].isspace():

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import json
 import re
 from collections.abc import Iterator
 from functools import lru_cache
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_capo.methods import METHODS, trainer_of
+from trl_capo.preflight.numbers import number_problem
 
 
 # Whose fields are options, beside those of the method.
@@ -26,6 +28,8 @@ OPTION_CLASSES = [
     "trl_capo.data.training:DataArguments",
     "trl:DatasetMixtureConfig",
 ]
+
+FILE_OR_JSON = ("accelerator_config", "deepspeed", "fsdp_config")  # of options that take a dictionary
 
 
 def known_options(method: str) -> dict[str, str] | None:
@@ -81,6 +85,25 @@ def value_problem(value: Any, annotation: str) -> str | None:
         return None
     whole = re.fullmatch(r"[+-]?\d[\d_]*", text) if isinstance(text, str) else number.is_integer()
     return None if whole else "a whole number"
+
+
+def option_problem(name: str, value: Any, annotation: str) -> str | None:
+    """What an option's value should be and is not: by its type, its range, and as JSON. None if it will do."""
+    if "dict" in annotation and isinstance(value, str):
+        is_file = name in FILE_OR_JSON and not value.lstrip().startswith("{")
+        return None if is_file else _json_problem(value)
+    problem = value_problem(value, annotation)
+    if problem is None and re.search(r"\b(int|float)\b", annotation):
+        problem = number_problem(name, value)
+    return problem
+
+
+def _json_problem(value: str) -> str | None:
+    try:
+        content = json.loads(value)
+    except ValueError as error:
+        return f"JSON such as '{{\"key\": 1}}' ({error})"
+    return None if content is None or isinstance(content, dict) else "JSON such as '{\"key\": 1}'"
 
 
 def suggestion(typed: str, spelt: list[str], name: str, method: str) -> str:

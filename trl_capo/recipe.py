@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from trl_capo.errors import UserError
 from trl_capo.methods import METHODS, trainer_of
-from trl_capo.options import known_options, suggestion, value_problem
+from trl_capo.options import known_options, option_problem, suggestion
 from trl_capo.redact import redact
 
 
@@ -153,7 +153,7 @@ def check_recipe(path: str, recipe: dict, method: str) -> None:
             continue
         if key not in known:
             raise UserError(f"{path}: unknown key {key!r}.{suggestion(key, list(known), key, method)}")
-        if problem := value_problem(value, known[key]):
+        if problem := option_problem(key, value, known[key]):
             raise UserError(f"{path}: {key} must be {problem}, got {value!r}.")
 
 
@@ -179,7 +179,7 @@ def check_options(argv: list[str], method: str) -> None:
             raise UserError(f"unknown option {option}.{suggestion(option, spelt, name, method)}")
         if not equals:
             value = argv[position + 1] if position + 1 < len(argv) else "--"
-        if not value.startswith("--") and (problem := value_problem(value, known[name])):
+        if not value.startswith("--") and (problem := option_problem(name, value, known[name])):
             raise UserError(f"{option} must be {problem}, got {value!r}.")
 
 
@@ -240,6 +240,20 @@ def make_parser(method: str = "capo"):
     )
     parser.error = _refuse  # argparse would print hundreds of lines of usage first
     return parser
+
+
+def parse(parser, argv: list[str]) -> tuple:
+    """The configurations that a command line and its recipe give.
+
+    Raises:
+        UserError: One of them refuses its values.
+    """
+    try:
+        return parser.parse_args_and_config(argv)
+    except UserError:
+        raise
+    except ValueError as error:  # whatever a configuration refuses is what the user chose
+        raise UserError(str(error)) from error
 
 
 def _refuse(message: str) -> NoReturn:

@@ -133,6 +133,9 @@ def test_the_last_message_of_the_assistant_is_the_answer():
     ("name", "content", "message"),
     [
         ("zero.jsonl", b"", "is an empty file"),
+        ("blank.jsonl", b"\n\n", "has no rows"),
+        ("header.csv", b"prompt,solution\n", "has no rows"),
+        ("none.json", b"[]", "has no rows"),
         ("half.jsonl", b'{"prompt": "1?", "solution": "1"}\n{"prompt": "1?", "sol', "cannot be read as questions"),
         ("broken.parquet", b"PAR1abc", "cannot be read as questions"),
         ("latin.jsonl", '{"prompt": "café"}'.encode("latin-1"), "is not in UTF-8"),

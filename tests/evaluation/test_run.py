@@ -1,13 +1,16 @@
 """An evaluation's folder: which settings it remembers, and which parts are still to be sampled."""
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
 import pytest
 
 from tests.evaluation.test_samples import rows
+from trl_capo.errors import UserError
 from trl_capo.evaluation import run
+from trl_capo.evaluation.identity import check_unchanged, read_settings
 from trl_capo.evaluation.samples import write_part
 
 
@@ -27,7 +30,8 @@ def test_whatever_decides_the_samples_is_recorded(tiny_model, tmp_path, capsys, 
     known = run.settings_of(str(model), {}, {"max_new_tokens": None})
     run.remember(tmp_path / "out", known, print)
     write_part(tmp_path / "out", "b", 0, rows())
-    for name in ("README.md", "trainer_state.json", "abstention.json", "reproduction.json", "figure.png"):
+    beside = ("notes.txt", "lm_eval_results.json", "trl_capo_run.json", "model.safetensors.index.json", "plot.py")
+    for name in ("README.md", "trainer_state.json", "abstention.json", "reproduction.json", "figure.png", *beside):
         (model / name).write_text("written beside the model")
     run.remember(tmp_path / "out", run.settings_of(str(model), {}, {"max_new_tokens": None}), print)
     path = model / file
@@ -45,6 +49,32 @@ def test_whatever_decides_the_samples_is_recorded(tiny_model, tmp_path, capsys, 
     (tmp_path / "out" / "settings.json").write_text("[1]")
     with pytest.raises(ValueError, match="holds no settings of an evaluation"):
         run.remember(tmp_path / "out", known, print)
+
+
+def test_weights_are_those_of_their_content(tiny_model, tmp_path):
+    model, folder = shutil.copytree(tiny_model, tmp_path / "model"), tmp_path / "out"
+    weights = model / "model.safetensors"
+
+    def evaluate_again():
+        run.remember(folder, run.settings_of(str(model), {}, {"max_new_tokens": None}), print)
+        check_unchanged(str(model), read_settings(folder))
+
+    evaluate_again()
+    write_part(folder, "b", 0, rows())
+    os.utime(weights, (1, 1))
+    evaluate_again()
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match="another weights"):
+        evaluate_again()
+    with pytest.raises(UserError, match="has changed since the samples were drawn .weights"):
+        check_unchanged(str(model), read_settings(folder))
+    # Settings that recorded no content go by size and time alone.
+    old = {**read_settings(folder), "weights": run.settings_of(str(model), {}, {})["weights"]}
+    old.pop("weights_content")
+    (folder / "settings.json").write_text(json.dumps(old))
+    evaluate_again()
 
 
 def test_every_process_gets_parts_and_gaps_are_filled(tmp_path):

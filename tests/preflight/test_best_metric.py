@@ -57,6 +57,12 @@ def test_the_loss_is_refused(tmp_path, kind, options):
         make(tmp_path, kind, **options)
 
 
+@pytest.mark.parametrize("metric", [None, "loss"])
+def test_a_loss_with_a_divergence_is_warned_of(tmp_path, metric):
+    with pytest.warns(UserWarning, match="With beta=0.1 that is beta times the divergence"), pytest.raises(ValueError):
+        make(tmp_path, beta=0.1, **BEST, metric_for_best_model=metric)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

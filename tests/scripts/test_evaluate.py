@@ -89,7 +89,13 @@ def test_other_weights_or_questions_are_another_evaluation(tiny_model, tmp_path,
     assert "holds an evaluation with another questions" in capsys.readouterr().err
     questions.write_text('{"prompt": "1+1=", "solution": "2"}\n{"prompt": "1+2=", "solution": "3"}\n')
     assert cli.main(command) == 0
-    os.utime(model / "model.safetensors", (1, 1))
+    weights = model / "model.safetensors"
+    os.utime(weights, (1, 1))
+    (model / "notes.txt").write_text("mine")
+    assert cli.main(command) == 0
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
     assert cli.main(command) == 2
     assert "holds an evaluation with another weights" in capsys.readouterr().err
 

@@ -66,6 +66,53 @@ def test_recipe_trains_and_saves(tiny_model, tmp_path, capsys):
     assert "✅ Training completed." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("per_device_train_batch_size", "0", "at least 1"),
+        ("learning_rate", "-1", "at least 0"),
+        ("learning_rate", "nan", "at least 0"),
+        ("temperature", "0", "above 0"),
+        ("temperature", "-1", "above 0"),
+        ("seed", "-1", "from 0 to 4294967295"),
+        ("warmup_steps", "nan", "at least 0"),
+        ("adam_beta2", "nan", "below 1"),
+        ("ref_ppl_low", "nan", "a number"),
+        ("chat_template_kwargs", "{bad", "JSON such as"),
+        ("model_init_kwargs", "{bad", "JSON such as"),
+        ("generation_kwargs", "bad", "JSON such as"),
+        # Found when the configuration is made:
+        ("load_best_model_at_end", "true", "requires the save and eval strategy to match"),
+        ("num_train_prompts", "0", "num_train_prompts must be at least 1"),
+        # Before the model, which does not exist, is loaded:
+        ("loss_type", "foo", "loss_type='foo' must be one of bnpo, cispo, dapo, "),
+        ("report_to", "nobody", "report_to='nobody' must be one of none, "),
+    ],
+)
+def test_a_bad_value_is_one_line(tmp_path, capsys, monkeypatch, option, value, message):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *args, **kwargs: 1 / 0)
+    options = {"output_dir": tmp_path, "use_cpu": "true", "bf16": "false", "dataset_name": "arithmetic"}
+    options |= {"model_name_or_path": "arithmetic-base", "num_generations": "2", option: value}
+    words = [word for name, text in options.items() for word in (f"--{name}", str(text))]
+    assert cli.main(["train", *words]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and option in error[0] and message in error[0]
+
+
+def test_modules_that_the_model_has_not(tiny_model, tmp_path, capsys):
+    recipe = write_recipe(tmp_path, tiny_model, use_peft=True, lora_target_modules=["nope"])
+    assert cli.main(["train", "--config", str(recipe)]) == 2
+    assert "error: lora_target_modules=nope is no part of the model" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_no_model_and_no_data_are_one_line(tmp_path, capsys):
+    words = ["train", "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    assert cli.main(words) == 2
+    assert "model_name_or_path is missing" in capsys.readouterr().err
+    assert cli.main([*words, "--model_name_or_path", "arithmetic-base"]) == 2
+    assert "dataset_name is missing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["capo", "grpo"])
 def test_option_beats_recipe_beats_default(tiny_model, tmp_path, monkeypatch, method):
     recipe = write_recipe(tmp_path, tiny_model, learning_rate=0.5, method="grpo" if method == "capo" else "capo")

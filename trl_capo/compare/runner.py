@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from trl_capo.compare.bars import Bars
-from trl_capo.errors import one_line
+from trl_capo.errors import UserError, one_line
 from trl_capo.files import check_settings, remember_settings, write_json, write_text
 from trl_capo.processes import Children
 from trl_capo.progress import PROGRESS
@@ -164,7 +164,7 @@ def shares_of_the_machine(workers: int, use_cpu: bool = False) -> list[dict[str,
     if not gpus:
         return [share] * workers
     if workers > len(gpus):
-        raise ValueError(f"--workers {workers}: each run needs a GPU of its own, and {len(gpus)} can be seen.")
+        raise UserError(f"--workers {workers}: each run needs a GPU of its own, and {len(gpus)} can be seen.")
     return [share | {"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:workers]]
 
 

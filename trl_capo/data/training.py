@@ -15,6 +15,7 @@ from trl_capo.data.catalogue import CATALOGUE, load_catalogued, location
 from trl_capo.data.conversations import drop_unparsable_gold, to_conversations
 from trl_capo.data.files import read_dataset
 from trl_capo.data.prepare import deduplicate, train_and_validation, within_budget, without_questions_of
+from trl_capo.errors import UserError
 
 
 VALIDATION = "validation"
@@ -79,7 +80,7 @@ class DataArguments:
 
     def __post_init__(self):
         if self.num_validation_prompts < 0 or (self.num_train_prompts is not None and self.num_train_prompts < 1):
-            raise ValueError(
+            raise UserError(
                 f"num_train_prompts must be at least 1 and num_validation_prompts at least 0, got "
                 f"{self.num_train_prompts} and {self.num_validation_prompts}."
             )
@@ -99,7 +100,7 @@ def load_splits(name: str | None, config: str | None, args: DataArguments, strea
         Mapping from split to rows.
 
     Raises:
-        ValueError: No dataset is named, or a column is missing.
+        UserError: No dataset is named, or a column is missing.
     """
     from trl import get_dataset
 
@@ -121,7 +122,7 @@ def load_splits(name: str | None, config: str | None, args: DataArguments, strea
             if value
         ]
         if given:
-            raise ValueError(
+            raise UserError(
                 f"{given[0]} has no effect on {name!r}, whose columns the catalogue knows. Leave it out, or name the "
                 f"dataset by its path, {CATALOGUE[name].path}."
             )
@@ -129,7 +130,7 @@ def load_splits(name: str | None, config: str | None, args: DataArguments, strea
     if mixed:
         rows = get_dataset(mixture)
     elif name is None:
-        raise ValueError(
+        raise UserError(
             f"dataset_name is missing: set it to a dataset id, a folder, a file, arithmetic, or one of "
             f"{', '.join(CATALOGUE)}."
         )
@@ -156,7 +157,7 @@ def prepare(
         Indices by "train" and, with `num_validation_prompts`, "validation"; of a stream the rows themselves.
 
     Raises:
-        ValueError: Too few rows are left, or the dataset is a stream, whose rows cannot be compared.
+        UserError: Too few rows are left, or the dataset is a stream, whose rows cannot be compared.
     """
     cleaning = (
         "deduplicate",
@@ -167,7 +168,7 @@ def prepare(
     )
     if isinstance(rows, IterableDataset):
         if named := [name for name in cleaning if getattr(args, name)]:
-            raise ValueError(f"{named[0]} needs all rows of the dataset, not a stream: set dataset_streaming=False.")
+            raise UserError(f"{named[0]} needs all rows of the dataset, not a stream: set dataset_streaming=False.")
         return {"train": drop_unparsable_gold(rows) if args.drop_unparsable_gold else rows}
     story, whole = [f"{len(rows):,} prompts"], len(rows)
     rows = rows.add_column(ROW, range(whole))
@@ -216,7 +217,7 @@ def load_data(script_args, data_args, mixture, training_args, model_args) -> tup
 
     evaluates, test_split = training_args.eval_strategy != "no", script_args.dataset_test_split
     if data_args.num_validation_prompts and not (evaluates and test_split == VALIDATION):
-        raise ValueError(
+        raise UserError(
             f"num_validation_prompts={data_args.num_validation_prompts} puts prompts aside that nothing would use: "
             f"set eval_strategy and dataset_test_split: {VALIDATION}, or num_validation_prompts: 0."
         )
@@ -250,5 +251,5 @@ def load_data(script_args, data_args, mixture, training_args, model_args) -> tup
 
 def _split(dataset, split: str, option: str):
     if split not in dataset:
-        raise ValueError(f"{option}={split!r} is not a split of the dataset: one of {', '.join(dataset)}.")
+        raise UserError(f"{option}={split!r} is not a split of the dataset: one of {', '.join(dataset)}.")
     return dataset[split]

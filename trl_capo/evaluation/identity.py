@@ -1,12 +1,15 @@
 """What samples depend on: a model's files, its base's, its commit, and the settings that an evaluation recorded.
 
-A model's files go by content, except that weights go by name, size and time of change: reading them takes minutes.
+A model's files go by content. Weights go by name, size and time of change first, because reading them takes a while;
+their content is compared only where one of these differs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from trl_capo.errors import UserError
@@ -16,12 +19,16 @@ from trl_capo.models.source import model_path
 
 
 WEIGHTS = ("*.safetensors", "*.bin")
-DECIDING = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "additional_chat_templates/*.jinja")
-# Written by trainers and by us beside a model, without effect on its samples; the index only lists the weights.
-BOOKKEEPING = {
-    "abstention.json", "all_results.json", "eval_results.json", "reproduction.json", "requirements.txt",
-    "train_results.json", "trainer_state.json", "trl_capo_state.json",
-}  # fmt: skip
+# By name, because anything may lie beside a model. The index of the weights only lists them.
+DECIDING = (
+    "config.json", "generation_config.json", "adapter_config.json", "params.json",
+    "quantize_config.json", "quantization_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json",
+    "vocab.*", "merges.txt", "bpe.codes", "normalizer.json", "emoji.json", "*.model", "tokenizer.model.*", "*.spm",
+    "*.tiktoken", "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
+    "*processor_config.json", "configuration_*.py", "modeling_*.py", "tokenization_*.py", "processing_*.py",
+    "image_processing_*.py",
+)  # fmt: skip
 
 
 def model_identity(model: str) -> dict[str, str | None]:
@@ -44,18 +51,52 @@ def _own_identity(model: str) -> dict[str, str | None]:
     folder = Path(model)
     if not folder.is_dir():
         return {"weights": None, "commit": _commit(model)}
-    weights = sorted(path for kind in WEIGHTS for path in folder.glob(kind))
-    written = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
+    written = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in _weights(folder)]
     files = {str(path.relative_to(folder)): path for kind in DECIDING for path in folder.glob(kind) if path.is_file()}
     return {
         "weights": fingerprint(written) if written else None,
         "commit": None,
-        **{
-            name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-            for name, path in sorted(files.items())
-            if name not in BOOKKEEPING
-        },
+        **{name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in sorted(files.items())},
     }
+
+
+def with_content(model: str, settings: dict, known: dict) -> dict:
+    """Settings with what the weights contain, so that a copy or `touch` does not make them others.
+
+    Args:
+        model: A folder, or a name on the Hub.
+        settings: With the model's identity.
+        known: What an evaluation recorded before; empty if there is none. Earlier versions recorded no content.
+
+    Returns:
+        `settings` with `weights_content`, and the recorded `weights` where the content is the recorded one.
+    """
+    settings = dict(settings)
+    for weights, folder in (("weights", model), ("base/weights", base_of(model))):
+        content = f"{weights}_content"
+        if settings.get(weights) is None:
+            continue
+        if known and (content not in known or known.get(weights) == settings[weights]):
+            settings[content] = known.get(content)
+            continue
+        settings[content] = _content(Path(folder))
+        if known and known[content] == settings[content]:
+            settings[weights] = known.get(weights)
+    return settings
+
+
+def _content(folder: Path) -> str:
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    paths = _weights(folder)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
+        return fingerprint(list(zip([path.name for path in paths], pool.map(digest, paths), strict=True)))
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(path for kind in WEIGHTS for path in folder.glob(kind))
 
 
 def _commit(model: str) -> str | None:
@@ -99,7 +140,7 @@ def check_unchanged(model: str, settings: dict) -> None:
     evaluated = model_path(str(settings.get("model")))
     same_folder = Path(evaluated).is_dir() and Path(evaluated).resolve() == Path(model).resolve()
     if same_folder and is_recorded(settings):
-        identity = model_identity(model)
+        identity = with_content(model, model_identity(model), settings)
         changed = [name for name, value in identity.items() if settings.get(name) != value]
         if changed:
             raise UserError(

@@ -2,6 +2,8 @@
 
 import argparse
 
+from trl_capo.errors import UserError
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -51,8 +53,6 @@ def check_numbers(args: argparse.Namespace) -> None:
     for name in ("num_samples", "num_prompts", "max_new_tokens", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}.")
+            raise UserError(f"--{name} must be at least 1, got {value}.")
     if not args.temperature > 0:
-        raise ValueError(
-            f"--temperature must be positive, got {args.temperature}. Use 0.01 for nearly greedy samples."
-        )
+        raise UserError(f"--temperature must be positive, got {args.temperature}. Use 0.01 for nearly greedy samples.")

@@ -16,7 +16,7 @@ from trl_capo.data.benchmarks import ARITHMETIC
 from trl_capo.errors import UserError
 from trl_capo.evaluation.engines import choose_engine, load_engine
 from trl_capo.evaluation.grade import canonical_answers, grade
-from trl_capo.evaluation.identity import fingerprint, is_recorded, model_identity, read_settings
+from trl_capo.evaluation.identity import fingerprint, is_recorded, model_identity, read_settings, with_content
 from trl_capo.evaluation.samples import (
     FILE_NAME,
     merge_parts,
@@ -133,6 +133,7 @@ def remember(folder: Path, settings: dict, say: Callable[[str], None]) -> None:
         (folder / "settings.json").unlink(missing_ok=True)  # of a run that sampled nothing
         shutil.rmtree(folder / "merged", ignore_errors=True)  # it may be of another model
     known = read_settings(folder)
+    settings = with_content(model_path(settings["model"]), settings, known)
     if known and not is_recorded(known):
         say(
             f"{folder} was made by an earlier version, which recorded neither tokenizer, configuration, base nor "

@@ -121,8 +121,15 @@ def check_best_metric(
     sets = list(eval_dataset) if isinstance(eval_dataset, dict) else []
     bare = _bare(metric, sets)
     if metric is None or bare is None or bare == "loss":
+        user = users[0] if users else "metric_for_best_model"
+        if args.beta != 0:
+            return (
+                f"{user} goes by the evaluation loss. With beta={args.beta} that is beta times the divergence from "
+                "the reference, which is smallest for the model that has learnt least. A better metric_for_best_model "
+                f"is {_with_set(GOOD, sets)}."
+            )
         raise UserError(
-            f"{users[0] if users else 'metric_for_best_model'} would go by the evaluation loss, which is the mean of "
+            f"{user} would go by the evaluation loss, which is the mean of "
             f"the advantages: 0 up to rounding, whatever the model can do. Set metric_for_best_model to "
             f"{_with_set(GOOD, sets)}."
         )

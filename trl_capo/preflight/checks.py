@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl.trainer.utils import get_callable_name, get_config_model_id
 
 from trl_capo.errors import UserError
@@ -132,6 +133,24 @@ def check_sampler_logps(args: FilledConfig, has_rollout_func: bool) -> None:
                 f"mean_logps_from='sampler' needs {wanted}, got {value}: the sampler's log-probs would be those of a "
                 "distribution that the policy does not have. Or set mean_logps_from='policy'."
             )
+
+
+def check_known_names(args: FilledConfig, losses: list[str]) -> None:
+    """Refuses a loss that the trainer cannot compute, and a tracker that transformers does not know.
+
+    Args:
+        args: The trainer's configuration.
+        losses: The trainer's values of `loss_type`; empty if they are not known.
+
+    Raises:
+        UserError: Says which there are.
+    """
+    if losses and args.loss_type not in losses:
+        raise UserError(f"loss_type={args.loss_type!r} must be one of {', '.join(losses)}.")
+    trackers = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
+    for name in trackers:
+        if name not in (*INTEGRATION_TO_CALLBACK, "all", "none"):
+            raise UserError(f"report_to={name!r} must be one of none, {', '.join(INTEGRATION_TO_CALLBACK)}.")
 
 
 def check_output_dir(output_dir: str) -> None:

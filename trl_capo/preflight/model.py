@@ -1,5 +1,8 @@
 """The model and the engine that a trainer is given, before anything is loaded."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from trl_capo.errors import UserError
 from trl_capo.extras import require
 from trl_capo.models.source import check_trainable, model_path
@@ -17,7 +20,7 @@ def check_before_data(args, model: str | None, *, another_machine: bool) -> str:
         Where the model is.
 
     Raises:
-        ValueError: One line that says what to change.
+        UserError: One line that says what to change.
     """
     from trl.trainer.grpo_trainer import VLLMGeneration
 
@@ -28,7 +31,7 @@ def check_before_data(args, model: str | None, *, another_machine: bool) -> str:
         check_engine(args, VLLMGeneration)
     check_others(args, [])
     if model is None:
-        raise ValueError(
+        raise UserError(
             "model_name_or_path is missing: set it to a model id, a folder, arithmetic-base or arithmetic-flat."
         )
     return check_model(model)
@@ -73,3 +76,23 @@ def check_engine(args, engine: type) -> None:
         require("vllm")
     except ValueError as error:
         raise UserError(f"use_vllm=True: {error} Or set use_vllm=False: transformers then generates.") from error
+
+
+@contextmanager
+def naming_target_modules(model_args) -> Iterator[None]:
+    """PEFT's error about modules that the model does not have, in one line and by the option.
+
+    Raises:
+        UserError: `lora_target_modules` names none of the model's modules.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "not found in the base model" not in str(error):
+            raise
+        names = model_args.lora_target_modules
+        given = " ".join(names) if isinstance(names, list) else names
+        raise UserError(
+            f"lora_target_modules={given} is no part of the model. Name modules such as q_proj v_proj, or use "
+            "all-linear."
+        ) from error

@@ -6,6 +6,7 @@ from typing import Protocol
 from trl_capo.data.rows import check_data
 from trl_capo.preflight.best_metric import check_best_metric
 from trl_capo.preflight.checks import (
+    check_known_names,
     check_sampler_logps,
     check_save_steps,
     find_correctness_reward,
@@ -21,6 +22,9 @@ class Method(Protocol):
 
     @staticmethod
     def generations_per_batch(args) -> int: ...
+
+    @classmethod
+    def known_losses(cls) -> list[str]: ...
 
     @classmethod
     def needs_correct(cls, args) -> bool: ...
@@ -53,6 +57,7 @@ def check_recipe(
     """
     num_prompts = len(train_dataset) if hasattr(train_dataset, "__len__") else None
     draws = method_class.generations_per_batch(args)
+    check_known_names(args, method_class.known_losses())
     check_sampler_logps(args, has_rollout_func=rollout_func is not None)
     check_save_steps(args, schedule(args, num_prompts, draws).steps)
     functions, names, calibrated = reward_list(reward_funcs), reward_names(reward_funcs), True

@@ -138,7 +138,7 @@ def metric_rows(runs: dict[str, SampleSet]) -> tuple[list[str], list[list[str]]]
         columns.append([f"{len(of.correct)} x {of.num_samples}", *map(str, intervals), f"{ppl[0]:.3f} / {ppl[1]:.3f}"])
         rows, of_baseline, differing = shared_prompts(of, baseline)
         if differing:
-            raise ValueError(
+            raise UserError(
                 f"the runs answered different questions of {of.benchmark}, {differing} of {len(rows)}. "
                 "Evaluate them on one version of it."
             )

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
     for option, wanted, known in (("methods", args.methods, plan.methods), ("seeds", args.seeds, plan.seeds)):
         if missing := [str(name) for name in wanted or [] if name not in known]:
-            raise ValueError(f"--{option} {', '.join(missing)}: {args.plan} has {', '.join(map(str, known))}.")
+            raise UserError(f"--{option} {', '.join(missing)}: {args.plan} has {', '.join(map(str, known))}.")
     shares = shares_of_the_machine(args.workers, plan.train.get("use_cpu", False))
     check_output_dir(plan.output_dir)
     folder, runs = Path(plan.output_dir), runs_of(plan)

@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
             f"{missing[0]} does not exist. Give samples.parquet or its folder, as `trl-capo evaluate MODEL "
             "--benchmark ...` makes them."
         )
+    if args.model_card is not None and not Path(args.model_card).is_dir():
+        raise UserError(f"--model_card takes the folder of a model; {args.model_card} is none.")
     import numpy as np
 
     from trl_capo.evaluation.samples import read_samples
@@ -47,16 +49,14 @@ def main(argv: list[str] | None = None) -> None:
     from trl_capo.report.page import read_history, run_names, write_report
 
     require("report")
-    if args.model_card is not None and not Path(args.model_card).is_dir():
-        raise UserError(f"--model_card takes the folder of a model; {args.model_card} is none.")
     names = args.names or run_names(args.samples)
     if len(names) != len(args.samples) or len(set(names)) != len(names):
-        raise ValueError(f"{len(args.samples)} runs need as many different --names, got {', '.join(names)}.")
+        raise UserError(f"{len(args.samples)} runs need as many different --names, got {', '.join(names)}.")
     histories = {}
     for pair in args.trainer_states:
         name, _, file = pair.partition("=")
         if name not in names or not file:
-            raise ValueError(f"--trainer_states takes NAME=FILE with a NAME of {', '.join(names)}, got {pair!r}.")
+            raise UserError(f"--trainer_states takes NAME=FILE with a NAME of {', '.join(names)}, got {pair!r}.")
         histories[name] = read_history(Path(file))
     runs = {name: read_samples(path) for name, path in zip(names, args.samples, strict=True)}
     for name, sets in runs.items():

@@ -17,7 +17,15 @@ from contextlib import AbstractContextManager, nullcontext
 
 from trl_capo.cli import main as cli_main
 from trl_capo.methods import trainer_of
-from trl_capo.recipe import check_options, check_recipe, make_parser, method_and_config, read_yaml, resolved_options
+from trl_capo.recipe import (
+    check_options,
+    check_recipe,
+    make_parser,
+    method_and_config,
+    parse,
+    read_yaml,
+    resolved_options,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         launch = as_if_launched(read_launch(dry_run.accelerate_config)[0])
     parser = make_parser(method)
     with launch:
-        script_args, training_args, model_args, data_args, mixture = parser.parse_args_and_config(argv)
+        script_args, training_args, model_args, data_args, mixture = parse(parser, argv)
 
     from trl_capo.data.training import load_data
     from trl_capo.preflight.model import check_before_data
@@ -60,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     from trl import get_peft_config, get_quantization_config
 
     from trl_capo.compare.progress import RunProgress
+    from trl_capo.preflight.model import naming_target_modules
     from trl_capo.publish.push import push_trained
     from trl_capo.publish.record import write_reproduction
     from trl_capo.trainer.resume import checkpoint_to_resume
@@ -72,16 +81,17 @@ def main(argv: list[str] | None = None) -> int:
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    trainer = trainer_class(
-        model=model,
-        reward_funcs=reward_funcs,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-        callbacks=[RunProgress()],
-    )
+    with naming_target_modules(model_args):
+        trainer = trainer_class(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+            callbacks=[RunProgress()],
+        )
     write_reproduction(trainer, argv, *resolved_options(argv, method, config_path), resume_from)
     if resume_from is not None:
         trainer.accelerator.print(f"⏩ Resuming from {resume_from}.")

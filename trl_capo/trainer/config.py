@@ -11,6 +11,7 @@ from trl import GRPOConfig
 from trl_capo.errors import UserError
 from trl_capo.preflight.batches import check_batches
 from trl_capo.preflight.best_metric import default_direction
+from trl_capo.preflight.numbers import check_numbers
 from trl_capo.preflight.schedule import FilledConfig
 from trl_capo.redact import is_secret_name, redact
 
@@ -36,6 +37,7 @@ class FastGRPOConfig(FilledConfig):
     )
 
     def __post_init__(self):
+        check_numbers(vars(self))
         set_by_user = self.generation_batch_size, self.steps_per_generation
         if self.greater_is_better is None:
             self.greater_is_better = default_direction(self.metric_for_best_model)

@@ -14,6 +14,7 @@ from torch import Tensor
 from trl_capo.errors import UserError
 from trl_capo.rewards import AccuracyReward
 from trl_capo.trainer.config import FastGRPOConfig
+from trl_capo.trainer.losses import known_losses
 from trl_capo.trainer.passes import ShortPassesGRPOTrainer, in_eval_mode
 from trl_capo.trainer.repack import (
     Batch,
@@ -51,6 +52,11 @@ class FastGRPOTrainer(ShortPassesGRPOTrainer):
         self._setup()
         self._refuse_what_needs_fused_logits()
         self._repacking = self._choose_repacking()
+
+    @classmethod
+    def known_losses(cls) -> list[str]:
+        """The values of `loss_type` that the trainer takes; empty if they are not known."""
+        return known_losses(cls)
 
     def _refuse_what_needs_fused_logits(self) -> None:
         unfit = {

@@ -4,8 +4,53 @@ import math
 from collections.abc import Callable
 
 import torch
+from accelerate.utils import gather_object
 
 from trl_capo.errors import UserError
+from trl_capo.trainer.checkpoints import last_complete_checkpoint
+from trl_capo.trainer.publishing import PublishingGRPOTrainer
+
+
+class FiniteGRPOTrainer(PublishingGRPOTrainer):
+    """Stock GRPO that stops with one line once weights are not finite, or too large to sample from."""
+
+    _found_finite: object = None  # the weights that were read last and found finite
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # Called before each optimizer step, whether gradients are clipped or not.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        step, scaler = self.state.global_step + 1, self.accelerator.scaler
+        check_gradient_norm(norm, step, self.args, scaler, self._last_checkpoint)
+        return norm
+
+    def _generate_and_score_completions(self, inputs):
+        self._check_parameters()  # sampling from such weights would crash, and say less
+        try:
+            return super()._generate_and_score_completions(inputs)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise UserError(
+                f"step {self.state.global_step}: the weights are finite, but the probabilities of the next token are "
+                f"not, so nothing can be sampled. {_advice(self.args)} {_where(self._last_checkpoint())}"
+            ) from error
+
+    def _check_parameters(self, on_all_ranks: bool = True) -> None:
+        weights = self.state.global_step, _state_of(self.model)
+        bad = first_not_finite(self.model) if weights != self._found_finite else None
+        self._found_finite = weights if bad is None else None
+        # Gathered also where this rank had read its weights before: another may not have.
+        gather = gather_object if on_all_ranks else None
+        check_parameters(bad, self.state.global_step, self.args, self._last_checkpoint, gather)
+
+    def _last_checkpoint(self) -> str | None:
+        # Whole checkpoints are read for it, so only by one process; the others' messages leave it out.
+        return last_complete_checkpoint(self.args.output_dir) if self.is_world_process_zero() else ""
+
+
+def _state_of(model: torch.nn.Module) -> int:
+    """A number that changes when a parameter is replaced or changed in place."""
+    return hash(tuple((id(parameter), parameter._version) for parameter in model.parameters()))
 
 
 def check_gradient_norm(norm, step: int, args, scaler, last: Callable[[], str | None]) -> None:
@@ -19,7 +64,7 @@ def check_gradient_norm(norm, step: int, args, scaler, last: Callable[[], str | 
         step: The optimizer step, counted from 1.
         args: The training's configuration.
         scaler: The scaler of gradients; None without one.
-        last: Finds the newest checkpoint; None without one.
+        last: Finds the newest checkpoint: None without one, empty if this process does not look.
 
     Raises:
         UserError: Names the step and what to change.
@@ -35,21 +80,20 @@ def check_gradient_norm(norm, step: int, args, scaler, last: Callable[[], str | 
 
 
 def check_parameters(
-    model: torch.nn.Module, step: int, args, last: Callable[[], str | None], gather: Callable | None = None
+    bad: str | None, step: int, args, last: Callable[[], str | None], gather: Callable | None = None
 ) -> None:
     """Refuses weights with NaN or infinity.
 
     Args:
-        model: The model. Of shards, those of this rank are read.
+        bad: The first such parameter of this rank, from `first_not_finite`.
         step: Optimizer steps so far.
         args: The training's configuration.
-        last: Finds the newest checkpoint; None without one.
+        last: Finds the newest checkpoint: None without one, empty if this process does not look.
         gather: Collects a list of all ranks, where each has another part of the weights.
 
     Raises:
         UserError: Names the first such parameter, the step and what to change.
     """
-    bad = first_not_finite(model)
     found = [name for name in gather([bad]) if name] if gather else [bad] if bad else []
     if found:
         raise UserError(
@@ -89,4 +133,6 @@ def _advice(args) -> str:
 
 
 def _where(last: str | None) -> str:
+    if last == "":
+        return "The main process names the last finite checkpoint."
     return f"The last finite checkpoint is {last}." if last else "There is no earlier checkpoint."

@@ -114,11 +114,20 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = {str(name): (int(size), str(digest)) for name, (size, digest) in manifest["files"].items()}
-        found = Checkpoint(folder, int(manifest["step"]), Run.from_json(manifest), {**manifest, "files": files})
-        bool(found.exact), str(manifest["written"]), dict(manifest["options"])
+        run, _ = Run.from_json(manifest), (str(manifest["written"]), dict(manifest["options"]))
+        step, world_size, exact = manifest["step"], manifest["world_size"], manifest["exact"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise Unusable(f"{MANIFEST} cannot be read", lost=True) from None
-    return found
+    if type(step) is not int or type(world_size) is not int or world_size < 1 or type(exact) is not bool:
+        raise Unusable(f"{MANIFEST} is damaged: step, world_size or exact has no valid value", lost=True)
+    if TRAINER_STATE not in files:
+        raise Unusable(f"{MANIFEST} is damaged: {TRAINER_STATE} is not among its files", lost=True)
+    named = step_in_name(folder) if re.fullmatch(r"checkpoint-\d+", folder.name) else None
+    written = checkpoint_step(folder)  # None if it cannot be read: `verify` says why
+    for source, other in (("its name", named), (TRAINER_STATE, written)):
+        if other is not None and other != step:
+            raise Unusable(f"{MANIFEST} says step {step}, but {source} says {other}", lost=True)
+    return Checkpoint(folder, step, run, {**manifest, "files": files})
 
 
 def verify(checkpoint: Checkpoint) -> None:

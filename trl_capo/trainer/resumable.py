@@ -26,10 +26,9 @@ from trl_capo.errors import UserError
 from trl_capo.files import write_json
 from trl_capo.preflight.checks import check_same_checkpoint, steps_between_generations
 from trl_capo.publish.card import forget_calibration
-from trl_capo.trainer.checkpoints import begin_run, last_complete_checkpoint, remove_old_checkpoints
-from trl_capo.trainer.finite import check_gradient_norm, check_parameters
+from trl_capo.trainer.checkpoints import begin_run, remove_old_checkpoints
+from trl_capo.trainer.finite import FiniteGRPOTrainer
 from trl_capo.trainer.manifest import MANIFEST, STATE_FILE, Checkpoint, Run, checkpoint_step, write_manifest
-from trl_capo.trainer.publishing import PublishingGRPOTrainer
 from trl_capo.trainer.resume import (
     StreamPosition,
     agree,
@@ -45,7 +44,7 @@ from trl_capo.trainer.state_values import read_state, truth, whole_number
 REFERENCE_DIR = "reference"
 
 
-class ResumableGRPOTrainer(PublishingGRPOTrainer):
+class ResumableGRPOTrainer(FiniteGRPOTrainer):
     """Stock GRPO that resumes exactly. Takes the arguments of `GRPOTrainer`.
 
     Hooks: `_method_state`, `_load_method_state`, `generations_per_batch`.
@@ -185,24 +184,6 @@ class ResumableGRPOTrainer(PublishingGRPOTrainer):
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._stream.count(epoch_iterator, len(samples))
         return samples, num_items
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        # Called before each optimizer step, whether gradients are clipped or not.
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        step, scaler = self.state.global_step + 1, self.accelerator.scaler
-        check_gradient_norm(norm, step, self.args, scaler, self._last_checkpoint)
-        return norm
-
-    def _generate_and_score_completions(self, inputs):
-        self._check_parameters()  # sampling from such weights would crash, and say less
-        return super()._generate_and_score_completions(inputs)
-
-    def _check_parameters(self, on_all_ranks: bool = True) -> None:
-        gather = gather_object if on_all_ranks else None
-        check_parameters(self.model, self.state.global_step, self.args, self._last_checkpoint, gather)
-
-    def _last_checkpoint(self) -> str | None:
-        return last_complete_checkpoint(self.args.output_dir)
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 

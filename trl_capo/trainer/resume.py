@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from trl_capo.errors import UserError
 from trl_capo.trainer.checkpoints import Search, check_checkpoint_of, chosen_checkpoint, find_checkpoint
 from trl_capo.trainer.manifest import Checkpoint, Run
-from trl_capo.trainer.resume_options import changed_options
+from trl_capo.trainer.resume_options import changed_options, kind_of_optimizer
 
 
 Answer = TypeVar("Answer")
@@ -96,7 +96,11 @@ def check_best(folder: str, run: Run) -> None:
 
 
 def what_differs(checkpoint: Checkpoint, args, deepspeed: bool) -> list[str]:
-    """Lines about why the resumed run is not exactly the uninterrupted one."""
+    """Lines about why the resumed run is not exactly the uninterrupted one.
+
+    Raises:
+        UserError: The checkpoint's optimizer is another, whose state does not fit.
+    """
     name, lines = checkpoint.folder.name, []
     if checkpoint.manifest is None:
         lines.append(f"ℹ️ {name} was written by an earlier version, so its files cannot be verified.")
@@ -108,6 +112,12 @@ def what_differs(checkpoint: Checkpoint, args, deepspeed: bool) -> list[str]:
     if checkpoint.manifest is None:
         return lines
     changed = changed_options(checkpoint.manifest["options"], args)
+    old, new = changed.get("optim", ("", ""))
+    if checkpoint.exact and not deepspeed and kind_of_optimizer(old) != kind_of_optimizer(new):
+        raise UserError(
+            f"optim={new}: {name} holds the state of optim={old}, which does not fit. Keep optim={old}, or leave "
+            "resume_from_checkpoint out to start over."
+        )
     if changed:
         values = ", ".join(f"{option} {old} -> {new}" for option, (old, new) in changed.items())
         lines.append(f"ℹ️ Options changed since {name}, and the new values are used from here on: {values}.")

@@ -7,6 +7,7 @@ is the same to the last bit.
 
 import copy
 import json
+import re
 from typing import Any
 
 import torch
@@ -50,6 +51,19 @@ def changed_options(before: dict[str, Any], args) -> dict[str, tuple]:
     """Options that are not those of the checkpoint: name to old and new value."""
     now = recorded_options(args)
     return {name: (old, now[name]) for name, old in before.items() if name in now and old != now[name]}
+
+
+def kind_of_optimizer(optim: str) -> str:
+    """The name that optimizers share that can load each other's state.
+
+    Example:
+        >>> kind_of_optimizer("adamw_torch") == kind_of_optimizer("adamw_torch_fused")
+        True
+        >>> kind_of_optimizer("paged_adamw_8bit") == kind_of_optimizer("adamw_torch")
+        False
+    """
+    same = r"^paged_|_32bit$|(?<=adamw)_bnb|(?<=adamw_torch)_(fused|xla|npu_fused)"
+    return re.sub(same, "", optim)
 
 
 def hyperparameters(optimizer) -> list[dict[str, Any]]:

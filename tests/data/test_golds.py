@@ -70,6 +70,10 @@ def reward(gold: str, *answers: str) -> list[float | None]:
         ("$3 s^2 - 2$", "3s^2-2", "3"),
         ("4 h / 3", r"\frac{4h}{3}", "4"),
         ("10 m - 3", "10m-3", "10"),
+        ("5 x^{2}", "5x^2", "5"),
+        (r"$5\,x$", "5x", "5"),
+        ("$2 x y$", "2xy", "2"),
+        ("2xyz", "2xyz", "2"),
         ("12 J", "12", "13"),
         ("100 W", "100", "0"),
         ("5 Ω", "5", "6"),
@@ -109,10 +113,10 @@ def test_what_has_one_meaning_is_rewritten(gold, right, wrong):
         r"\boxed{3} first; the total is \boxed{12}", "2 million", "$2$ million", "1+2t", "2020-01-05", "12/25/2020",
         "12:30", "3 pm", "5 May", "5 ft 3 in", "3 hours 20 minutes", "5 R 2", "B. 12", "(a) 3", "3–5", "1.2.3",
         "1-1/2", "3 h / m", "2 h - m", "7 apples - 2", "6 m g h", "8 g h", "8 m s", "$8 m s$", "$6 m g h$", "12 A",
-        "12 K", "12 C", "5 T", "10 u", "$12 J$", "$3 nm$", "100K", "5k", "3M", "2B", "2 xy", "5'6\"", "5′",
+        "12 K", "12 C", "5 T", "10 u", "$12 J$", "$3 nm$", "100K", "5k", "3M", "2B", "2 xy", "5'6\"", "5′6″",
         "0.5 (1/2)", "12 (3)", "12 (a dozen)", "0.05 or 5%", "max(1,2)", "abs(x)", "nCr(5,2)", "C(5,2)", "3+4=7",
         "12 = 3 * 4", "$2^{3}=8$", "1=1", r"\pi = 3", "0,5", "3,14", "$3,14$", "12,5", "12,34", "1234,567", "0,125",
-        "1,00,000", "6mn", "2ab", "between 3 and 5", "about 12", "20 mod 7", "twenty seven", "If $x=2$ then $y=3$.",
+        "1,00,000", "6mn", "3 a b", "2ab", "between 3 and 5", "about 12", "20 mod 7", "twenty seven", "If $x=2$ then $y=3$.",
     ],
 )  # fmt: skip
 def test_what_has_several_meanings_is_refused(gold):
@@ -132,8 +136,8 @@ n! ; \binom{5}{2} ; (1,2) ; [0,1) ; (1,2,3) ; (-\infty, -2) \cup (2, \infty) ;
 \tan^{-1}(2) ; S_n ; 2t+1 ; \frac{t}{2} ; \text{June 20} ; 10\sqrt{2}\text{ m} ; 6 \text{ units} ;
 \frac{1 \pm \sqrt{5}}{2} ; \mathbb{R} \backslash \{1\} ; a \mid b ; n \text{ is even} ; 2\alpha ; 1,2,3 ;
 \theta = 30^\circ ; i^2=-1 ; y = 3+4 ; x=y=2 ; (1, 2), (3, 4) ; 1 \text{ or } 2 ; 3-2i ; x-\frac{1}{2} ; 2^{x-1} ;
-\frac{2}{3}x ; f'(x) ; x(x+1) ; 3(x+2) ; -x^2+4 ; 4n+1 ; 12! ; 6 \times 7 ; 10^{-3} ; $3 x$ ; 7 k + 1 ;
-\frac{m}{n} ; \sin(2x)+1 ; \$32,\!348 ; 4210_{5} ; \left[ \frac{\pi^2}{8}, \frac{5 \pi^2}{4} \right]
+\frac{2}{3}x ; f'(x) ; x(x+1) ; 3(x+2) ; -x^2+4 ; 4n+1 ; 12! ; 6 \times 7 ; 10^{-3} ; $3 x$ ; 8 x y z ;
+3 k ; 15' ; 7 k + 1 ; \frac{m}{n} ; \sin(2x)+1 ; \$32,\!348 ; 4210_{5} ; \left[ \frac{\pi^2}{8}, \frac{5 \pi^2}{4} \right]
 """
 
 

@@ -18,7 +18,8 @@ FRACTIONS = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"
 SYMBOLS = {
     "−": "-", "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "∙": r"\cdot ", "÷": r"\div ", "∞": r"\infty ",
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
-    "°": r"^\circ ", "∅": r"\emptyset ", "⁄": "/", "∕": "/", "％": "%", "ℝ": r"\mathbb{R}", "ℕ": r"\mathbb{N}",
+    "°": r"^\circ ", "∅": r"\emptyset ", "⁄": "/", "∕": "/", "％": "%", "′": "'", "″": "''",
+    "ℝ": r"\mathbb{R}", "ℕ": r"\mathbb{N}",
     "ℤ": r"\mathbb{Z}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
 }  # fmt: skip
 GREEK = "alpha beta gamma delta epsilon theta lambda mu pi sigma phi omega".split()
@@ -237,10 +238,10 @@ def _refuse_ambiguous(text: str, marked_up: bool) -> None:
             raise Misread(f"its comma separates decimals or two numbers; write {whole}.{part} or {whole}, {part}")
     if re.fullmatch(r"[+-]?\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?", text):
         raise Misread(f"it is one number or several; write {text.replace(',', '')} or {text.replace(',', ', ')}")
-    if re.fullmatch(r"[+-]?[\d.,]*\d\s*(?:[KMB]|bn)" if marked_up else r"[+-]?[\d.,]*\d\s*(?:[KMBk]|bn)", text):
+    if re.fullmatch(r"[+-]?[\d.,]*\d(?:\s*[KMB]|\s*bn|k)", text) and not (marked_up and text.endswith("k")):
         raise Misread("its letter is a multiple, a unit or a variable; write the number out")
-    if re.search(r"\d\s*['\"\u2032]", text):
-        raise Misread("its marks are feet, inches, minutes or derivatives; write one number")
+    if re.search(r"\d\s*['\"]+\s*\d", text):
+        raise Misread("its marks are feet and inches, or minutes and seconds; write one number")
     if re.fullmatch(rf"{NUMBER}\s+\((?:{VALUE}|[A-Za-z ]{{2,}}|[^()]*%)\)", text):
         raise Misread("what is in brackets is a factor to math-verify; keep one of the two")
     if len({"%" in part for part in re.split(r"\bor\b|\\text\s*\{\s*or\s*\}", text)}) > 1:
@@ -264,7 +265,9 @@ def _unit(rest: str, spaced: bool, marked_up: bool) -> str | None:
     rest = rest.strip()
     if re.fullmatch(r"\^\s*\{?\\circ\s*\}?\s*(?:\\(?:text|mathrm)\s*\{\s*)?[CFK]\s*\}?", rest):
         return ""
-    word = re.sub(r"^\\(?:text|mathrm|textrm|mbox|,|;|:|!| )+\s*\{?\s*|\}(?=$|\^)", "", rest).strip()
+    word = re.sub(r"^(?:\\[,;:! ]|[~\s])+", "", rest)
+    if in_text := re.fullmatch(r"\\(?:text|mathrm|textrm|mbox)\s*\{[~\s]*([^{}]*)\}(\^.+)?", word):
+        word = in_text[1].strip() + (in_text[2] or "")
     if re.fullmatch(r"\\?%|(?i:per\s?cent|percent|percentage|pct)", word):
         return r"\%"
     if set(re.findall("[a-z]+", word.lower())) & {*GREEK, *FUNCTIONS, "sqrt", "inf"} or not (
@@ -275,11 +278,12 @@ def _unit(rest: str, spaced: bool, marked_up: bool) -> str | None:
     lowered = [part.lower() for part in parts]
     if set(lowered) & NO_UNITS - ({"in", "per", "of"} if len(parts) > 1 or lowered == ["in"] else set()):
         raise Misread(f"{rest!r} after the number changes it")
-    if word != rest:  # in \text{...}
+    if in_text:
         return ""
+    spaced = spaced or word != rest
     letters = [part for part in parts if len(part) == 1]
     compound = re.search(r"/|\\cdot", word)
-    if spaced and len(letters) > 1 and not compound:
+    if len(letters) > 1 and not compound and set(lowered) <= SHORT_UNITS:
         raise Misread(f"{rest!r} after the number is a unit or a product; write \\text{{{rest}}}, or no spaces")
     known = LETTER_UNITS | (IN_COMPOUNDS if compound else set())
     if spaced and marked_up and set(parts) & (LETTER_UNITS | {"u"}):

@@ -116,7 +116,8 @@ def test_what_has_one_meaning_is_rewritten(gold, right, wrong):
         "12 K", "12 C", "5 T", "10 u", "$12 J$", "$3 nm$", "100K", "5k", "3M", "2B", "2 xy", "5'6\"", "5′6″",
         "0.5 (1/2)", "12 (3)", "12 (a dozen)", "0.05 or 5%", "max(1,2)", "abs(x)", "nCr(5,2)", "C(5,2)", "3+4=7",
         "12 = 3 * 4", "$2^{3}=8$", "1=1", r"\pi = 3", "0,5", "3,14", "$3,14$", "12,5", "12,34", "1234,567", "0,125",
-        "1,00,000", "6mn", "3 a b", "2ab", "between 3 and 5", "about 12", "20 mod 7", "twenty seven", "If $x=2$ then $y=3$.",
+        "1,00,000", "6mn", "3 a b", "2ab", "between 3 and 5", "about 12", "20 mod 7", "twenty seven",
+        "If $x=2$ then $y=3$.",
     ],
 )  # fmt: skip
 def test_what_has_several_meanings_is_refused(gold):
@@ -137,7 +138,8 @@ n! ; \binom{5}{2} ; (1,2) ; [0,1) ; (1,2,3) ; (-\infty, -2) \cup (2, \infty) ;
 \frac{1 \pm \sqrt{5}}{2} ; \mathbb{R} \backslash \{1\} ; a \mid b ; n \text{ is even} ; 2\alpha ; 1,2,3 ;
 \theta = 30^\circ ; i^2=-1 ; y = 3+4 ; x=y=2 ; (1, 2), (3, 4) ; 1 \text{ or } 2 ; 3-2i ; x-\frac{1}{2} ; 2^{x-1} ;
 \frac{2}{3}x ; f'(x) ; x(x+1) ; 3(x+2) ; -x^2+4 ; 4n+1 ; 12! ; 6 \times 7 ; 10^{-3} ; $3 x$ ; 8 x y z ;
-3 k ; 15' ; 7 k + 1 ; \frac{m}{n} ; \sin(2x)+1 ; \$32,\!348 ; 4210_{5} ; \left[ \frac{\pi^2}{8}, \frac{5 \pi^2}{4} \right]
+3 k ; 15' ; 7 k + 1 ; \frac{m}{n} ; \sin(2x)+1 ; \$32,\!348 ; 4210_{5} ;
+\left[ \frac{\pi^2}{8}, \frac{5 \pi^2}{4} \right]
 """
 
 

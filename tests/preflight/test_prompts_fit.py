@@ -1,13 +1,16 @@
 """Prompts that the chat template or the vocabulary cannot take are refused before training."""
 
+from types import SimpleNamespace
+
 import pytest
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
 from tests.helpers import CHAT_TEMPLATE, config_kwargs, parity_reward, prompt_dataset
 from trl_capo import CAPOConfig, CAPOTrainer
 from trl_capo.errors import UserError
-from trl_capo.preflight.prompts import check_prompts_fit
+from trl_capo.models.prompts import tokenize
+from trl_capo.preflight.prompts import check_lengths_fit, check_prompts_fit
 
 
 REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT_TEMPLATE
@@ -70,6 +73,33 @@ def test_tokens_outside_the_vocabulary(tokenizer):
     tokenizer.add_special_tokens({"pad_token": "<new>"})
     with pytest.raises(UserError, match="pad_token '<new>' has id"):
         check_prompts_fit(tokenizer, 17, None, train_dataset=rows())
+
+
+@pytest.mark.parametrize("conversations", [False, True])
+def test_prompts_beyond_the_context(tokenizer, conversations):
+    """Position 1,500 of 1,501 rows is found, and a prompt that just fits is not refused."""
+
+    def prompts(tokens):
+        texts = ["1"] * 1500 + ["1" * tokens]
+        return Dataset.from_dict(
+            {"prompt": [[{"role": "user", "content": text}] for text in texts] if conversations else texts}
+        )
+
+    around = 0 if not conversations else len(tokenize(tokenizer, [[{"role": "user", "content": "1"}]])[0]) - 1
+    config, args = Qwen2Config(max_position_embeddings=64), SimpleNamespace(max_completion_length=24)
+    args.chat_template_kwargs = None
+    check_lengths_fit(tokenizer, config, args, train_dataset=prompts(40 - around), eval_dataset=None)
+    with pytest.raises(UserError, match=r"eval_dataset\['hard'\]: row 1500 has a prompt of 41 tokens.*leaves 40"):
+        check_lengths_fit(tokenizer, config, args, eval_dataset={"hard": prompts(41 - around)})
+    check_lengths_fit(tokenizer, PreTrainedConfig(), args, train_dataset=prompts(500))
+
+
+def test_a_trainer_refuses_prompts_beyond_the_context(tiny_model, tmp_path):
+    args = CAPOConfig(**config_kwargs(tmp_path / "run", ref_ppl_mask=False))
+    context = Qwen2Config.from_pretrained(tiny_model).max_position_embeddings
+    long = Dataset.from_dict({"prompt": ["1+1="] * 7 + ["1" * context]})
+    with pytest.raises(UserError, match=f"row 7 has a prompt of {context} tokens. With max_completion_length="):
+        CAPOTrainer(tiny_model, parity_reward, args, long)
 
 
 @pytest.mark.parametrize("as_instance", [False, True])

@@ -18,7 +18,8 @@ FRACTIONS = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"
 SYMBOLS = {
     "−": "-", "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "∙": r"\cdot ", "÷": r"\div ", "∞": r"\infty ",
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
-    "°": r"^\circ ", "∅": r"\emptyset ", "⁄": "/", "∕": "/", "％": "%", "ℝ": r"\mathbb{R}", "ℕ": r"\mathbb{N}",
+    "°": r"^\circ ", "∅": r"\emptyset ", "⁄": "/", "∕": "/", "％": "%", "′": "'", "″": "''",
+    "ℝ": r"\mathbb{R}", "ℕ": r"\mathbb{N}",
     "ℤ": r"\mathbb{Z}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
 }  # fmt: skip
 GREEK = "alpha beta gamma delta epsilon theta lambda mu pi sigma phi omega".split()
@@ -38,8 +39,11 @@ NO_UNITS = set(
 ) | set(GREEK) | set(FUNCTIONS)  # fmt: skip
 SHORT_UNITS = set(
     "mm cm dm km kg mg ml cl dl ft in yd mi lb lbs oz hr hrs min mins sec secs ms kw kj mw hz kb mb gb kmh kph mph "
-    "m s g h l".split()
+    "wk wks yr yrs qt qts kwh khz mhz ghz rpm bpm ppm mpg pcs m s g h l".split()
 )  # fmt: skip
+# Units to those who write text, variables to those who write formulas; K is also a thousand.
+LETTER_UNITS, IN_COMPOUNDS = set("J N V W Ω Pa kPa dB mV mA nm pt pts ha".split()), set("ACFKT")
+NAMES = "max min abs gcd lcm hcf nCr nPr det mod lim sup sgn arg sum".split()
 CURRENCIES = r"(?:(?:US|CA|AU)?\s?\\?\$|[€£¥₹]|USD|EUR|GBP|Rs\.?)"
 CONNECTORS = re.compile(r"(?:\s|,|;|and|or|\.$)*", re.IGNORECASE)
 SPAN = re.compile(r"(?<!\\)\$\$(.+?)(?<!\\)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
@@ -126,9 +130,17 @@ def _span(text: str) -> str:
 # From notations to LaTeX.
 
 
-def rewrite(text: str) -> str:
-    """One answer in LaTeX that math-verify reads; raises `Misread` for notations of several meanings."""
-    text = re.sub(r"\\!\s*", "", _unicode(text))
+def rewrite(text: str, marked_up: bool = False) -> str:
+    """One answer in LaTeX that math-verify reads; raises `Misread` for notations of several meanings.
+
+    Args:
+        text: What `unwrap` leaves.
+        marked_up: Whether it stood between dollars or in a box: there `1-1/2` is a difference and `2k` a product.
+    """
+    text = re.sub(r"\\!\s*", "", _unicode(text)).replace("{,}", ",")
+    text = re.sub(rf"\\operatorname\*?\{{({'|'.join(FUNCTIONS)})\}}", r"\\\1", text)
+    if found := re.fullmatch(rf"\\(?:text|textbf|mathrm|mbox)\{{({NUMBER}\s+[A-Za-z ]+)\}}", text):
+        text = found[1]
     text = re.sub(r",\s*(and|or)\s", r" \1 ", text)
     text = re.sub(r"\^(-\d+)", r"^{\1}", text)
     text = re.sub(r"(?<=\d) ?[xX] ?(?=10\^)", r" \\times ", text)
@@ -143,8 +155,14 @@ def rewrite(text: str) -> str:
         return text.replace(",", ".")
     if found := re.fullmatch(r"([+-]?\d+(?:\.\d+)?)\s*(?:[eE]|\*\s*10\s*(?:\^|\*\*))\s*\{?\+?(-?\d+)\}?", text):
         return rf"{found[1]} \times 10^{{{found[2]}}}"
-    if found := re.fullmatch(r"([+-]?)\s*(\d+)(?:\s+|\s*-\s*|\s*&\s*)(\d+)\s*/\s*(\d+)", text):
+    _refuse_ambiguous(text, marked_up)
+    if found := re.fullmatch(r"([+-]?\d+)\.(\d*)\\overline\{(\d+)\}", text):
+        return _repeating(*found.groups())
+    if found := re.fullmatch(r"([+-]?)\s*(\d+)(?:\s+|\s*&\s*)(\d+)\s*/\s*(\d+)", text):
         return _mixed(text, *found.groups())
+    text = re.sub(r"(?<=\d)(\s*)\\[dt]?frac\s*(\d)\s*(\d)(?!\d)", r"\1\\frac{\2}{\3}", text)
+    if found := re.fullmatch(r"([+-]?)\s*(?:(\d+)\s*)?\\[dt]?frac\{(\d+)\}\{(\d+)\}\s*\\?%", text):
+        return _percent(*found.groups())
     if found := re.fullmatch(r"([+-]?)\s*(\d+)\s*\\[dt]?frac\{(\d+)\}\{(\d+)\}", text):
         return _mixed(text, *found.groups()) if found[1] == "-" else text
     if found := re.fullmatch(r"(\d+)\s*(?:st|nd|rd|th|\^\{?\\(?:text|mathrm)\{(?:st|nd|rd|th)\}\}?)", text):
@@ -160,9 +178,11 @@ def rewrite(text: str) -> str:
     if found := re.fullmatch(rf"({CURRENCIES}\s*)?({VALUE})(\s*{CURRENCIES})?(\s*[^\d\s].*)?", text, re.DOTALL):
         value = found[2] if re.fullmatch(NUMBER, found[2]) else re.sub(r"^([+-]?\d+),(\d+)$", r"\1.\2", found[2])
         if (found[1] or found[3]) and not found[4]:
-            return rewrite(value)
-        if found[4] and (unit := _unit(found[4], spaced=found[4][0].isspace())) is not None:
-            return rewrite(value) + unit
+            return rewrite(value, True)
+        if found[4] and (unit := _unit(found[4], found[4][0].isspace(), marked_up)) is not None:
+            value = rewrite(value, True)
+            value = re.sub(r"^([+-]?)\s*(\d+)\s*/\s*(\d+)$", r"\1\\frac{\2}{\3}", value) if unit else value
+            return rewrite(value + unit, True) if unit and "frac" in value else value + unit
         if found[1] and found[4]:
             raise Misread("what stands beside the number changes it")
     if re.fullmatch(r"\(?[A-Za-z]\)?[.):]", text):
@@ -188,27 +208,100 @@ def _mixed(text: str, sign: str, whole: str, top: str, bottom: str) -> str:
     return rf"{sign.replace('+', '')}\frac{{{int(whole) * int(bottom) + int(top)}}}{{{bottom}}}"
 
 
-def _unit(rest: str, spaced: bool) -> str | None:
-    r"""What stays of what follows a number: nothing of a unit, `\%` of per cent; None if it is part of a formula."""
+def _repeating(whole: str, fixed: str, repeated: str) -> str:
+    """A repeating decimal as a fraction."""
+    bottom = 10 ** len(fixed) * (10 ** len(repeated) - 1)
+    top = abs(int(whole + fixed + repeated)) - abs(int(whole + fixed))
+    divisor = math.gcd(top, bottom)
+    return rf"{'-' if whole[0] == '-' else ''}\frac{{{top // divisor}}}{{{bottom // divisor}}}"
+
+
+def _percent(sign: str, whole: str | None, top: str, bottom: str) -> str:
+    """A fraction of a hundredth, which math-verify cannot read with its percent sign."""
+    if not int(bottom) or (whole and not 0 < int(top) < int(bottom)):
+        raise Misread("it is no mixed number")
+    over = int(whole or 0) * int(bottom) + int(top)
+    if 10**9 * over % int(bottom) == 0:
+        return f"{sign}{over / int(bottom):.9f}".rstrip("0").rstrip(".") + r"\%"
+    divisor = math.gcd(over, 100 * int(bottom))
+    return rf"{sign.replace('+', '')}\frac{{{over // divisor}}}{{{100 * int(bottom) // divisor}}}"
+
+
+def _refuse_ambiguous(text: str, marked_up: bool) -> None:
+    """Raises `Misread` for notations that have a meaning to math-verify, but perhaps another to their author."""
+    if not marked_up and re.fullmatch(r"[+-]?\d+-\d+\s*/\s*\d+", text):
+        whole, _, part = text.rpartition("-")
+        raise Misread(f"it is a mixed number or a difference; write {whole} {part} or ${text}$")
+    if re.fullmatch(r"[+-]?\d+,\d+", text) and not re.fullmatch(r"[+-]?[1-9]\d{0,2},\d{3}", text):
+        whole, _, part = text.partition(",")
+        if not re.fullmatch(r"0\d*", part) or part == "0":
+            raise Misread(f"its comma separates decimals or two numbers; write {whole}.{part} or {whole}, {part}")
+    if re.fullmatch(r"[+-]?\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?", text):
+        raise Misread(f"it is one number or several; write {text.replace(',', '')} or {text.replace(',', ', ')}")
+    if re.fullmatch(r"[+-]?[\d.,]*\d(?:\s*[KMB]|\s*bn|k)", text) and not (marked_up and text.endswith("k")):
+        raise Misread("its letter is a multiple, a unit or a variable; write the number out")
+    if re.search(r"\d\s*['\"]+\s*\d", text):
+        raise Misread("its marks are feet and inches, or minutes and seconds; write one number")
+    if re.fullmatch(rf"{NUMBER}\s+\((?:{VALUE}|[A-Za-z ]{{2,}}|[^()]*%)\)", text):
+        raise Misread("what is in brackets is a factor to math-verify; keep one of the two")
+    if len({"%" in part for part in re.split(r"\bor\b|\\text\s*\{\s*or\s*\}", text)}) > 1:
+        raise Misread("math-verify would take it for two answers; keep one of them")
+    plain = re.sub(r"\\(?!(?:" + "|".join(set(GREEK) - {"pi"}) + r")\b)[A-Za-z]+", " ", text)
+    if re.search(r"(?<![<>!:])=", plain) and not re.search(r"[^\W\d_]", plain):
+        raise Misread("it is an equation between numbers, which is true or false; keep the side that is the answer")
+    if found := re.search(rf"(?<![\\A-Za-z])(?:{'|'.join(NAMES)})(?![A-Za-z])|(?<![\\A-Za-z])[CP](?=\(\d+,)", text):
+        raise Misread(f"math-verify would take {found[0]!r} for a product of letters; write the value or LaTeX")
+
+
+UNIT = r"[A-Za-zΩμ]+(?:\^\{?-?[1-9]\}?)?"
+UNITS = re.compile(rf"{UNIT}(?:(?:\s*/\s*|\s*\\cdot\s*|\s+|(?<=[A-Za-z]{{3}})-(?=[A-Za-z]{{3}})){UNIT})*")
+
+
+def _unit(rest: str, spaced: bool, marked_up: bool) -> str | None:
+    r"""What stays of what follows a number: nothing of a unit, `\%` of per cent; None if it is part of a formula.
+
+    A unit to some and a variable to others is refused.
+    """
     rest = rest.strip()
-    word = re.sub(r"^\\(?:text|mathrm|textrm|mbox|,|;|:|!| )+\s*\{?\s*|\}(?=$|\^)", "", rest).strip()
+    if re.fullmatch(r"\^\s*\{?\\circ\s*\}?\s*(?:\\(?:text|mathrm)\s*\{\s*)?[CFK]\s*\}?", rest):
+        return ""
+    word = re.sub(r"^(?:\\[,;:! ]|[~\s])+", "", rest)
+    if in_text := re.fullmatch(r"\\(?:text|mathrm|textrm|mbox)\s*\{[~\s]*([^{}]*)\}(\^.+)?", word):
+        word = in_text[1].strip() + (in_text[2] or "")
     if re.fullmatch(r"\\?%|(?i:per\s?cent|percent|percentage|pct)", word):
         return r"\%"
-    plain = re.sub(r"\^?\{?-?[23]?\}?$", "", word)
-    parts = [part for part in re.split(r"[\s/.-]+|\\cdot|\^\{?-?\d\}?|\bper\b|\bof\b", plain) if part]
-    if not parts or not all(part.isalpha() for part in parts):
+    if set(re.findall("[a-z]+", word.lower())) & {*GREEK, *FUNCTIONS, "sqrt", "inf"} or not (
+        UNITS.fullmatch(word.rstrip("."))
+    ):
         return None
+    parts = re.findall(r"[A-Za-zΩμ]+", re.sub(r"\\cdot", " ", word))
     lowered = [part.lower() for part in parts]
-    if set(lowered) & NO_UNITS - {"in"}:
+    if set(lowered) & NO_UNITS - ({"in", "per", "of"} if len(parts) > 1 or lowered == ["in"] else set()):
         raise Misread(f"{rest!r} after the number changes it")
-    if word != rest:  # in \text{...}
+    if in_text:
         return ""
-    units = [part in SHORT_UNITS or len(part) >= 3 for part in lowered]
-    if not all(units):
-        return None
-    if len(lowered) == 1 and len(lowered[0]) == 1 and "^" in word:
-        return "" if spaced else None  # `2 m^2` is an area, `2m^2` a formula
-    return "" if spaced or len(lowered[0]) > 1 else None
+    spaced = spaced or word != rest
+    letters = [part for part in parts if len(part) == 1]
+    compound = re.search(r"/|\\cdot", word)
+    if len(letters) > 1 and not compound and set(lowered) <= SHORT_UNITS:
+        raise Misread(f"{rest!r} after the number is a unit or a product; write \\text{{{rest}}}, or no spaces")
+    known = LETTER_UNITS | (IN_COMPOUNDS if compound else set())
+    if spaced and marked_up and set(parts) & (LETTER_UNITS | {"u"}):
+        raise Misread(f"{rest!r} after the number is a unit or a variable; write \\text{{{rest}}}, or no space")
+    if all(part in known or part.lower() in SHORT_UNITS or _is_word(part) for part in parts):
+        if len(parts) == len(letters) > 1 and lowered not in (["m", "s"], ["g", "l"]) and not known & set(parts):
+            raise Misread(f"{rest!r} after the number is a unit or a quotient; write \\text{{{rest}}}, or no space")
+        if len(letters) == len(parts) == 1 and "^" in word:
+            return "" if spaced else None  # `2 m^2` is an area, `2m^2` a formula
+        return "" if spaced or len(parts[0]) > 1 else None
+    if spaced and not marked_up and (re.search("[A-ZΩμ]", word) or lowered == ["u"] or len(parts[0]) > 1):
+        raise Misread(f"{rest!r} after the number is no unit that is known here; leave it out, or leave out the space")
+    return None
+
+
+def _is_word(part: str) -> bool:
+    """Whether letters are a word rather than a product of variables, such as `xyz`."""
+    return len(part) >= 3 and part != "abc" and bool(re.search("(?i)[aeiou]", part) or len(part) > 3)
 
 
 def _unicode(text: str) -> str:

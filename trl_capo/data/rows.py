@@ -10,7 +10,6 @@ from trl_capo.errors import UserError
 from trl_capo.models.messages import text_of
 
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 # What TRL's trainer itself hands to reward functions: a column of the name is an error or is replaced without a word.
 RESERVED = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
 EXAMPLES = 3
@@ -121,8 +120,8 @@ def prompt_problem(prompt: Any) -> str | None:
         if not isinstance(message, dict) or "content" not in message:
             return f"has a message without role and content: {str(message)[:80]!r}"
         role, content = message.get("role"), message["content"]
-        if role not in ROLES:
-            return f"has a message whose role is {role!r}, none of {', '.join(ROLES)}"
+        if not isinstance(role, str) or not role.strip():  # which roles there are, the chat template knows
+            return f"has a message whose role is {role!r}, no name of one"
         if content is None and not (role == "assistant" and message.get("tool_calls")):
             return f"has a message of {role!r} without content (null)"
         parts = content if isinstance(content, list) else []

@@ -18,7 +18,7 @@ from trl_capo.errors import UserError
 from trl_capo.models.chat_templates import with_defaults
 from trl_capo.models.source import explained, model_path
 from trl_capo.planning.memory import GIB, KNOWN_OPTIMIZERS, Memory, memory
-from trl_capo.preflight.prompts import check_prompts_fit, vocabulary_of
+from trl_capo.preflight.prompts import check_lengths_fit, check_prompts_fit, vocabulary_of
 
 
 if TYPE_CHECKING:
@@ -205,6 +205,7 @@ def describe(
         )
     rows = dict(train_dataset=train_dataset, eval_dataset=eval_dataset)
     check_prompts_fit(tokenizer, vocabulary_of(config), args.chat_template_kwargs, **rows)
+    check_lengths_fit(tokenizer, config, args, **rows)
     if max_prompt_tokens is None:
         as_asked = with_defaults(tokenizer, args.chat_template_kwargs)
         max_prompt_tokens = max(map(len, tokenize(as_asked, list(train_dataset["prompt"]))))

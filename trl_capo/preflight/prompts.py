@@ -7,6 +7,8 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase
 
 from trl_capo.errors import UserError
+from trl_capo.models.chat_templates import with_defaults
+from trl_capo.models.prompts import tokenize
 
 
 ROWS = 1000  # as many of each set are looked at
@@ -61,6 +63,48 @@ def check_prompts_fit(tokenizer, vocabulary: int | None, chat_template_kwargs: d
             )
 
 
+def check_lengths_fit(tokenizer, config, args, **datasets) -> None:
+    """Refuses prompts that leave less of the model's context than `max_completion_length`. All rows are looked at.
+
+    Args:
+        tokenizer: Processors of images are left alone, and so is None.
+        config: Of the model. One without `max_position_embeddings` has no limit.
+        args: The trainer's configuration.
+        datasets: `train_dataset` and `eval_dataset`, as given to the trainer. Streams are not read.
+
+    Raises:
+        UserError: Names the first such row.
+    """
+    context = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is None or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return
+    tokenizer = with_defaults(tokenizer, args.chat_template_kwargs)
+    limit = context - args.max_completion_length
+    for name, rows in _datasets_with_prompts(datasets):
+        for start in range(0, len(rows), ROWS):
+            prompts = rows[start : start + ROWS]["prompt"]
+            around = _bytes_around(tokenizer, prompts[0])
+            long = [p for p, prompt in enumerate(prompts) if _bytes_at_most(prompt, around) > limit]
+            for p, ids in zip(long, tokenize(tokenizer, [prompts[p] for p in long]), strict=True):
+                if len(ids) > limit:
+                    raise UserError(
+                        f"{name}: row {start + p} has a prompt of {len(ids)} tokens. With max_completion_length="
+                        f"{args.max_completion_length}, the model's context of {context} tokens leaves {limit}. Drop "
+                        f"longer prompts (--max_prompt_tokens {max(limit, 1)} of trl-capo train) or lower "
+                        "max_completion_length."
+                    )
+
+
+def _bytes_around(tokenizer, prompt) -> int:
+    """What the tokenizer may put around a message: no token is shorter than a byte."""
+    return 16 if isinstance(prompt, str) else 16 + len(tokenizer.decode(tokenize(tokenizer, [prompt])[0]).encode())
+
+
+def _bytes_at_most(prompt, around: int) -> int:
+    messages = [prompt] if isinstance(prompt, str) else [str(message) for message in prompt]
+    return around * len(messages) + sum(len(text.encode()) for text in messages)
+
+
 def check_prompts(model, args, given: dict) -> bool:
     """`check_prompts_fit`, as far as it can be done without the Hub: also before the model is loaded.
 
@@ -88,6 +132,7 @@ def check_prompts(model, args, given: dict) -> bool:
         return False
     datasets = {name: given[name] for name in ("train_dataset", "eval_dataset")}
     check_prompts_fit(tokenizer, vocabulary_of(config), args.chat_template_kwargs, **datasets)
+    check_lengths_fit(tokenizer, config, args, **datasets)
     return True
 
 
@@ -96,14 +141,18 @@ def vocabulary_of(config) -> int | None:
     return None if config is None else getattr(config.get_text_config(), "vocab_size", None)
 
 
-def _first_prompts(datasets: dict) -> Iterator[tuple[str, object]]:
+def _datasets_with_prompts(datasets: dict) -> Iterator[tuple[str, Dataset]]:
     for name, dataset in datasets.items():
         parts = dataset if isinstance(dataset, dict) else {None: dataset}
         for part, rows in parts.items():
             if isinstance(rows, Dataset) and "prompt" in rows.column_names:
-                label = name if part is None else f"{name}[{part!r}]"
-                for prompt in rows.select(range(min(ROWS, len(rows))))["prompt"]:
-                    yield label, prompt
+                yield (name if part is None else f"{name}[{part!r}]"), rows
+
+
+def _first_prompts(datasets: dict) -> Iterator[tuple[str, object]]:
+    for name, rows in _datasets_with_prompts(datasets):
+        for prompt in rows.select(range(min(ROWS, len(rows))))["prompt"]:
+            yield name, prompt
 
 
 def _check_special_tokens(tokenizer, vocabulary: int) -> None:

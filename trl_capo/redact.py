@@ -160,7 +160,8 @@ def _is_prose(name: str, between: str, text: str, begin: int, start: int) -> boo
     """Whether a name that is an everyday word too is no more than that: what follows does not look like a secret."""
     if not _EVERYDAY.fullmatch(name):
         return False
-    word = _WORD.match(text, start)[1]  # bounded: a text may be one long value
+    found = _WORD.match(text, start)  # bounded: a text may be one long value
+    word = found[1] if found else ""
     if name.lower() == "key" and re.fullmatch(r"-?\d[\d.]*", word):
         return True
     if between.strip() == ":":

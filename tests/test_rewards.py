@@ -196,9 +196,7 @@ def test_an_item_stuck_in_c_is_ended_at_once(make_reward):
     with pytest.raises(TimeoutError):
         stuck.result()
     assert reward(as_completions([r"\boxed{1}"]), ["$1$"]) == [1.0]
-    assert (
-        time.monotonic() - begin < 3
-    )  # pebble's polite request goes unheard for 3 seconds, in which nobody gets work
+    assert time.monotonic() - begin < 30  # the sum takes minutes, and Python does not hear a polite request while in C
 
 
 def test_a_worker_that_dies_costs_one_item(make_reward):

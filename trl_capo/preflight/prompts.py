@@ -1,6 +1,7 @@
 """Whether prompts fit the tokenizer's chat template, and the tokenizer the model's vocabulary."""
 
 import os
+import warnings
 from collections.abc import Iterator
 
 from datasets import Dataset
@@ -80,6 +81,14 @@ def check_lengths_fit(tokenizer, config, args, **datasets) -> None:
         return
     tokenizer = with_defaults(tokenizer, args.chat_template_kwargs)
     limit = context - args.max_completion_length
+    if limit < 1:  # TRL trains here, and so do its own defaults with a small model: said, not refused
+        warnings.warn(
+            f"max_completion_length={args.max_completion_length} exceeds the model's context of {context} tokens: "
+            "longer completions use positions that the model has never seen.",
+            UserWarning,
+            stacklevel=2,
+        )
+        limit = context - 1
     for name, rows in _datasets_with_prompts(datasets):
         for start in range(0, len(rows), ROWS):
             prompts = rows[start : start + ROWS]["prompt"]
@@ -90,7 +99,7 @@ def check_lengths_fit(tokenizer, config, args, **datasets) -> None:
                     raise UserError(
                         f"{name}: row {start + p} has a prompt of {len(ids)} tokens. With max_completion_length="
                         f"{args.max_completion_length}, the model's context of {context} tokens leaves {limit}. Drop "
-                        f"longer prompts (--max_prompt_tokens {max(limit, 1)} of trl-capo train) or lower "
+                        f"longer prompts (--max_prompt_tokens {limit} of trl-capo train) or lower "
                         "max_completion_length."
                     )
 

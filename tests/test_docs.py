@@ -2,6 +2,7 @@
 
 import json
 import re
+from pkgutil import resolve_name
 
 from trl_capo.data.catalogue import CATALOGUE
 from trl_capo.methods import METHODS
@@ -52,6 +53,22 @@ def test_links_in_the_documentation_lead_somewhere(repository):
             assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
             links += 1
     assert links >= 8
+
+
+def test_modules_and_files_in_the_documentation_exist(repository):
+    """A name that moved is a lie in every page that still has the old one."""
+    pages = [*repository.glob("*.md"), *repository.glob("docs/*.md"), *repository.glob("recipes/**/*.md")]
+    modules, files = 0, 0
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for name in set(re.findall(r"\btrl_capo(?:\.[A-Za-z_]\w*)+", text)):
+            resolve_name(name)
+            modules += 1
+        for path in set(re.findall(r"\b(?:trl_capo|tests|benchmarks|docs|recipes)/[\w./-]+\.\w+", text)):
+            pattern = re.sub(r"\b[A-Z]{4,}\b|(?<=config_)[A-Z]+", "*", path)  # METHOD stands for any
+            assert list(repository.glob(pattern)), f"{page.name}: {path}"
+            files += 1
+    assert modules > 20 and files > 20
 
 
 def test_step_cost_figures_are_the_committed_results(repository):

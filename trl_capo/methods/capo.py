@@ -37,7 +37,7 @@ class CAPOTrainer(GroupAdvantageTrainer):
         from trl.rewards import accuracy_reward
 
         from trl_capo import CAPOConfig, CAPOTrainer
-        from trl_capo.data.gold import drop_unparsable_gold
+        from trl_capo.data.conversations import drop_unparsable_gold
 
         trainer = CAPOTrainer(
             model="Qwen/Qwen2.5-Math-1.5B",

@@ -130,7 +130,7 @@ def test_bad_input_is_found_before_anything_is_sampled(tiny_model, tmp_path, cap
     lines = [json.dumps({"prompt": "1+1=", "solution": "2"})] * 50
     for row, message in (
         ({"prompt": "1" * 40000, "solution": "2"}, "has 40000 tokens"),
-        ({"prompt": None, "solution": "2"}, "the prompt of row 50 is null"),
+        ({"prompt": None, "solution": "2"}, "row 50 has no question"),
     ):
         questions.write_text("\n".join([*lines, json.dumps(row)]))
         command = ["evaluate", tiny_model, "--benchmark", str(questions), "--output_dir", str(tmp_path / "out")]

@@ -11,8 +11,8 @@ from tests.helpers import config_kwargs, parity_reward, prompt_dataset
 from trl_capo import GroupAdvantageConfig, GroupAdvantageTrainer
 from trl_capo.calibration.metrics import auc_within
 from trl_capo.trainer.fast_step import FastGRPOTrainer
+from trl_capo.trainer.metrics import CalibrationLogging
 from trl_capo.trainer.resumable import ResumableGRPOTrainer
-from trl_capo.trainer.window import CalibrationLogging
 
 
 def parameters(trainer):

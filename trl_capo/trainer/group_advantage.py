@@ -23,9 +23,9 @@ from trl_capo.errors import UserError
 from trl_capo.trainer.config import GroupAdvantageConfig
 from trl_capo.trainer.groups import RolloutGroups
 from trl_capo.trainer.idle import IdleWatch
+from trl_capo.trainer.metrics import CalibrationLogging
 from trl_capo.trainer.repack import Batch
 from trl_capo.trainer.scoring import GroupScoringTrainer
-from trl_capo.trainer.window import CalibrationLogging
 
 
 class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):

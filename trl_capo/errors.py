@@ -21,7 +21,7 @@ class UserErrors(UserError):
 
 
 def one_line(text: str, limit: int = 2000) -> str:
-    """A text as one line of bounded length, for messages and logs: completions can be as long as a context.
+    r"""A text as one line of bounded length, for messages and logs: completions can be as long as a context.
 
     Args:
         text: Any text.

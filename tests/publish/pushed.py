@@ -50,7 +50,17 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def belongs(name: str) -> bool:
     return not name.startswith(
-        ("checkpoint", "optimizer", "training_args", "completions", "runs", "slurm", "m.jsonl", "trl_capo_run")
+        (
+            "checkpoint",
+            "optimizer",
+            "training_args",
+            "completions",
+            "runs",
+            "slurm",
+            "m.jsonl",
+            "trl_capo_run",
+            "trainer_state",
+        )
     )
 
 

@@ -18,6 +18,10 @@ from tests.fake_hub import running_hub
 from tests.helpers import save_tiny_model
 
 
+# A failing assert of this module shows its values, as one in a test module does.
+pytest.register_assert_rewrite("tests.trainer.runs")
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> str:
     """Folder of a two-layer random Qwen2 with a character tokenizer."""

@@ -87,7 +87,7 @@ def print_health(found: dict[str, dict]) -> None:
     from rich.table import Table
 
     lines: dict[str, Callable[[dict], Any]] = {
-        "rows": lambda numbers: f"{numbers['rows']:,}" + (f" of {numbers['expected_rows']:,}" if "expected_rows" in numbers else ""),
+        "rows": _rows,
         "licence": lambda numbers: numbers.get("licence", "-"),
         "empty questions": lambda numbers: numbers["empty_questions"],
         "repeated questions": lambda numbers: numbers["repeated_questions"],
@@ -121,6 +121,11 @@ def as_answer(gold: str) -> str:
         ('\\boxed{\\frac{1}{2}}', 'so \\boxed{4}')
     """
     return gold if r"\boxed" in gold else rf"\boxed{{{gold.strip('$')}}}"
+
+
+def _rows(numbers: dict) -> str:
+    expected = f" of {numbers['expected_rows']:,}" if "expected_rows" in numbers else ""
+    return f"{numbers['rows']:,}{expected}"
 
 
 def _within(part: str, name: str, numbers: dict) -> Any:

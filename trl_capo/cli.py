@@ -1,7 +1,7 @@
 """The `trl-capo` command: `trl-capo train --config recipe.yaml`, `trl-capo demo`, ...
 
-Each command is a module of `trl_capo.scripts` with a `main(argv)`. It is imported only once it has been chosen, so
-that `trl-capo --help` answers at once: nothing here, nor anything this module imports, may import torch or TRL.
+Each command is a module in `trl_capo.scripts` with a `main(argv)`. A command is imported only when you choose it, so
+that `trl-capo --help` answers immediately. Neither this module nor its imports may import torch or TRL.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from trl_capo.errors import UserError, UserErrors, one_line
 from trl_capo.processes import Stopped, stopping_on_signals
 
 
-# One line a command: the name of its module in `trl_capo.scripts`, and what `--help` says about it.
+# One line per command: the name of its module in `trl_capo.scripts`, and its description in `--help`.
 COMMANDS = {
     "train": "train a model with CAPO or GRPO (see trl-capo train --help, recipes/)",
     "data": "check a dataset, or keep the questions that a model answers now rightly, now wrongly",
@@ -30,9 +30,9 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return the exit code: 0 if it succeeded, 2 if the user has something to mend.
+    """Run one command and return the exit code: 0 on success, 2 if the user has something to fix.
 
-    A command that a signal stops returns 128 plus the signal's number, as shells do.
+    A command stopped by a signal returns 128 plus the signal's number, as shells do.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv:
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         number = error.signal if isinstance(error, Stopped) else signal.SIGINT
         print(f"\ntrl-capo {name}: stopped by {number.name}{_how_to_resume(name, arguments)}", file=sys.stderr)
         return 128 + number
-    except (OSError, UserError) as error:  # the user's to mend; any other error keeps its traceback
+    except (OSError, UserError) as error:  # the user can fix these; any other error keeps its traceback
         if os.environ.get("TRL_CAPO_TRACEBACK"):
             raise
         for problem in error.problems if isinstance(error, UserErrors) else [_one_line(error)]:

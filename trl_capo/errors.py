@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, and texts that are short enough to be read."""
+"""Errors that the user can fix, and texts that are short enough to read."""
 
 
 class UserError(ValueError):
@@ -9,10 +9,10 @@ class UserError(ValueError):
 
 
 class UserErrors(UserError):
-    """Several of them, found together; the command line prints one line for each.
+    """Several user errors, found together. The command line prints one line for each.
 
     Attributes:
-        problems: A message each.
+        problems: One message per error.
     """
 
     def __init__(self, problems: list[str]):
@@ -21,14 +21,14 @@ class UserErrors(UserError):
 
 
 def one_line(text: str, limit: int = 2000) -> str:
-    r"""A text as one line of bounded length, for messages and logs: completions can be as long as a context.
+    r"""A text as one line of bounded length, for messages and logs, because completions can be very long.
 
     Args:
         text: Any text.
-        limit: Characters to keep, from both ends of it.
+        limit: Number of characters to keep, from both ends of the text.
 
     Returns:
-        The text with single spaces, and in place of its middle how much of it is left out.
+        The text with single spaces. A note about the omitted length replaces the middle of a long text.
 
     Example:
         >>> one_line("a  b\n" + 100 * "c", limit=10)

@@ -1,4 +1,4 @@
-"""Libraries that only some users need: asked for by name before any work is spent."""
+"""Optional dependencies, checked before any work starts."""
 
 import importlib.util
 
@@ -13,13 +13,13 @@ MODULES = {
 
 
 def require(extra: str) -> None:
-    """Refuse to go on without the libraries of an extra.
+    """Refuse to continue without the libraries of an extra.
 
     Args:
         extra: A key of `MODULES`.
 
     Raises:
-        UserError: If one is not installed; says how to install them.
+        UserError: A library is not installed. The message says how to install it.
     """
     missing = [name for name in MODULES[extra] if importlib.util.find_spec(name) is None]
     if missing:

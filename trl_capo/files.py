@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: JSON, written whole or not at all, and the settings that the folder is of."""
+"""The files in a run's folder: JSON that is written completely or not at all, and the run's settings."""
 
 import json
 import math
@@ -20,20 +20,20 @@ RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  #
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, all or nothing; NaN, which JSON does not know, becomes null, and a secret's value stars.
+    """Write JSON, all or nothing. NaN, which JSON lacks, becomes null; secret values are masked with stars.
 
     Args:
-        path: Where. A run that is killed meanwhile leaves the old file.
+        path: The file to write. A run that is killed during the write keeps the old file.
         content: Dictionaries, lists, text and numbers.
     """
     write_text(path, json.dumps(_clean(content), indent=1, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, all or nothing: a run that is killed meanwhile leaves the old file.
+    """Write a text file in UTF-8, all or nothing: a run that is killed during the write keeps the old file.
 
     Args:
-        path: Where.
+        path: The file to write.
         text: The whole content.
     """
     with replacing(path) as partial:
@@ -42,10 +42,10 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write a file that replaces `path` once the block has ended without an error.
+    """Yield a temporary path. The file written there replaces `path` if the block ends without an error.
 
     Args:
-        path: The file.
+        path: The file to replace.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may write the same file
     try:
@@ -56,10 +56,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file of any kind, all or nothing.
+    """Write a binary file, all or nothing.
 
     Args:
-        path: Where.
+        path: The file to write.
         content: The whole content.
     """
     with replacing(path) as partial:
@@ -67,15 +67,15 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def check_names(what: str, names: Sequence[Any]) -> None:
-    """Refuse names that cannot become files or folders beside each other, on any system.
+    """Refuse names that cannot become files or folders next to each other on every system.
 
     Args:
-        what: What is named, for the message: an option or a key.
-        names: All names of one folder.
+        what: The option or key that holds the names, for the message.
+        names: All names in one folder.
 
     Raises:
-        UserError: A name is not text, leaves its folder, or is reserved, hidden or too long; or two names differ in
-            nothing but case or Unicode form, which some file systems ignore.
+        UserError: A name is not text, leaves its folder, or is reserved, hidden or too long; or two names differ only
+            in case or Unicode form, which some file systems ignore.
     """
     known: dict[str, str] = {}
     for name in names:
@@ -120,15 +120,17 @@ def _clean(content: Any) -> Any:
 
 
 def remember_settings(folder: Path, settings: dict, what: str) -> None:
-    """A folder is of one run: finished parts are not done again, so they must be of the same settings.
+    """Record the settings of a run, or refuse a folder that has others.
+
+    Each folder belongs to one run. Finished parts are reused, so the settings must match.
 
     Args:
-        folder: Where the run is. The settings go into its `settings.json`.
-        settings: Whatever decides the results.
-        what: What the run is, for the message.
+        folder: The run's folder. The settings go into its `settings.json`.
+        settings: Everything that determines the results.
+        what: A description of the run, for the message.
 
     Raises:
-        UserError: The folder is of other settings.
+        UserError: The folder has other settings.
     """
     settings = redact(settings)
     check_settings(folder, settings, what)
@@ -138,7 +140,7 @@ def remember_settings(folder: Path, settings: dict, what: str) -> None:
 
 
 def check_settings(folder: Path, settings: dict, what: str) -> None:
-    """`remember_settings` without writing: a folder that is not there yet is of no settings."""
+    """`remember_settings` without writing. A missing folder has no settings to conflict with."""
     path = folder / SETTINGS
     if not path.exists():
         return

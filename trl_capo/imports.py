@@ -1,4 +1,4 @@
-"""Code of the user's own that an option names: reward functions, methods."""
+"""Import the user's own code that an option names: reward functions, methods."""
 
 import difflib
 import importlib
@@ -14,13 +14,13 @@ def load(option: str, name: str, module: str, attribute: str) -> Any:
     """Import what an option names. Modules in the working directory are found too.
 
     Args:
-        option: Names the option in messages.
-        name: Its value.
-        module: The module in it.
-        attribute: What to take from the module.
+        option: The option's name, for messages.
+        name: The option's value.
+        module: The module named in the value.
+        attribute: The attribute to take from the module.
 
     Raises:
-        UserError: Says which file or name was looked for, and what may have been meant.
+        UserError: The file or name was not found. The message names it and suggests a similar name.
     """
     found = _import(option, name, module)
     if not hasattr(found, attribute):
@@ -31,7 +31,7 @@ def load(option: str, name: str, module: str, attribute: str) -> Any:
 
 
 def hint(name: str, known: list[str]) -> str:
-    """What may have been meant by a name, as the end of a message."""
+    """The end of a message: a suggestion for a misspelt name."""
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f" Did you mean {close[0]!r}?"

@@ -1,15 +1,15 @@
-"""Text that others wrote, quoted in Markdown of ours."""
+"""Quote text that others wrote in our Markdown."""
 
 import re
 
 
-# Fences of Markdown, around text that may have fences of its own.
+# Markdown fences, around text that may contain fences itself.
 BACKTICKS = re.compile(r"`{3,}")
 SPECIAL = re.compile(r"[\\`|<>]|(?<=\])\(")  # code, cells, tags; and a bracket that makes a link or an image
 
 
 def markdown_text(text: str) -> str:
-    r"""Text that Markdown shows as it is: in one line, without tags, links, images, code or cells of its own.
+    r"""Escape text so that Markdown shows it literally, on one line: no tags, links, images, code or cells.
 
     Example:
         >>> print(markdown_text("a|b ![x](../y.png) [0.1, 0.2]"))
@@ -19,6 +19,6 @@ def markdown_text(text: str) -> str:
 
 
 def code_block(text: str, language: str = "") -> str:
-    """A block of code with a fence that nothing in it closes."""
+    """A code block whose fence is longer than any fence in the text."""
     fence = "`" * max([3, *(len(found) + 1 for found in BACKTICKS.findall(text))])
     return f"{fence}{language}\n{text}\n{fence}"

@@ -1,11 +1,11 @@
-"""How a command ends when it is told to, and how nothing that it started outlives it.
+"""Stop a command cleanly, together with every process that it started.
 
-- SIGTERM and SIGHUP end a command as Ctrl-C does: what it was doing is cleaned up, and one line says what happened. If
-  the main thread does not get to it in time (a collective that waits for a lost process, a long call into C), the
+- SIGTERM and SIGHUP end a command as Ctrl-C does: it cleans up and prints one line that says what happened. If the
+  main thread does not react in time (because a collective waits for a lost process, or a call into C takes long), the
   process ends anyway.
-- A process that another one started for itself ends with it, even if that one was killed: it looks at its parent's id
-  once a second, which works in every thread and on every system.
-- `run_child` runs a command in a session of its own, so that all its processes can be ended together.
+- A helper process ends with its parent, even if the parent was killed. It checks its parent's id once a second, which
+  works in every thread and on every system.
+- `Children.run` runs a command in its own session, so that all its processes can be ended together.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from contextlib import contextmanager, suppress
 
 GRACE = 30.0  # seconds between a signal and the end of a process that does not react
 PARENT = "TRL_CAPO_PARENT"  # id of the process that a command belongs to
-# Set by `accelerate launch` and torchrun in the processes that they start.
+# `accelerate launch` and torchrun set these in the processes that they start.
 LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal told this process to stop. Whatever lets Ctrl-C through lets it through.
+    """A signal told this process to stop. Code that lets Ctrl-C through also lets this through.
 
     Attributes:
-        signal: Which.
+        signal: The signal.
     """
 
     def __init__(self, number: int):
@@ -45,7 +45,7 @@ def stopping_on_signals(name: str) -> Iterator[None]:
     """Raise `Stopped` in the main thread at SIGTERM and SIGHUP, and watch the parent if this process has an owner.
 
     Args:
-        name: The command, for the line that is printed if it has to be ended.
+        name: The command's name, for the line printed if the process must be killed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
@@ -83,7 +83,7 @@ _handled: set[int] = set()
 
 
 def _forget_after_fork(numbers: Sequence[int]) -> None:
-    """A forked child shares the socket that signals are written to: its own end would look like the parent's."""
+    """Detach a forked child from the signal socket, because its own end would look like the parent's."""
     if not _handled:
         os.register_at_fork(after_in_child=_reset)
     _handled.update(numbers)
@@ -98,7 +98,7 @@ def _reset() -> None:
 
 
 def _watch(name: str, inbox: socket.socket, numbers: Sequence[int], parent: int | None) -> None:
-    """Runs in a thread: Python's own handlers wait for the main thread to come back from C."""
+    """Runs in a thread, because Python's own handlers wait until the main thread returns from C."""
     deadline, number = None, 0
     while True:
         wait = 1.0 if parent is not None or deadline is not None else None
@@ -119,9 +119,9 @@ def _watch(name: str, inbox: socket.socket, numbers: Sequence[int], parent: int 
 
 
 def end_with_parent(parent: int) -> None:
-    """End this process, at once and whatever it does, soon after its parent has ended. For worker processes.
+    """End this worker process soon after its parent ends, immediately and whatever it is doing.
 
-    Also leaves Ctrl-C, which a terminal sends to all of them, to the parent.
+    A terminal sends Ctrl-C to all processes. The worker ignores it, so that only the parent handles it.
 
     Args:
         parent: Process id of the parent.
@@ -137,10 +137,10 @@ def end_with_parent(parent: int) -> None:
 
 
 class Children:
-    """Commands that run for this process, from any of its threads.
+    """Commands that run for this process, started from any of its threads.
 
     Attributes:
-        stopped: Whether no further command is started.
+        stopped: If true, no further command starts.
     """
 
     def __init__(self) -> None:
@@ -149,23 +149,23 @@ class Children:
         self.stopped = False
 
     def run(self, command: Sequence[str], **options) -> int:
-        """Run a command to its end.
+        """Run a command and wait for it to finish.
 
         Args:
-            command: Its words.
-            options: Of `subprocess.Popen`. `env` is needed.
+            command: The program and its arguments.
+            options: Options of `subprocess.Popen`. `env` is required.
 
         Returns:
-            Its exit code; that of SIGTERM, without starting it, after `stop`.
+            The exit code. After `stop`, the command does not start and the exit code is that of SIGTERM.
         """
         options["env"] = {**options["env"], PARENT: str(os.getpid())}
         with self._lock:
             if self.stopped:
                 return -signal.SIGTERM
-            # A session of its own: Ctrl-C reaches this process alone, which then ends all of the child's.
+            # The child gets its own session: only this process sees Ctrl-C, and it then ends all child processes.
             child = subprocess.Popen(command, start_new_session=True, **options)
             self._running.add(child)
-        code = child.wait()  # interrupted, the child stays known to `stop`
+        code = child.wait()  # if interrupted, `stop` still knows the child
         with self._lock:
             self._running.discard(child)
         if code != 0:
@@ -173,10 +173,10 @@ class Children:
         return code
 
     def stop(self, grace: float = GRACE + 5.0) -> None:
-        """Ask every child to end, end those that do not, and start none from now on.
+        """Ask every child to end, kill those that do not, and start no more.
 
         Args:
-            grace: Seconds that they have to end.
+            grace: Seconds that each child has to end by itself.
         """
         with self._lock:
             self.stopped = True

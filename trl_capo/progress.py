@@ -1,4 +1,4 @@
-"""How far a command is, for the one that started it: a small file, named by a variable, that each report replaces."""
+"""Progress reports from a command to its parent: a small file, named by a variable, that each report replaces."""
 
 import json
 import os
@@ -12,13 +12,13 @@ PROGRESS = "TRL_CAPO_PROGRESS"  # the file
 
 
 def report_progress(done: int, total: int, unit: str, **numbers: float | None) -> None:
-    """Say how far this process is. Does nothing if nobody asked.
+    """Report this process's progress. Does nothing unless a parent asked for it.
 
     Args:
-        done: How many units are done.
-        total: Of how many.
-        unit: What is counted.
-        numbers: What to show beside them; None is left out.
+        done: Number of finished units.
+        total: Number of all units.
+        unit: Name of the unit.
+        numbers: Numbers to show next to the progress. None values are left out.
     """
     if path := os.environ.get(PROGRESS):
         shown = {name: number for name, number in numbers.items() if number is not None}
@@ -26,7 +26,7 @@ def report_progress(done: int, total: int, unit: str, **numbers: float | None) -
 
 
 def read_progress(path: Path) -> dict[str, Any] | None:
-    """The last report, None if there is none."""
+    """The last report, or None."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

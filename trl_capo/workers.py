@@ -1,14 +1,14 @@
-r"""Worker processes that work under a deadline an item: what grades completions in training and in evaluation.
+r"""Worker processes with a deadline for each item. They grade completions in training and in evaluation.
 
-Math-verify's own timeouts are signals: they work in a main thread only, and not before a computation in C has ended,
-so that one `\boxed{\frac{3^{2500000}+1}{7^{1250000}+2}}` holds its process for 11 seconds where 5 are allowed. Here it
-holds one worker, at most until the deadline. `DeadlinePool.start` takes items without waiting.
+Math-verify's own timeouts are signals. They work in the main thread only, and only after a computation in C has ended:
+one `\boxed{\frac{3^{2500000}+1}{7^{1250000}+2}}` blocks its process for 11 seconds where 5 are allowed. Here it blocks
+one worker, at most until the deadline. `DeadlinePool.start` accepts items without waiting.
 
-Assumes that a result depends on the item alone: items that repeat are worked on once.
+Assumes that a result depends on the item alone: repeated items are processed once.
 
-Degenerate cases: an item that misses the deadline is `TIMEOUT`, one whose worker dies `CRASHED`. Where workers cannot
-be started (`can_start_workers`: in a daemonic process, on Windows) the caller does the work itself, without a
-deadline.
+Degenerate cases: an item that misses the deadline is `TIMEOUT`; an item whose worker dies is `CRASHED`. If workers
+cannot be started (see `can_start_workers`: in a daemonic process, or on Windows), the caller does the work itself,
+without a deadline.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_WORKERS = 16
 
 
 class Failure(Enum):
-    """In place of a result."""
+    """Stands in for a missing result."""
 
     TIMEOUT = "timeout"
     CRASHED = "crashed"
@@ -43,13 +43,13 @@ class DeadlinePool:
     """Calls a function on items, `function(*item)`, in worker processes that start when first needed.
 
     Args:
-        function: What a worker does with an item, in its main thread; picklable.
-        num_workers: None: one for each core that this process may use, divided among the ranks of the machine, at most
-            16.
+        function: The function that a worker calls on an item, in its main thread. Must be picklable.
+        num_workers: Number of workers. None means one for each core that this process may use, divided among the ranks
+            on the machine, at most 16.
         deadline: Seconds that one item may take before its worker is killed.
 
     Raises:
-        ValueError: If there is no worker or no time.
+        ValueError: The number of workers or the deadline is too small.
     """
 
     def __init__(self, function: Callable, num_workers: int | None = None, deadline: float = 30.0):
@@ -67,29 +67,29 @@ class DeadlinePool:
         _pools.add(self)
 
     def results(self, items: Sequence[tuple]) -> list[Any]:
-        """The result of each item, or why there is none, whether or not `start` has seen it."""
+        """The result of each item, or a `Failure`. Works whether or not `start` has seen the item."""
         keys = [repr(item) for item in items]  # not every item can be hashed
         with self._lock:
             try:
                 result_of = self._collect(dict(zip(keys, items, strict=True)))
-            except BaseException:  # Ctrl-C, or what the function raised: nobody will ask for the rest
+            except BaseException:  # Ctrl-C, or an error in the function: nobody will ask for the rest
                 self.stop()
                 raise
         return [result_of[key] for key in keys]
 
     def start(self, items: Sequence[tuple]) -> None:
-        """Begins to work and returns at once. The call that asks for these items waits for what is left.
+        """Starts work on the items and returns immediately. `results` waits for the unfinished ones.
 
-        Drops what an earlier `start` began and no call has asked for.
+        Drops items of an earlier `start` whose results nobody has requested.
         """
         with self._lock:
             if self._pending:
-                # Not by cancelling: pebble ends the worker of a cancelled item, which may be on the next one by then.
+                # Do not cancel: pebble kills the worker of a cancelled item, which may already run the next one.
                 self.stop()
             self._submit({repr(item): item for item in items})
 
     def stop(self) -> None:
-        """Ends the workers and drops their work. The next use starts new ones; Python's exit needs no call of it."""
+        """Ends the workers and drops their work. The next use starts new ones. At exit this happens by itself."""
         with self._lock:
             self._stop_pool()
             self._pool = None
@@ -99,7 +99,7 @@ class DeadlinePool:
         for key, item in items.items():
             if key in self._pending:
                 continue
-            # One item a task, though a task costs 0.1 ms: the deadline is pebble's, and pebble's is the task's.
+            # One item per task, though a task costs 0.1 ms, because pebble's deadline applies to a whole task.
             self._pending[key] = self._running_pool().schedule(self.function, item, timeout=self.deadline)
 
     def _collect(self, items: dict[str, tuple]) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class DeadlinePool:
             self._submit({key: item for key, item in items.items() if key not in results})
             futures = {key: self._pending.pop(key) for key in items if key in self._pending}
             waiting: set[Future] = set(futures.values())
-            # A pool breaks if a worker is killed while none has work, and may then forget futures.
+            # A pool breaks if a worker is killed while all are idle, and may then forget futures.
             while waiting and self._pool is not None and self._pool.active:
                 _, waiting = wait(waiting, timeout=1.0)
             for key, future in futures.items():
@@ -134,7 +134,7 @@ class DeadlinePool:
         )
 
     def _forget(self) -> None:
-        """After a fork: workers, their work and a lock that a thread held belong to the parent."""
+        """Resets the pool after a fork: the workers, their work and a lock held by a thread belong to the parent."""
         self._pool, self._pending = None, {}
         self._stop_pool = lambda: None
         self._lock = threading.RLock()
@@ -146,14 +146,14 @@ class DeadlinePool:
         from pebble import ProcessPool
 
         self.stop()
-        # A fork of this process would inherit its threads and its CUDA context. Loky starts a new interpreter that,
-        # unlike one of multiprocessing, does not import the running script: without `if __name__ == "__main__"`, each
+        # A fork of this process would inherit its threads and its CUDA context. Loky starts a new interpreter. Unlike
+        # multiprocessing, it does not import the running script: if that lacks `if __name__ == "__main__"`, each
         # worker would train as well.
         self._pool = ProcessPool(
             self.num_workers or _default_workers(), initializer=_prepare_worker, context=get_context("loky")
         )
-        # Unlike atexit, this also runs at the end of a process of multiprocessing, which waits for its children first
-        # and would do so for ever.
+        # Unlike atexit, this also runs when a multiprocessing process ends. Such a process waits for its children
+        # before it runs atexit, and would never finish.
         self._stop_pool = Finalize(self, _stop, args=(self._pool,), exitpriority=100)
         return self._pool
 
@@ -171,10 +171,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def _prepare_worker() -> None:
-    """Runs in a new worker, before its first item and so outside of any deadline."""
-    # Pebble ends a worker with SIGTERM, which its handler in Python does not hear while it is in C.
+    """Runs in a new worker before its first item, so no deadline applies."""
+    # Pebble ends a worker with SIGTERM. A Python handler would not run while the worker is in C.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    import math_verify  # noqa: F401 - half a second, once
+    import math_verify  # noqa: F401 - takes half a second, once
 
 
 def can_start_workers() -> bool:
@@ -182,12 +182,12 @@ def can_start_workers() -> bool:
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _default_workers() -> int:
-    """The cores of this process, shared with the other ranks of the machine."""
+    """Number of cores, divided among the ranks on this machine."""
     return max(1, min(MAX_WORKERS, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 

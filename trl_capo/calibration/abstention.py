@@ -1,20 +1,20 @@
 """When to answer and when to abstain: a threshold on confidence that keeps a promised precision.
 
-Of the questions whose confidence reaches the threshold, at least a share `precision` is right, with probability
-`1 - delta` over the draw of the calibration questions:
+Among questions whose confidence reaches the threshold, at least a share `precision` is answered right. This holds with
+probability `1 - delta` over the draw of the calibration questions:
 
     P( precision on new questions >= target ) >= 1 - delta
 
-How: each candidate threshold keeps the most confident n questions. For each, an exact binomial test (Clopper-Pearson)
-asks whether its true precision can still be below the target. The candidates are tested from the most confident on,
-with the fallback procedure (Wiens, 2003): delta is divided over at most four *starts*. A candidate is tested at the
-level that the one before it hands on, plus its own share if it is a start; it hands its level on if it passes and
-loses it if it fails. The lowest candidate that passes is the threshold.
+How: each candidate threshold keeps the most confident n questions. For each candidate, an exact binomial test
+(Clopper-Pearson) checks whether its true precision can still be below the target. The fallback procedure (Wiens, 2003)
+tests candidates from the most confident one down. It divides delta over at most four *starts*. A candidate is tested
+at the level passed on by the one before it, plus its own share if it is a start. It passes its level on if it succeeds
+and loses it if it fails. The threshold is the lowest candidate that succeeds.
 
-The starts keep 10%, 25%, 40% and 50% of the questions, but no fewer than 50, nor fewer than could pass if all were
-right (`log(level) / log(precision)`). Where few questions make starts coincide, fewer are used. Several starts are
-needed because the most confident answers are not always the most often right: a single start among these would end
-the search.
+The starts keep 10%, 25%, 40% and 50% of the questions, but at least 50, and at least as many as could pass if all were
+right (`log(level) / log(precision)`). If starts coincide because there are few questions, fewer starts are used.
+Several starts are needed because the most confident answers are not always the most accurate: a single start among
+them would end the search.
 
 Why the promise holds: order, starts and shares depend only on the number of questions, the target and delta, never on
 which answers are right. Let the candidates below the target be t1 < t2 < ... (the true hypotheses). A first wrong pass
@@ -22,10 +22,10 @@ at tk means that the one before it failed and lost its level, so tk was tested a
 after t(k-1) and up to tk. These shares add up to at most delta over all k, so by the union bound some wrong candidate
 passes with probability at most delta, however the tests depend on each other. `benchmarks/abstention.py` measures it.
 
-Assumption: calibration questions and new ones are drawn independently from the same source. One row is one question:
-sixteen samples of a question are not sixteen questions. Questions of equal confidence are kept or left together.
-Degenerate case: if no candidate passes, there is no threshold, and the answer is to abstain always. The row that sets
-a threshold is counted with those above it, which can move the level by at most one row in n.
+Assumption: calibration questions and new questions are drawn independently from the same source. One row is one
+question: sixteen samples of a question are not sixteen questions. Questions with equal confidence are kept or dropped
+together. Degenerate case: if no candidate passes, there is no threshold, and the model always abstains. The row that
+sets a threshold counts with the rows above it, which can move the level by at most one row in n.
 """
 
 import json
@@ -41,9 +41,9 @@ from trl_capo.errors import UserError
 from trl_capo.files import write_json
 
 
-FIRST = 50  # questions that the highest threshold keeps at least: fewer prove nothing
+FIRST = 50  # minimum number of questions that the highest threshold keeps: fewer prove nothing
 STARTS = (0.1, 0.5, 0.4, 0.25)  # shares of all questions, the most important first
-STEP = 0.01  # of all questions, from one threshold to the next
+STEP = 0.01  # share of all questions between two thresholds
 FILE_NAME = "abstention.json"
 
 
@@ -52,16 +52,16 @@ class Abstention:
     """A threshold on confidence and what it promises.
 
     Attributes:
-        threshold: Answer if the confidence is at least this; None if no threshold reaches the target: never answer.
+        threshold: Answer if the confidence is at least this. None if no threshold reaches the target: never answer.
         precision: The promised share of right answers among those given.
         delta: Probability that the promise fails.
-        num_questions: Calibration questions it was chosen on.
-        coverage: Share of these that it answers.
+        num_questions: Number of calibration questions.
+        coverage: Share of the calibration questions that are answered.
         calibration_precision: Share of these answers that are right; NaN if none is given.
-        confidence: What the confidence is, e.g. "perplexity_consistency".
-        num_samples: Samples of a question that it is made of; None for a confidence of another kind.
-        sampling: How these were drawn, which the promise holds for: `temperature`, `max_new_tokens`, `system_prompt`
-            and, if any were given, `chat_template_kwargs`; empty where it is not known.
+        confidence: Name of the confidence, e.g. "perplexity_consistency".
+        num_samples: Samples per question that the confidence uses; None for other kinds of confidence.
+        sampling: The sampling settings that the promise holds for: `temperature`, `max_new_tokens`, `system_prompt`
+            and, if any were given, `chat_template_kwargs`. Empty if unknown.
     """
 
     threshold: float | None
@@ -75,12 +75,12 @@ class Abstention:
     sampling: dict = field(default_factory=dict)
 
     def answers(self, confidence: ArrayLike) -> np.ndarray:
-        """Whether to answer at these confidences, same shape; never at NaN."""
+        """Whether to answer at these confidences, same shape. Always false at NaN."""
         confidence = np.asarray(confidence, dtype=np.float64)
         return np.zeros(confidence.shape, bool) if self.threshold is None else confidence >= self.threshold
 
     def save(self, folder: str | Path) -> Path:
-        """Write `abstention.json` into a folder, e.g. beside the model, and return its path."""
+        """Write `abstention.json` into a folder, e.g. that of the model, and return its path."""
         path = Path(folder) / FILE_NAME
         write_json(path, asdict(self))
         return path
@@ -90,7 +90,7 @@ class Abstention:
         """Read `abstention.json`, or the one in a folder.
 
         Raises:
-            UserError: If the file is not there or holds something else; names the key and its value.
+            UserError: The file is missing or has other content. The message names the key and its value.
         """
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
@@ -111,7 +111,7 @@ class Abstention:
 
 
 def _check_content(content) -> None:
-    """Refuse what `save` does not write. JSON of others may hold NaN, text for numbers, or keys of another version."""
+    """Refuse content that `save` cannot write. Other JSON may have NaN, text for numbers, or other keys."""
 
     def number(value, low=-math.inf, high=math.inf) -> bool:
         return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
@@ -159,16 +159,16 @@ def choose_threshold(
 
     Args:
         correct: Whether the answer to each calibration question is right, 0, 1 or NaN, shape (P,).
-        confidence: Its confidence, same shape, higher is surer. Rows with NaN on either side are left out.
-        precision: What is promised, in (0, 1).
+        confidence: Its confidence, same shape; higher means more confident. Rows with a NaN in either are left out.
+        precision: The precision to promise, in (0, 1).
         delta: Probability that the promise fails, in (0, 1).
-        name: What the confidence is; kept with the threshold.
+        name: Name of the confidence, stored with the threshold.
 
     Returns:
         The threshold and its promise; `threshold` is None if no candidate reaches the target.
 
     Raises:
-        UserError: If there are fewer than 50 questions, or a level lies outside (0, 1).
+        UserError: There are fewer than 50 questions, or a level lies outside (0, 1).
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -211,7 +211,7 @@ def starts(num_questions: int, precision: float, delta: float) -> list[int]:
 
 
 def reach(correct: ArrayLike, confidence: ArrayLike, precision: float, *, delta: float = 0.05) -> tuple[float, float]:
-    """What calibration can promise where `choose_threshold` finds nothing.
+    """What calibration can promise if `choose_threshold` finds no threshold.
 
     Args:
         correct: See `choose_threshold`.
@@ -220,17 +220,17 @@ def reach(correct: ArrayLike, confidence: ArrayLike, precision: float, *, delta:
         delta: Probability that the promise fails.
 
     Returns:
-        The highest precision, to 0.001, for which these questions yield a threshold, NaN if there is none. A guide to
-        the next attempt: whoever picks a target by its success loses the promise. And about how many questions, of
-        the same source, would make the target succeed four times in five; infinite if no start is observed to be that
-        precise.
+        The highest precision, to 0.001, for which these questions yield a threshold; NaN if there is none. Use it as a
+        guide for the next attempt: if you pick a target because it succeeded, you lose the promise. Also about how
+        many questions from the same source would make the target succeed four times in five; infinite if no start is
+        observed to be that precise.
     """
     from scipy.stats import norm
 
     correct, confidence = _most_confident_first(correct, confidence)
     passes = (p for p in np.arange(999, 0, -1) / 1000 if _lowest_pass(correct, confidence, float(p), delta))
     best = float(next(passes, math.nan))
-    # Where a search may start; any other candidate needs one of these to pass before it.
+    # A search may start at these candidates; every other candidate needs one of them to pass first.
     counts = sorted({max(FIRST, math.ceil(share * correct.size)) for share in STARTS})
     kept = _kept(confidence, counts)
     seen = np.cumsum(correct)[kept - 1] / kept
@@ -245,7 +245,7 @@ def reach(correct: ArrayLike, confidence: ArrayLike, precision: float, *, delta:
 
 
 def advice(correct: ArrayLike, confidence: ArrayLike, missed: Abstention) -> str:
-    """What to say where `choose_threshold` found nothing: what is within reach, and what the target would take."""
+    """Advice if `choose_threshold` found nothing: the precision within reach, and the questions the target needs."""
     best, needed = reach(correct, confidence, missed.precision, delta=missed.delta)
     story = [
         f"No threshold is right {missed.precision:.6g} of the time with probability {1 - missed.delta:.0%} on "
@@ -272,12 +272,12 @@ def _most_confident_first(correct: ArrayLike, confidence: ArrayLike) -> tuple[np
 
 
 def _kept(confidence: np.ndarray, counts) -> np.ndarray:
-    """Of each count, how many questions are at least as confident as the last of them: ties stay together."""
+    """For each count, the number of questions at least as confident as the last one counted: ties stay together."""
     return np.searchsorted(-confidence, -confidence[np.asarray(counts) - 1], side="right")
 
 
 def _lowest_pass(correct: np.ndarray, confidence: np.ndarray, precision: float, delta: float) -> int:
-    """How many questions the lowest threshold that passes keeps; 0 if none does."""
+    """Number of questions that the lowest passing threshold keeps; 0 if none passes."""
     from scipy.stats import binom
 
     begin = [n for n in starts(correct.size, precision, delta) if n <= correct.size]
@@ -286,7 +286,7 @@ def _lowest_pass(correct: np.ndarray, confidence: np.ndarray, precision: float, 
     step = max(1, round(STEP * correct.size))
     counts = sorted({*begin, *range(begin[0], correct.size + 1, step)})
     kept = _kept(confidence, counts)
-    # The probability of so many right answers or more if the true precision were the target.
+    # The probability of at least this number of right answers if the true precision were the target.
     p_values = binom.sf(np.cumsum(correct)[kept - 1] - 1, kept, precision)
     level, lowest = 0.0, 0
     for count, n, p_value in zip(counts, kept, p_values, strict=True):

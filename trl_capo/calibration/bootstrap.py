@@ -1,19 +1,21 @@
-"""How sure a comparison of trained models is: bootstrap over seeds and prompts, paired.
+"""Uncertainty of a comparison of trained models: a paired bootstrap over seeds and prompts.
 
-What was measured is a table of one number per training seed and prompt, (S, P): how often the model of that seed was
-right on that prompt, or its AUC there. Another seed would have given another model and other prompts another test, so
-both are drawn again with replacement, independently, every seed with every prompt (the crossed bootstrap).
+The measurements form a table with one number per training seed and prompt, shape (S, P): how often that seed's model
+was right on that prompt, or its AUC there. Another seed would give another model, and other prompts another test. So
+both are resampled with replacement, independently, and every drawn seed meets every drawn prompt (the crossed
+bootstrap).
 
-Few seeds vary too little when they are drawn again: with five, a plain 95% interval covers the truth in 83% of cases.
-So what the draw of the seeds adds is widened, by sqrt(S / (S - 1)) for the lost degree of freedom and by the ratio of
-Student's quantile with S - 1 degrees of freedom to the normal one. For a statistic f of drawn seeds and prompts,
+Resampling a few seeds underestimates their variation: with five seeds, a plain 95% interval covers the truth in 83% of
+cases. So the contribution of the seeds is widened, by sqrt(S / (S - 1)) for the lost degree of freedom and by the
+ratio of Student's quantile with S - 1 degrees of freedom to the normal one. For a statistic f of drawn seeds and
+prompts,
 
     replicate = f(all seeds, prompts) + widening * [f(seeds, prompts) - f(all seeds, prompts)]
 
-Models that share seeds and prompts are compared within each replicate: all rows of one call see the same draws, so the
-luck that they share cancels in their difference.
+Models that share seeds and prompts are compared within each replicate: all rows of one call use the same draws, so
+shared luck cancels in their difference.
 
-Assumption: seeds and prompts are independent draws. Degenerate case: with one seed the interval covers prompts only,
+Assumption: seeds and prompts are independent draws. Degenerate case: with one seed, the interval covers prompts only,
 which is not evidence about training. A NaN, e.g. the AUC of a prompt that was always answered right, is left out of
 the mean over the drawn prompts. Needs scipy (`pip install 'trl-capo[report]'`).
 """
@@ -45,13 +47,13 @@ __all__ = [
 
 
 def mean_over_seeds_and_prompts(values: ArrayLike) -> NDArray[np.float64]:
-    """The statistic that is resampled: mean over prompts, then over seeds, NaN left out of both.
+    """The resampled statistic: the mean over prompts, then over seeds. Both leave out NaN.
 
     Args:
         values: Shape (..., S, P).
 
     Returns:
-        Shape (...); NaN where nothing is defined.
+        Shape (...); NaN if no value is defined.
 
     Example:
         >>> mean_over_seeds_and_prompts([[1.0, 0.0, np.nan], [1.0, 1.0, 1.0]]).item()  # mean of 1/2 and 1
@@ -63,11 +65,11 @@ def mean_over_seeds_and_prompts(values: ArrayLike) -> NDArray[np.float64]:
 
 
 def widening(num_seeds: int, level: float = 0.95) -> float:
-    """How much the part of the seeds is widened, for an interval of a level; 0 for one seed, which says nothing.
+    """Factor that widens the contribution of the seeds, for an interval of a given level; 0 with a single seed.
 
     Args:
-        num_seeds: S.
-        level: Share of the replicates that the interval is to hold, in (0, 1).
+        num_seeds: Number of seeds, S.
+        level: Share of the replicates that the interval should contain, in (0, 1).
 
     Example:
         >>> round(widening(5), 3), round(widening(8), 3), round(widening(1000), 3)
@@ -90,9 +92,9 @@ def bootstrap_means(
     """Replicates of `mean_over_seeds_and_prompts` under crossed resampling of seeds and prompts.
 
     Args:
-        values: One number per seed and prompt, NaN where undefined, shape (..., S, P). Whatever is to be compared
-            goes into one call, along the leading dimensions, and so gets the same draws.
-        level: Of the interval that they are for (see `widening`).
+        values: One number per seed and prompt, NaN if undefined, shape (..., S, P). Put everything you want to compare
+            into one call, along the leading dimensions, so that it gets the same draws.
+        level: Level of the interval that the replicates are for (see `widening`).
         num_resamples: Number of replicates, B.
         seed: Seed of the draws.
 
@@ -114,7 +116,7 @@ def _crossed_means(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Means of drawn prompts over all seeds, and over drawn seeds, shape (B, ...) each.
 
-    Benchmarks, by their number, have the same draws of seeds and their own of prompts.
+    All benchmarks share the draws of seeds. Each benchmark, by its number, has its own draws of prompts.
     """
     if num_resamples < 1:
         raise ValueError(f"`num_resamples` must be at least 1, got {num_resamples}.")
@@ -137,19 +139,19 @@ def bootstrap_statistic(
     num_resamples: int = 500,
     seed: int = 0,
 ) -> NDArray[np.float64]:
-    """Replicates of any statistic under crossed resampling, for what is not a mean, e.g. precision at a coverage.
+    """Replicates of any statistic under crossed resampling, e.g. precision at a coverage, which is not a mean.
 
     Args:
-        statistic: Takes how often each seed, shape (S,), and each prompt, shape (P,), was drawn, and returns a number
-            or an array of them. What is to be compared belongs into one call.
-        num_seeds: S.
-        num_prompts: P.
-        level: Of the interval that they are for (see `widening`).
+        statistic: Function of how often each seed, shape (S,), and each prompt, shape (P,), was drawn. Returns a
+            number or an array. Put everything you want to compare into one call.
+        num_seeds: Number of seeds, S.
+        num_prompts: Number of prompts, P.
+        level: Level of the interval that the replicates are for (see `widening`).
         num_resamples: Number of replicates, B.
         seed: Seed of the draws.
 
     Returns:
-        Shape (B, ...), whatever `statistic` returns in place of the dots.
+        Shape (B, ...); the dots are the shape that `statistic` returns.
 
     Example:
         >>> values = np.array([[1.0, 3.0, 2.0]])
@@ -168,20 +170,20 @@ def bootstrap_statistic(
 
 
 def two_sided_p(values: ArrayLike, baseline: ArrayLike, *, num_resamples: int = 2000, seed: int = 0) -> float:
-    """p-value of a difference: one minus the highest level whose `paired_difference` interval leaves 0 out.
+    """p-value of a difference: one minus the highest level whose `paired_difference` interval excludes 0.
 
-    Each level has its own widening: far out, few seeds have much heavier tails than at 95%, and Holm's correction
-    reads far out. Farther than 1% it is too sure all the same, by a factor of two and more at 0.1% with five seeds
-    (simulated in `tests/calibration/test_bootstrap.py`), so take no notice of digits out there.
+    Each level has its own widening, because with few seeds the far tails are much heavier than at 95%, and Holm's
+    correction uses the far tails. Below p = 0.01 the values are still too small, by a factor of two or more at 0.001
+    with five seeds (simulated in `tests/calibration/test_bootstrap.py`), so do not interpret them.
 
     Args:
         values: The method's numbers, as for `paired_difference`.
-        baseline: The other's, same shapes.
+        baseline: The baseline's numbers, same shapes.
         num_resamples: Number of replicates, B.
         seed: Seed of the draws.
 
     Returns:
-        Between 1 / B and 1. NaN where the difference is undefined, and with one seed, which says nothing about
+        A number between 1 / B and 1. NaN if the difference is undefined, or with one seed, which says nothing about
         training.
 
     Example:
@@ -205,10 +207,10 @@ def two_sided_p(values: ArrayLike, baseline: ArrayLike, *, num_resamples: int = 
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
-    """Holm's correction: p-values that may be held against one level although there are several.
+    """Holm's correction: adjusts several p-values so that you can compare all of them with one level.
 
     Args:
-        p_values: Shape (K,). NaN stays NaN and counts as no test.
+        p_values: The p-values, shape (K,). NaN stays NaN and does not count as a test.
 
     Returns:
         Shape (K,), each at most 1: the k-th smallest times (K - k + 1), and no smaller than the one before.
@@ -233,15 +235,15 @@ def paired_difference(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> Estimate:
-    """Difference of two methods in the mean over seeds and prompts, with its interval.
+    """Difference between two methods in the mean over seeds and prompts, with its interval.
 
     Args:
-        values: The method's numbers, shape (S, P), NaN where undefined. Or a list of such tables, one a benchmark,
-            whose means are averaged: together in one table, a method would weigh the benchmarks by its own number of
+        values: The method's numbers, shape (S, P), NaN if undefined. Or a list of such tables, one per benchmark,
+            whose means are averaged. In a single table, each method would weight the benchmarks by its own number of
             defined prompts.
-        baseline: The other's, same shapes: row s from the same training seed, column p from the same prompt.
+        baseline: The baseline's numbers, same shapes. Row s: same training seed; column p: same prompt.
         level: Share of the replicates inside the interval.
-        num_resamples: Number of replicates. Each has one draw of seeds for all benchmarks, and prompts of each.
+        num_resamples: Number of replicates. Each draws seeds once for all benchmarks, and prompts for each benchmark.
         seed: Seed of the draws.
 
     Returns:
@@ -259,7 +261,7 @@ def paired_difference(
 def _crossed_differences(
     values: ArrayLike | list[ArrayLike], baseline: ArrayLike | list[ArrayLike], num_resamples: int, seed: int
 ) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
-    """What was measured, and `_crossed_means` of it, shape (B,) each."""
+    """The measured difference, and its `_crossed_means`, shape (B,) each."""
     ours, theirs = _tables(values), _tables(baseline)
     if [of.shape for of in ours] != [of.shape for of in theirs]:
         raise ValueError(
@@ -286,7 +288,7 @@ def _weighted_means(values: NDArray[np.float64], seed_counts: NDArray, prompt_co
 
 
 def _tables(values: ArrayLike | list[ArrayLike]) -> list[NDArray[np.float64]]:
-    """One table a benchmark."""
+    """One table per benchmark."""
     tables: Any = values
     return [_as_table(table) for table in (tables if len(np.shape(tables[0])) == 2 else [tables])]
 

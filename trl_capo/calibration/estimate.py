@@ -11,7 +11,7 @@ class Estimate:
     """A number with its percentile interval.
 
     Attributes:
-        value: The estimate from what was measured.
+        value: The estimate from the measured data.
         low: Lower end of the interval; NaN if undefined.
         high: Upper end.
 

@@ -1,14 +1,14 @@
 """Calibration metrics of sampled answers.
 
-Every function takes plain arrays. `correct` holds 0, 1 or NaN (booleans welcome); `confidence` is any score where
-higher means surer, so pass a mean log-prob, never a perplexity. Arrays are (P, G), P prompts with G completions each,
-where a metric looks inside a prompt, and of any shape where it pools all rows.
+Every function takes plain arrays. `correct` contains 0, 1 or NaN (booleans also work). `confidence` is any score where
+higher means more confident, so pass a mean log-prob, never a perplexity. If a metric looks inside a prompt, its arrays
+have shape (P, G), P prompts with G completions each. If it pools all rows, they can have any shape.
 
 Rules that hold everywhere:
 
 - A row takes part if its correctness and its confidence are numbers and `valid`, when given, is true for it.
-- Ties count one half, or their average over all orders of the tied rows, never the order in which they came.
-- What is undefined is NaN, never 0.5: a prompt answered always right ranks nothing, it does not rank by chance.
+- Ties count one half, or their average over all orders of the tied rows. Input order never matters.
+- Undefined results are NaN, never 0.5: a prompt that is always answered right has no ranking, not a random one.
 """
 
 from trl_capo.calibration.probabilities import brier_score, calibration_bins, expected_calibration_error

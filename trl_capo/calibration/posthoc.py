@@ -1,13 +1,14 @@
-"""From a confidence to a probability of being right, learnt on one part of the questions and used on the others.
+"""Map a confidence to a probability of being right: fit on one part of the questions, use on the others.
 
-A mean log-prob ranks answers; it does not say how often they are right. Platt scaling puts it through a logistic curve
-with two parameters, isotonic regression through any rising step function. Where surer means more often right, neither
-changes the order of what it ranks (isotonic may tie), so AUC stays; ECE and Brier score become meaningful. Where it
-means less often right, Platt scaling turns the order round and isotonic regression ties all.
+A mean log-prob ranks answers but does not say how often they are right. Platt scaling maps it with a two-parameter
+logistic curve, isotonic regression with any rising step function. If higher confidence means more often right, neither
+changes the ranking (isotonic regression may tie rows), so AUC stays the same, and ECE and Brier score become
+meaningful. If higher confidence means less often right, Platt scaling reverses the ranking and isotonic regression
+ties all rows.
 
-Both are scikit-learn's (`pip install 'trl-capo[report]'`). Assumption: the questions it is used on come from where the
-ones it was fitted on came from. Degenerate case: fitted on answers that are all right or all wrong there is nothing to
-learn, which is refused.
+Both come from scikit-learn (`pip install 'trl-capo[report]'`). Assumption: the questions used for fitting and for
+prediction come from the same source. Degenerate case: nothing can be learnt from answers that are all right or all
+wrong, so these are refused.
 """
 
 from collections.abc import Callable
@@ -19,14 +20,14 @@ from trl_capo.calibration.metrics import paired_rows
 
 
 def fit_platt(correct: ArrayLike, confidence: ArrayLike) -> Callable[[ArrayLike], NDArray[np.float64]]:
-    """Platt scaling: sigmoid(a * confidence + b) with a and b of highest likelihood.
+    """Platt scaling: sigmoid(a * confidence + b), with a and b fitted by maximum likelihood.
 
     Args:
         correct: Correctness, any shape, 0, 1 or NaN.
         confidence: Confidence, same shape.
 
     Returns:
-        A function from confidences to probabilities in [0, 1], NaN where the confidence is.
+        A function from confidences to probabilities in [0, 1], NaN where the confidence is NaN.
 
     Raises:
         ValueError: If all answers are right or all are wrong.
@@ -39,22 +40,22 @@ def fit_platt(correct: ArrayLike, confidence: ArrayLike) -> Callable[[ArrayLike]
     from sklearn.linear_model import LogisticRegression
 
     correct, confidence = _both_classes(correct, confidence)
-    # Confidences of any scale: the solver stops early on numbers of 0.01.
+    # Standardise, so that any scale works: the solver stops early on values around 0.01.
     center, scale = confidence.mean(), confidence.std() or 1.0
     model = LogisticRegression(C=np.inf).fit(((confidence - center) / scale)[:, None], correct)
     return _on_numbers(lambda values: model.predict_proba(((values - center) / scale)[:, None])[:, 1])
 
 
 def fit_isotonic(correct: ArrayLike, confidence: ArrayLike) -> Callable[[ArrayLike], NDArray[np.float64]]:
-    """Isotonic regression: the non-decreasing function of confidence that is nearest to correctness.
+    """Isotonic regression: the non-decreasing function of confidence that is closest to correctness.
 
     Args:
         correct: Correctness, any shape, 0, 1 or NaN.
         confidence: Confidence, same shape.
 
     Returns:
-        A function from confidences to probabilities in [0, 1], NaN where the confidence is; beyond the confidences it
-        was fitted on it stays at the last value.
+        A function from confidences to probabilities in [0, 1], NaN where the confidence is NaN. Outside the fitted
+        range it stays at the last value.
 
     Raises:
         ValueError: If all answers are right or all are wrong.

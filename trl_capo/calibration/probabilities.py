@@ -16,12 +16,12 @@ def brier_score(correct: ArrayLike, probability: ArrayLike, *, valid: ArrayLike 
 
     Args:
         correct: Correctness, any shape.
-        probability: Probability of being right, same shape, in [0, 1]. `exp(mean_logp)` lies there but is no such
-            probability; map it first (`trl_capo.calibration.posthoc`).
+        probability: Probability of being right, same shape, in [0, 1]. `exp(mean_logp)` lies in this range but is not
+            such a probability; map it first (`trl_capo.calibration.posthoc`).
         valid: Boolean, same shape. Rows that may take part; defaults to all that hold numbers.
 
     Returns:
-        A number in [0, 1], *lower* is better; 0.25 for saying 0.5 always; NaN without a valid row.
+        A number in [0, 1], *lower* is better; 0.25 if every probability is 0.5; NaN without a valid row.
 
     Example:
         >>> brier_score([1, 0], [0.5, 1.0])
@@ -40,10 +40,10 @@ def calibration_bins(
     equal_mass: bool = False,
     valid: ArrayLike | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Rows, mean probability and accuracy of each bin: what a reliability diagram draws.
+    """Rows, mean probability and accuracy of each bin, as in a reliability diagram.
 
-    Bins of equal width are [0, 1/M), ..., [1 - 1/M, 1]. Bins of equal mass cut the rows, sorted by probability, at
-    the multiples of N/M; rows of equal probability that a cut parts count with their average correctness.
+    Bins with equal width are [0, 1/M), ..., [1 - 1/M, 1]. Bins with equal mass cut the rows, sorted by probability, at
+    the multiples of N/M. If a cut separates rows with equal probability, each counts with their average correctness.
 
     Args:
         correct: Correctness, any shape.
@@ -86,16 +86,16 @@ def expected_calibration_error(
     overconfident_only: bool = False,
     valid: ArrayLike | None = None,
 ) -> float:
-    """ECE: distance of stated probability from accuracy, bin by bin.
+    """ECE: the distance between stated probability and accuracy, averaged over bins.
 
         sum over bins of  n_bin / N * |mean probability - accuracy|        (`calibration_bins` states the bins)
 
     Args:
         correct: Correctness, any shape.
         probability: Probability of being right, same shape, in [0, 1].
-        num_bins: Number of bins; 10 and 20 are in use.
+        num_bins: Number of bins; 10 and 20 are common.
         equal_mass: As many rows in every bin, instead of equal width.
-        overconfident_only: Only the bins whose probability exceeds their accuracy: how much the model overstates.
+        overconfident_only: Sum only bins whose probability exceeds their accuracy: how much the model overstates.
         valid: Boolean, same shape. Rows that may take part; defaults to all that hold numbers.
 
     Returns:

@@ -1,6 +1,6 @@
-"""How sure a metric of one model is, or the difference of two: bootstrap over the prompts alone.
+"""Uncertainty of one model's metric, or of the difference between two models: a bootstrap over the prompts alone.
 
-What another training would have given is not part of these intervals: see `trl_capo.calibration.bootstrap`.
+These intervals do not include variation between training runs; for that see `trl_capo.calibration.bootstrap`.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,12 +20,13 @@ def prompt_interval(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """A metric of one model's samples with its interval: prompts are drawn again, each with all its samples.
+    """A metric of one model's samples with its interval. Prompts are resampled, each with all its samples.
 
-    Samples of one prompt are alike, so drawing single samples would make intervals too narrow.
+    Samples of one prompt are similar, so resampling single samples would make intervals too narrow.
 
     Args:
-        metric: Of correctness and confidence, shape (P, G) each, e.g. `trl_capo.calibration.metrics.auc_within`.
+        metric: Function of correctness and confidence, shape (P, G) each, e.g.
+            `trl_capo.calibration.metrics.auc_within`.
         correct: Correctness, shape (P, G).
         confidence: Confidence, shape (P, G).
         level: Share of the replicates inside the interval.
@@ -33,7 +34,7 @@ def prompt_interval(
         seed: Seed of the draws.
 
     Returns:
-        The metric and its interval; of a single prompt the ends are NaN.
+        The metric and its interval. With a single prompt, the ends are NaN.
 
     Example:
         >>> from trl_capo.calibration.metrics import auc_pooled
@@ -55,18 +56,18 @@ def prompt_difference(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """Difference of a metric between two models on the same prompts, with its paired interval.
+    """Difference in a metric between two models on the same prompts, with its paired interval.
 
     Args:
         metric: As in `prompt_interval`.
-        samples: Correctness and confidence of the one model, shape (P, G) each.
-        baseline: Those of the other, shape (P, G') each: row p is the same prompt.
+        samples: Correctness and confidence of the model, shape (P, G) each.
+        baseline: Correctness and confidence of the baseline, shape (P, G') each. Row p must be the same prompt.
         level: Share of the replicates inside the interval.
         num_resamples: Number of replicates.
         seed: Seed of the draws.
 
     Returns:
-        The one's metric minus the other's, and the interval; of a single prompt the ends are NaN.
+        The model's metric minus the baseline's, and the interval. With a single prompt, the ends are NaN.
 
     Example:
         >>> from trl_capo.calibration.metrics import auc_within
@@ -90,7 +91,7 @@ def prompt_difference(
 
 
 def _over_prompts(value: float, replicates: list[float], num_prompts: int, level: float) -> Estimate:
-    if num_prompts == 1:  # it can only be drawn as it is, which says nothing about other prompts
+    if num_prompts == 1:  # resampling one prompt says nothing about other prompts
         return Estimate(value, float("nan"), float("nan"))
     return interval(value, replicates, level=level)
 

@@ -1,4 +1,4 @@
-"""Does confidence rank right answers above wrong ones? AUC within prompts, pooled, by slot; what a group looks like.
+"""Whether confidence ranks right answers above wrong ones: AUC within prompts, pooled, and per slot; group shares.
 
 The rules of `trl_capo.calibration.metrics` hold.
 """
@@ -10,15 +10,15 @@ from trl_capo.calibration.rows import count_by_prompt, nanmean, paired_rows, req
 
 
 def auc_within(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike | None = None) -> float:
-    """Probability that of two answers to the same prompt, one right and one wrong, the right one is surer.
+    """Probability that a right answer has higher confidence than a wrong answer to the same prompt.
 
         mean over mixed prompts of  [#(right above wrong) + #ties / 2] / (n_right * n_wrong)
 
-    The metric that CAPO optimises. A prompt is mixed if it has a right and a wrong valid row; others are left out.
+    CAPO optimises this metric. A prompt is mixed if it has a right and a wrong valid row; other prompts are left out.
 
     Args:
         correct: Correctness, shape (P, G).
-        confidence: Confidence, shape (P, G), higher is surer.
+        confidence: Confidence, shape (P, G); higher means more confident.
         valid: Boolean, shape (P, G). Rows that may take part; defaults to all that hold numbers.
 
     Returns:
@@ -32,13 +32,13 @@ def auc_within(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike | 
 
 
 def auc_by_prompt(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike | None = None) -> NDArray[np.float64]:
-    """The AUC inside each prompt, of which `auc_within` is the mean: what a bootstrap over prompts resamples.
+    """The AUC inside each prompt. `auc_within` is its mean, and a bootstrap over prompts resamples it.
 
         [#(right above wrong) + #ties / 2] / (n_right * n_wrong)
 
     Args:
         correct: Correctness, shape (P, G).
-        confidence: Confidence, shape (P, G), higher is surer.
+        confidence: Confidence, shape (P, G); higher means more confident.
         valid: Boolean, shape (P, G). Rows that may take part; defaults to all that hold numbers.
 
     Returns:
@@ -59,11 +59,11 @@ def auc_pooled(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike | 
 
         [#(right above wrong) + #ties / 2] / (n_right * n_wrong)
 
-    Also rewards knowing which *questions* are hard, so it is usually higher than `auc_within`.
+    It also rewards knowing which *questions* are hard, so it is usually higher than `auc_within`.
 
     Args:
         correct: Correctness, any shape.
-        confidence: Confidence, same shape, higher is surer.
+        confidence: Confidence, same shape; higher means more confident.
         valid: Boolean, same shape. Rows that may take part; defaults to all that hold numbers.
 
     Returns:
@@ -84,11 +84,11 @@ def auc_per_slot(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike 
 
         mean over slots k of  AUC of rows (., k)
 
-    The other reading of the paper's AUC-mean: no two answers to the same prompt are compared.
+    This is the other reading of the paper's AUC-mean: it never compares two answers to the same prompt.
 
     Args:
         correct: Correctness, shape (P, G).
-        confidence: Confidence, shape (P, G), higher is surer.
+        confidence: Confidence, shape (P, G); higher means more confident.
         valid: Boolean, shape (P, G). Rows that may take part; defaults to all that hold numbers.
 
     Returns:
@@ -105,11 +105,11 @@ def auc_per_slot(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike 
 
 
 def accuracy(correct: ArrayLike, *, valid: ArrayLike | None = None) -> float:
-    """Accuracy mean@k: the share of right answers of a prompt, averaged over prompts.
+    """Accuracy mean@k: the share of right answers to a prompt, averaged over prompts.
 
         mean over prompts of  n_right / n_valid
 
-    Every prompt weighs the same, however many of its rows are valid; prompts without a valid row are left out.
+    Every prompt has the same weight, however many of its rows are valid. Prompts without a valid row are left out.
 
     Args:
         correct: Correctness, shape (P, G).
@@ -128,7 +128,7 @@ def accuracy(correct: ArrayLike, *, valid: ArrayLike | None = None) -> float:
 
 
 def group_fractions(correct: ArrayLike, *, valid: ArrayLike | None = None) -> dict[str, float]:
-    """How many prompts can teach a ranking: share of mixed, always right and always wrong prompts.
+    """Shares of mixed, always right and always wrong prompts. Only mixed prompts can teach a ranking.
 
     Args:
         correct: Correctness, shape (P, G).
@@ -136,7 +136,7 @@ def group_fractions(correct: ArrayLike, *, valid: ArrayLike | None = None) -> di
 
     Returns:
         `frac_mixed`, `frac_all_correct` and `frac_all_wrong`, each in [0, 1], over all P prompts. They sum to 1 unless
-        a prompt has no valid row: such a prompt is counted in P but in none of the three. NaN for P = 0.
+        a prompt has no valid row: such a prompt counts in P but in none of the three. NaN for P = 0.
 
     Example:
         >>> group_fractions([[1, 0], [1, 1], [0, 0], [0, 0]])
@@ -175,7 +175,7 @@ def pass_at_k(correct: ArrayLike, k: int, *, valid: ArrayLike | None = None) -> 
     enough = n_valid >= k
     n_right, n_valid = n_right[enough], n_valid[enough]
     drawn = np.arange(k)
-    # The chance that all k are wrong, drawn one after the other without replacement.
+    # The probability that all k are wrong, drawn one by one without replacement.
     all_wrong = np.prod(np.maximum((n_valid - n_right)[:, None] - drawn, 0) / (n_valid[:, None] - drawn), axis=1)
     return nanmean(1 - all_wrong)
 
@@ -185,14 +185,14 @@ def perplexity(mean_logps: ArrayLike, *, valid: ArrayLike | None = None) -> floa
 
         exp(-mean(mean_logps))
 
-    Each completion weighs the same, however long. Pass `valid=correct == 1` for the perplexity of right answers.
+    Each completion has the same weight, however long. Pass `valid=correct == 1` for the perplexity of right answers.
 
     Args:
         mean_logps: Mean log-prob per token of each completion, any shape.
         valid: Boolean, same shape. Rows that may take part; defaults to all that hold numbers.
 
     Returns:
-        A number >= 1 for log-probs <= 0, lower is surer; NaN without a valid row.
+        A number >= 1 for log-probs <= 0; lower means more confident. NaN without a valid row.
 
     Example:
         >>> perplexity([-np.log(2.0), -np.log(8.0)])  # the geometric mean of 2 and 8
@@ -207,8 +207,8 @@ def _auc_by_group(
 ) -> NDArray[np.float64]:
     """AUC of each group of rows, shape (n_groups,); NaN for a group that is all right, all wrong or empty.
 
-    One sort for all groups. Inside a group each right row beats the wrong rows of all lower tie blocks and half of
-    those in its own.
+    Uses one sort for all groups. Inside a group, each right row beats the wrong rows of all lower tie blocks and half
+    of the wrong rows in its own block.
     """
     order = np.lexsort((confidence, groups))
     correct, confidence, groups = correct[order], confidence[order], groups[order]

@@ -1,4 +1,4 @@
-"""Rows of right and wrong answers: which take part in a metric, and what is refused.
+"""Check rows of right and wrong answers, and select those that take part in a metric.
 
 The rules of `trl_capo.calibration.metrics` hold.
 """
@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 def paired_rows(
     correct: ArrayLike, confidence: ArrayLike, valid: ArrayLike | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-    """Correctness and confidence as checked float arrays, and which rows take part: `valid` numbers on both sides.
+    """Correctness and confidence as checked float arrays, and a mask of the `valid` rows where both are numbers.
 
     Example:
         >>> correct, confidence, valid = paired_rows([1, 0, 1], [0.5, float("nan"), 0.1])
@@ -65,7 +65,7 @@ def count_by_prompt(correct: ArrayLike, valid: ArrayLike | None) -> tuple[NDArra
 
 
 def average_ties(correct: NDArray[np.float64], confidence: NDArray[np.float64]) -> NDArray[np.float64]:
-    """In sorted rows, the mean correctness of the rows of the same confidence in place of each row's own."""
+    """Replace each row's correctness with the mean over all rows with the same confidence. Rows must be sorted."""
     starts = np.flatnonzero(np.concatenate((np.ones(min(correct.size, 1), bool), confidence[1:] != confidence[:-1])))
     if starts.size == correct.size:
         return correct
@@ -74,7 +74,7 @@ def average_ties(correct: NDArray[np.float64], confidence: NDArray[np.float64]) 
 
 
 def nanmean(values: ArrayLike) -> float:
-    """Mean over what is not NaN, without numpy's warning when nothing is left."""
+    """Mean over all values that are not NaN, without numpy's warning if none is left."""
     numbers = np.asarray(values, dtype=np.float64)
     numbers = numbers[~np.isnan(numbers)]
     return float(numbers.mean()) if numbers.size else float("nan")

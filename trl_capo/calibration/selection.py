@@ -1,6 +1,6 @@
-"""Choosing one answer out of N samples, on many questions: which answers are one, and whether the choice is right.
+"""Choose one answer out of N samples on many questions: which answers are equivalent, and whether the choice is right.
 
-The selectors are `trl_capo.calibration.votes`; all of them can be imported from here.
+The selectors are in `trl_capo.calibration.votes`. You can also import all of them from here.
 """
 
 import itertools
@@ -39,15 +39,15 @@ __all__ = [
 
 
 def equivalence_classes(answers: Sequence[str | None], equal: Callable[[str, str], bool]) -> list[str | None]:
-    """Canonical answers: those that are equal, directly or through others, get the name of the first of them.
+    """Canonical answers: answers that are equal, directly or through others, get the name of the first one.
 
     Args:
-        answers: Extracted answers, length N; `None` where nothing was extracted.
-        equal: Whether two different answers mean the same, e.g. in `trl_capo.evaluation.grade.canonical_answers`. Not
-            asked about answers that are in one class already.
+        answers: Extracted answers, length N; `None` if nothing was extracted.
+        equal: Whether two different answers mean the same, e.g. in `trl_capo.evaluation.grade.canonical_answers`. It
+            is not called for answers that are already in one class.
 
     Returns:
-        One canonical answer for each.
+        One canonical answer for each answer.
 
     Example:
         >>> equivalence_classes(["0.5", "1/2", None, "2"], lambda a, b: {a, b} == {"0.5", "1/2"})
@@ -74,7 +74,7 @@ def choose_all(
     confidence: ArrayLike,
     correct: ArrayLike,
 ) -> tuple[list[Selection], NDArray[np.float64]]:
-    """What a selector decides on every question, and whether that is right.
+    """A selector's decision on every question, and whether it is right.
 
     Args:
         select: Takes N answers and N confidences, returns a `Selection`.
@@ -83,8 +83,8 @@ def choose_all(
         correct: 1 = correct, 0 = wrong, NaN = unknown, shape (P, N).
 
     Returns:
-        P selections, and shape (P,): correctness of the chosen answer, see `class_grade`. No answer at all is wrong,
-        NaN where the correctness of every sample is unknown.
+        P selections, and the correctness of the chosen answers, shape (P,), see `class_grade`. If no sample has an
+        answer, this counts as wrong, or as NaN if the correctness of every sample is unknown.
 
     Example:
         >>> answers, logps = [["7", "8"], [None, None]], [[-0.2, -0.1], [-0.1, -0.1]]
@@ -105,14 +105,15 @@ def choose_all(
 
 
 def class_grade(correct: NDArray, confidence: NDArray) -> float:
-    """Correctness of answers that count as one, whatever their order.
+    """Correctness of equivalent answers, whatever their order.
 
-    math-verify's equality is not transitive (`x=5`, `5`, `y=5`), so they may be graded differently. Then the grade of
-    most of them counts; of as many right as wrong ones, that of the surest, and if these tie as well, wrong.
+    math-verify's equality is not transitive (`x=5`, `5`, `y=5`), so equivalent answers may have different grades. Then
+    the majority grade counts. If right and wrong are equally common, the grade of the most confident answer counts,
+    and if these tie as well, the result is wrong.
 
     Args:
-        correct: 1, 0, or NaN where unknown, shape (K,).
-        confidence: Shape (K,), higher is surer; NaN is least sure.
+        correct: 1, 0, or NaN if unknown, shape (K,).
+        confidence: Shape (K,); higher means more confident, NaN is the least confident.
 
     Returns:
         1, 0, or NaN if all are unknown.
@@ -141,16 +142,15 @@ def accuracy_by_count(
     num_draws: int = 20,
     seed: int = 0,
 ) -> NDArray[np.float64]:
-    """Accuracy of a selector against the number of samples, from subsets of those at hand.
+    """Accuracy of a selector against the number of samples, from subsets of the given samples.
 
     Args:
         select: Takes N answers and N confidences, returns a `Selection`.
         answers: Canonical answers, P lists of N.
         confidence: Shape (P, N).
-        correct: Correctness, shape (P, N). The chosen answer is as right as `class_grade` says; no answer
-            is wrong.
-        counts: Numbers of samples, each at most N. Of fewer than N, `num_draws` random subsets are averaged.
-        num_draws: Random subsets of each prompt.
+        correct: Correctness, shape (P, N). `class_grade` grades the chosen answer; having no answer is wrong.
+        counts: Numbers of samples, each at most N. Below N, `num_draws` random subsets are averaged.
+        num_draws: Number of random subsets for each prompt.
         seed: Seed of the subsets, which are the same for every selector and model.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a threshold on confidence buys: precision against coverage, and the areas under such curves.
+"""Selective answering with a threshold on confidence: precision against coverage, and areas under such curves.
 
 The rules of `trl_capo.calibration.metrics` hold.
 """
@@ -16,19 +16,19 @@ def precision_coverage(
 
         coverage_n = n / N,    precision_n = #right among the n most confident / n
 
-    Tie rule: rows of equal confidence enter in random order and the precision is its expectation over that order, i.e.
-    each row of a tie block counts as the block's average correctness.
+    Tie rule: rows with equal confidence enter in random order, and the precision is its expectation over that order.
+    So each row in a tie block counts with the block's average correctness.
 
-    Rows that hold NaN are in neither numerator nor denominator. To count a question without an answer as the last to
-    be covered, give it confidence `-inf` and correctness 0.
+    Rows with NaN appear in neither numerator nor denominator. To count a question without an answer as the last one
+    covered, give it confidence `-inf` and correctness 0.
 
     Args:
         correct: Correctness, any shape.
-        confidence: Confidence, same shape, higher is surer.
+        confidence: Confidence, same shape; higher means more confident.
         valid: Boolean, same shape. Rows that may take part; defaults to all that hold numbers.
 
     Returns:
-        Coverage, ascending in (0, 1], and precision in [0, 1], both of shape (N,); empty without a valid row.
+        Coverage, ascending in (0, 1], and precision in [0, 1], both with shape (N,); empty without a valid row.
 
     Example:
         >>> coverage, precision = precision_coverage([1, 1, 0, 0], [0.9, 0.5, 0.5, 0.1])
@@ -49,19 +49,20 @@ def precision_coverage(
 def deferral_curve(
     correct: ArrayLike, confidence: ArrayLike, fallback_correct: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Accuracy when the least confident questions go to another model, for every number of them.
+    """Accuracy if the m least confident questions go to another model, for every m from 0 to N.
 
-        share_m = m / N,    accuracy_m = (#right among the N - m surest + #fallback right among the others) / N
+        share_m = m / N,    accuracy_m = (#right among the N - m most confident + #fallback right among the rest) / N
 
-    Ties as in `precision_coverage`: rows of equal confidence are deferred in random order, in expectation.
+    Ties as in `precision_coverage`: rows with equal confidence are deferred in random order, in expectation.
 
     Args:
-        correct: Whether the model is right, one row a question, any shape.
-        confidence: Its confidence, same shape, higher is surer.
+        correct: Whether the model is right, one row per question, any shape.
+        confidence: The model's confidence, same shape; higher means more confident.
         fallback_correct: Whether the other model is right on the same question, same shape.
 
     Returns:
-        Share deferred, from 0 to 1, and accuracy, both of shape (N + 1,), over rows without NaN; empty without one.
+        Deferred share, from 0 to 1, and accuracy, both with shape (N + 1,), over rows without NaN; empty if there are
+        no such rows.
 
     Example:
         >>> share, accuracy = deferral_curve([1, 0], [0.9, 0.1], [0, 1])
@@ -116,21 +117,21 @@ def precision_at_coverage(
 def coverage_at_precision(
     correct: ArrayLike, confidence: ArrayLike, precision: float, *, valid: ArrayLike | None = None
 ) -> float:
-    """The largest share of rows that one threshold on confidence can answer at a precision.
+    """The largest share of rows that a single threshold on confidence can answer at a given precision.
 
         max n / N  over thresholds t with  n = #(confidence >= t)  and  #right among them / n >= precision
 
-    A threshold cannot cut through a tie, so all rows of equal confidence are answered or none. Chosen and measured on
-    the same rows: for a threshold to use on others see `trl_capo.calibration.abstention`.
+    A threshold cannot split a tie: either all rows with equal confidence are answered or none. The threshold is chosen
+    and measured on the same rows. For a threshold to use on other rows, see `trl_capo.calibration.abstention`.
 
     Args:
         correct: Correctness, any shape.
         confidence: Confidence, same shape, higher is surer.
-        precision: What is asked for, in (0, 1].
+        precision: Required precision, in (0, 1].
         valid: Boolean, same shape. Rows that may take part; defaults to all that hold numbers.
 
     Returns:
-        A number in [0, 1], higher is better, 0 if no threshold is that precise; NaN without a valid row.
+        A number in [0, 1], higher is better; 0 if no threshold reaches the precision; NaN without a valid row.
 
     Example:
         >>> coverage_at_precision([1, 1, 0, 1], [0.9, 0.8, 0.7, 0.6], 0.75)
@@ -174,11 +175,12 @@ def aurc(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike | None =
 
 
 def excess_aurc(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike | None = None) -> float:
-    """AURC beyond that of an oracle whose confidence puts every right row before every wrong one.
+    """AURC minus the AURC of an oracle that ranks every right row above every wrong one.
 
         aurc - mean over n of  max(0, n - #right) / n
 
-    AURC mixes how often the model errs with how well it knows; this is the second part alone.
+    AURC mixes how often the model errs with how well its confidence shows it. Excess AURC measures the second part
+    alone.
 
     Args:
         correct: Correctness, any shape.
@@ -196,12 +198,12 @@ def excess_aurc(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike |
 
 
 def prediction_rejection_ratio(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike | None = None) -> float:
-    """PRR: how much of what an oracle's order gains over a random one, this confidence gains.
+    """PRR: the share of an oracle's gain over a random order that this confidence achieves.
 
         (error rate - aurc) / (error rate - aurc of the oracle)
 
-    The error rate is the AURC of a random order. This is the form used for language models (arXiv 2406.15627), on the
-    quality of what is kept.
+    The error rate is the AURC of a random order. This is the form used for language models (arXiv 2406.15627), which
+    measures the quality of the rows that are kept.
 
     Args:
         correct: Correctness, any shape.
@@ -209,7 +211,7 @@ def prediction_rejection_ratio(correct: ArrayLike, confidence: ArrayLike, *, val
         valid: Boolean, same shape. Rows that may take part; defaults to all that hold numbers.
 
     Returns:
-        1 for a perfect ranking, 0 for one that says nothing, negative for a misleading one; NaN if all rows are right
+        1 for a perfect ranking, 0 for an uninformative one, negative for a misleading one; NaN if all rows are right
         or all are wrong.
 
     Example:

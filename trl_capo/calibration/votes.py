@@ -1,13 +1,13 @@
-"""The selectors: how N samples of one question vote for an answer, how ties are broken, how sure the choice is.
+"""Selectors: N samples of one question vote for an answer, with tie-breaking and a confidence.
 
-One signature for every selector: the N answers to one question and N numbers in, a `Selection` out. They differ only
-in what a sample's vote weighs:
+All selectors have the same signature: the N answers to one question and N numbers in, a `Selection` out. They differ
+only in the weight of a sample's vote:
 
     score(a) = sum over samples i with answer a of w_i,     answer = argmax_a score(a),
     confidence = score(answer) / sum_a score(a)
 
-Answers are canonical already: two samples agree if their answers are equal. `None` means that nothing could be
-extracted; such a sample has no vote.
+Answers must be canonical: two samples agree if their answers are equal. `None` means that nothing could be extracted;
+such a sample has no vote.
 
 Departures: the released code of Perplexity Consistency lets tied answers share a win; here one answer wins.
 """
@@ -22,13 +22,13 @@ from numpy.typing import ArrayLike
 
 @dataclass(frozen=True)
 class Selection:
-    """What a selector decided on one question.
+    """A selector's decision on one question.
 
     Attributes:
-        scores: Score of every answer that got a vote, in order of first appearance.
+        scores: Score of every answer with a vote, in order of first appearance.
         answer: The answer with the highest score; `None` if no sample had a vote.
-        confidence: Share of the total score that the answer got, in [0, 1], higher is surer; NaN if no sample had a
-            vote or the scores sum to 0.
+        confidence: The answer's share of the total score, in [0, 1]; higher means more confident. NaN if no sample had
+            a vote or the scores sum to 0.
     """
 
     scores: dict[Hashable, float]
@@ -41,13 +41,13 @@ def weighted_vote(
 ) -> Selection:
     """Vote in which sample i counts `weights[i]`.
 
-    A tie goes to the answer that owns the single sample of highest mean log-prob; without `mean_logps`, or if these
-    tie as well, to the answer that appeared first.
+    A tie goes to the answer with the sample of highest mean log-prob. Without `mean_logps`, or if these tie as well,
+    it goes to the answer that appeared first.
 
     Args:
         answers: Canonical answers, length N; `None` where nothing was extracted.
         weights: Weight of each vote, shape (N,), at least 0. A sample whose weight is NaN has no vote.
-        mean_logps: Mean log-prob per token of each sample, shape (N,); only breaks ties, NaN loses them.
+        mean_logps: Mean log-prob per token of each sample, shape (N,). Used only to break ties; NaN loses.
 
     Returns:
         The scores, the chosen answer and its confidence.
@@ -83,7 +83,7 @@ def majority_vote(answers: Sequence[Hashable | None], mean_logps: ArrayLike | No
 
     Args:
         answers: Canonical answers, length N; `None` where nothing was extracted.
-        mean_logps: Mean log-prob per token of each sample, shape (N,); only breaks ties (see `weighted_vote`).
+        mean_logps: Mean log-prob per token of each sample, shape (N,). Used only to break ties (see `weighted_vote`).
 
     Returns:
         The vote counts, the chosen answer and its share of the votes.
@@ -100,14 +100,14 @@ def perplexity_consistency(
 ) -> Selection:
     """Perplexity Consistency (arXiv 2510.15444): every sample counts the inverse of its perplexity, exp(mean_logp).
 
-    With `completions`, a text that was sampled several times counts once, by its first sample with a log-prob, as in
-    the released code: how probable a text is should count, not how often it was drawn. Without, this is
+    With `completions`, a text that was sampled several times counts once, through its first sample with a log-prob, as
+    in the released code: a text's probability should count, not how often it was drawn. Without `completions`, this is
     self-consistency weighted by exp(mean_logp).
 
     Args:
         answers: Canonical answers, length N; `None` where nothing was extracted.
         mean_logps: Mean log-prob per token of each sample, shape (N,). A sample whose value is NaN has no vote.
-        completions: The sampled texts, length N; merges identical ones.
+        completions: The sampled texts, length N. Identical ones are merged.
 
     Returns:
         The scores, the chosen answer and its confidence.
@@ -128,14 +128,16 @@ def perplexity_consistency(
 
 
 def best_of_n(answers: Sequence[Hashable | None], confidence: ArrayLike) -> Selection:
-    """The answer of the surest sample; `confidence` is then that sample's.
+    """The answer of the most confident sample, with that sample's confidence.
 
     Args:
         answers: Canonical answers, length N; `None` where nothing was extracted.
-        confidence: Confidence of each sample, shape (N,), higher is surer, e.g. mean log-prob. NaN cannot be chosen.
+        confidence: Confidence of each sample, e.g. mean log-prob, shape (N,); higher means more confident. A sample
+            with NaN cannot be chosen.
 
     Returns:
-        Each answer with its surest sample as its score, the chosen answer and its score. Of tied answers the first.
+        For each answer, the highest confidence of its samples as the score; the chosen answer and its score. If
+        answers tie, the first is chosen.
 
     Example:
         >>> best_of_n(["7", "8", "7", None], [-0.5, -0.25, -1.0, -0.125])
@@ -153,18 +155,18 @@ def best_of_n(answers: Sequence[Hashable | None], confidence: ArrayLike) -> Sele
 def reasoning_pruned_perplexity_consistency(
     answers: Sequence[Hashable | None], mean_logps: ArrayLike, *, completions: Sequence[str] | None = None
 ) -> Selection:
-    """RPC (arXiv 2510.15444): Perplexity Consistency over the samples that are not improbable.
+    """RPC (arXiv 2510.15444): Perplexity Consistency without the improbable samples.
 
     A mixture of two Weibull distributions is fitted to the probabilities p = exp(mean_logp). A sample is dropped if it
-    more likely belongs to the component with the smaller mean, and p lies below the mean of all.
+    more likely belongs to the component with the smaller mean and its p is below the mean of all samples.
 
     Args:
         answers: Canonical answers, length N; `None` where nothing was extracted.
         mean_logps: Mean log-prob per token of each sample, shape (N,). A sample whose value is NaN has no vote.
-        completions: The sampled texts, length N; merges identical ones (see `perplexity_consistency`).
+        completions: The sampled texts, length N. Identical ones are merged (see `perplexity_consistency`).
 
     Returns:
-        The scores, the chosen answer and its confidence. With fewer than two different probabilities nothing is
+        The scores, the chosen answer and its confidence. With fewer than two different probabilities, no sample is
         dropped.
 
     Example:
@@ -176,7 +178,7 @@ def reasoning_pruned_perplexity_consistency(
         {'8': 2.73}
     """
     mean_logps = _per_sample("mean_logps", mean_logps, answers)
-    if completions is not None:  # or one copy of a text might be kept and another dropped
+    if completions is not None:  # otherwise one copy of a text might be kept and another dropped
         mean_logps = _of_texts(mean_logps, completions, answers)
     kept = np.where(_improbable(np.exp(mean_logps)), np.nan, mean_logps)
     return perplexity_consistency(answers, kept, completions=completions)
@@ -213,14 +215,15 @@ def _improbable(probabilities: np.ndarray) -> np.ndarray:
 
 
 def borda_vote(answers: Sequence[Hashable | None], confidence: ArrayLike, *, power: float = 0.5) -> Selection:
-    """Borda vote (arXiv 2502.18581, there with self-certainty): a sample's vote weighs by the rank of its confidence.
+    """Borda vote (arXiv 2502.18581, there with self-certainty): the rank of a sample's confidence weights its vote.
 
-        weight of the r-th surest of the N samples with a vote:  (N - r + 1) ** power
+        weight of the r-th most confident of the N samples with a vote:  (N - r + 1) ** power
 
     Args:
         answers: Canonical answers, length N; `None` where nothing was extracted.
-        confidence: Confidence of each sample, shape (N,), higher is surer. Tied samples share the mean of their ranks.
-        power: 0 is a majority vote, large is best of N.
+        confidence: Confidence of each sample, shape (N,); higher means more confident. Tied samples share the mean of
+            their ranks.
+        power: 0 gives a majority vote; large values approach best of N.
 
     Returns:
         The scores, the chosen answer and its confidence.
@@ -238,7 +241,7 @@ def borda_vote(answers: Sequence[Hashable | None], confidence: ArrayLike, *, pow
     return weighted_vote(answers, weights, mean_logps=confidence)
 
 
-# What reports compare.
+# The selectors that reports compare.
 SELECTORS: dict[str, Callable[..., Selection]] = {
     "majority vote": majority_vote,
     "Perplexity Consistency": perplexity_consistency,
@@ -247,7 +250,7 @@ SELECTORS: dict[str, Callable[..., Selection]] = {
 
 
 def _of_texts(mean_logps: np.ndarray, completions: Sequence[str], answers: Sequence[Hashable | None]) -> np.ndarray:
-    """For each sample the log-prob of the first sample of its text that has one; NaN where none has."""
+    """For each sample, the log-prob of the first sample with the same text that has one; NaN if none has."""
     if len(completions) != len(answers):
         raise ValueError(f"`completions` must have one text per answer, got {len(completions)} for {len(answers)}.")
     first: dict[str, float] = {}

@@ -1,1 +1,1 @@
-"""Several methods and seeds from one base, compared."""
+"""Train several methods and seeds from one base, and compare them."""

@@ -1,7 +1,7 @@
-"""GRPO and CAPO side by side from the same tiny base, in minutes on a CPU: a plan, its runs, and what they show.
+"""The demo: train GRPO and CAPO side by side from the same tiny base, in minutes on a CPU, and compare them.
 
-Both are trained on the embedded arithmetic world with the same steps, prompts and seed, each on one thread. Base, GRPO
-and CAPO answer the same held-out questions.
+Both are trained on the embedded arithmetic world with the same steps, prompts and seed, each on one thread. The base,
+GRPO and CAPO answer the same held-out questions.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ BENCHMARKS = ["arithmetic_test_2", "arithmetic_test_3", "arithmetic_test_4", "ar
 MODELS = (BASE, "grpo", "capo")
 
 
-# What both have, and what defines them; also `recipes/arithmetic/*/`. Tau was chosen on the validation split, with
-# other seeds (`benchmarks/results/demo_tau.md`).
+# Shared options, and options that define each method; also in `recipes/arithmetic/*/`. Tau was chosen on the
+# validation split, with other seeds (`benchmarks/results/demo_tau.md`).
 SHARED: dict[str, Any] = dict(
     learning_rate=1e-4,
     lr_scheduler_type="constant",
@@ -74,7 +74,7 @@ def demo_plan(folder: Path, steps: int, seed: int, prompts: int, samples: int) -
 
 
 def runs_of(plan: Plan) -> list[Run]:
-    """Where a user looks for them: models and evaluations by name, all else in `logs/`."""
+    """The plan's runs, in a layout for users: models and evaluations by name, everything else in `logs/`."""
     folder, runs = Path(plan.output_dir), []
     for name in [*plan.methods, BASE]:
         trained = name != BASE
@@ -94,18 +94,18 @@ def runs_of(plan: Plan) -> list[Run]:
 
 
 def run(plan: Plan, settings: dict[str, Any]) -> dict[str, Any]:
-    """Train and evaluate what is missing, and write `results.json`.
+    """Do the missing training and evaluation, and write `results.json`.
 
     Args:
         plan: From `demo_plan`.
-        settings: What the user asked for, for the record.
+        settings: The user's options, to be recorded.
 
     Returns:
         The content of `results.json`.
     """
     runs, folder = runs_of(plan), Path(plan.output_dir)
     check_runs(runs)
-    # One thread each: this model is too small for more to help.
+    # One thread each: the model is too small to benefit from more.
     share = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     failed = run_all(runs, [share] * min(len(runs), num_cores()), title="demo")
     if failed:
@@ -156,7 +156,7 @@ def draw(folder: Path, training: dict[str, list[dict]]) -> None:
 
 
 def what_to_look_at(results: dict[str, Any], folder: Path) -> str:
-    """The differences, and where to read on."""
+    """A message with the differences and the files to look at."""
     lines = ["", "CAPO minus GRPO, one seed:"]
     for benchmark in BENCHMARKS:
         grpo, capo = (results["models"][model][benchmark] for model in ("grpo", "capo"))

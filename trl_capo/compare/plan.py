@@ -1,7 +1,7 @@
-"""The plan of `trl-capo compare`: read, checked as a whole before anything runs, and its runs.
+"""The plan of `trl-capo compare`: read it, check all of it before anything runs, and list its runs.
 
-The YAML names what all share, what each method changes, the seeds, the benchmarks, and the one configuration that the
-others are compared with, which is to be chosen beforehand.
+The YAML contains the shared options, the changes of each method, the seeds, the benchmarks, and the baseline that the
+others are compared with. Choose the baseline in advance.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ SET_BY_PLAN = {"seed": "seeds", "output_dir": "output_dir of the plan"}
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared: the content of the YAML.
+    """A comparison plan: the content of the YAML.
 
     Attributes:
         baseline: The method that the others are compared with.
-        methods: Options of `trl-capo train` by name of the configuration; each names its `method`.
-        train: Options that all share.
-        benchmarks: What `trl-capo evaluate` takes.
-        seeds: Of the trainings; the evaluation draws the same random numbers for all.
-        evaluate: Further options of `trl-capo evaluate`.
-        output_dir: Where everything goes.
+        methods: Options of `trl-capo train` by configuration name. Each sets its `method`.
+        train: Shared options of `trl-capo train`.
+        benchmarks: Benchmarks for `trl-capo evaluate`.
+        seeds: Training seeds. The evaluation draws the same random numbers for all runs.
+        evaluate: Other options of `trl-capo evaluate`.
+        output_dir: Folder for all output.
     """
 
     baseline: str
@@ -54,7 +54,7 @@ def read_plan(path: str) -> Plan:
     """Read and check the YAML.
 
     Raises:
-        UserError: Names every key whose value cannot work, the value, and what is allowed.
+        UserError: Some values cannot work. The message names each key, its value, and the allowed values.
     """
     content = read_yaml(path)
     known = [f.name for f in fields(Plan)]
@@ -75,7 +75,7 @@ def read_plan(path: str) -> Plan:
 
 
 def runs_of(plan: Plan) -> dict[str, dict[int | None, Run]]:
-    """Its runs by method and seed; first `BASE`, which has no seed."""
+    """The plan's runs by method and seed. `BASE`, which has no seed, comes first."""
     base = plan.train["model_name_or_path"]
     runs: dict[str, dict[int | None, Run]] = {BASE: {None: _run(plan, BASE, None, base)}}
     for name in plan.methods:
@@ -100,12 +100,12 @@ def _run(plan: Plan, name: str, seed: int | None, model: str | None) -> Run:
 
 
 def recipe(plan: Plan, name: str, seed: int | None, output_dir: str) -> dict:
-    """Options of `trl-capo train` for a run."""
+    """Options of `trl-capo train` for one run."""
     return plan.train | plan.methods[name] | {"seed": seed, "output_dir": output_dir}
 
 
 def _shapes(path: str, plan: Plan) -> Iterator[str]:
-    """Without these nothing else can be checked."""
+    """Problems with keys and types. All other checks depend on these."""
     for key, kind, wanted in (
         ("methods", dict, "hold one `name: {method: ...}` a line"),
         ("train", dict, "hold one `option: value` a line"),
@@ -122,7 +122,7 @@ def _shapes(path: str, plan: Plan) -> Iterator[str]:
 
 
 def _names_and_seeds(path: str, plan: Plan) -> Iterator[str]:
-    """What decides where runs lie."""
+    """Problems with names and seeds, which determine the folders of the runs."""
     try:
         check_names(f"{path}: methods", [*plan.methods])
     except UserError as error:
@@ -139,7 +139,7 @@ def _names_and_seeds(path: str, plan: Plan) -> Iterator[str]:
         for value in _repeated(values):
             yield f"{path}: no {key} may be named twice, but {value!r} is."
     for benchmark in plan.benchmarks:
-        # A benchmark may be a path, so it is quoted where it becomes a file; an option it must not look like.
+        # A benchmark may be a path, so it is quoted when it becomes a file name. It must not look like an option.
         if not isinstance(benchmark, str) or not benchmark.strip() or not benchmark.isprintable():
             yield f"{path}: benchmarks must be names or files, got {benchmark!r}."
         elif benchmark.startswith("-"):
@@ -151,7 +151,7 @@ def _repeated(values: list) -> list:
 
 
 def _options(path: str, plan: Plan) -> Iterator[str]:
-    """Options that `trl-capo train` and `trl-capo evaluate` do not take."""
+    """Problems with options that `trl-capo train` and `trl-capo evaluate` do not accept."""
     if not isinstance(plan.train.get("model_name_or_path"), str):
         yield f"{path}: train needs a model_name_or_path, got {plan.train.get('model_name_or_path')!r}."
     for key in SET_BY_PLAN.keys() & plan.train.keys():

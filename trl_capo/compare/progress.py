@@ -1,4 +1,4 @@
-"""What a training reports while it runs: steps done, and accuracy and calibration of the last logging window."""
+"""Progress reports of a training run: finished steps, and accuracy and calibration in the last logging window."""
 
 from transformers import TrainerCallback
 

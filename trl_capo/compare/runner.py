@@ -1,10 +1,10 @@
-"""Runs: a training and its evaluation each, in folders of their own, several at a time, whatever was interrupted.
+"""Run trainings and their evaluations, several at a time, each in its own folder, and resume interrupted ones.
 
-Each run is a `trl-capo train` and a `trl-capo evaluate`, processes of their own: stopped at any point, the same call
-resumes; a run that fails is named and leaves the others alone; a run that another process works on is left to it. A
-run counts as complete while its weights, samples and summary are what they were when it ended.
+Each run is a `trl-capo train` and a `trl-capo evaluate`, in separate processes. If it is stopped, the same
+call resumes it. A failed run is named and does not affect the others. A run that another process is working on is
+skipped. A run counts as complete as long as its weights, samples and summary have not changed since it finished.
 
-Runs at a time share the machine: each has its part of the cores and, where there are GPUs, one of them.
+Concurrent runs share the machine: each gets some of the cores and, if GPUs are available, one GPU.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from trl_capo.progress import PROGRESS
 from trl_capo.workers import num_cores
 
 
-WORK = "work.json"  # whether a run is trained, its files once it is complete, and the seconds that it took
-REPORTS = "progress.json"  # what its commands report
+WORK = "work.json"  # whether a run is trained, its files once it is complete, and its duration in seconds
+REPORTS = "progress.json"  # progress reports of its commands
 _children = Children()
 
 
 @dataclass(frozen=True)
 class Run:
-    """A model that is trained, or is there, and its evaluation.
+    """A model to train, or an existing model, and its evaluation.
 
     Attributes:
-        name: For people.
-        folder: Of its lock, recipe, settings, logs and `WORK`.
-        recipe: Options of `trl-capo train`, `output_dir` among them; None if nothing is trained.
-        model: The folder that is trained; else what `trl-capo evaluate` takes.
+        name: A readable name.
+        folder: Folder of the run's lock, recipe, settings, logs and `WORK`.
+        recipe: Options of `trl-capo train`, including `output_dir`. None if nothing is trained.
+        model: Folder of the trained model, or an existing model for `trl-capo evaluate`.
         evaluation: Folder of the samples and their summary.
-        benchmarks: What it is asked.
-        options: Of `trl-capo evaluate`, by name.
+        benchmarks: Benchmarks to evaluate on.
+        options: Options of `trl-capo evaluate`, by name.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Run:
 
 
 def evaluation_options(benchmarks: list[str], options: dict[str, Any]) -> list[str]:
-    """Options of `trl-capo evaluate` as words."""
+    """Options of `trl-capo evaluate` as command-line words."""
     words = ["--benchmark", *benchmarks]
     for name, value in options.items():
         words += [f"--{name}"] if value is True else [f"--{name}={value}"]
@@ -71,7 +71,7 @@ def evaluation_options(benchmarks: list[str], options: dict[str, Any]) -> list[s
 
 
 def check_runs(runs: Iterable[Run]) -> None:
-    """Refuse folders that hold runs of other options, all before the first one starts."""
+    """Refuse folders that contain runs with other options. Checks all folders before the first run starts."""
     for run in runs:
         if run.recipe is not None:
             check_settings(run.folder, run.recipe, "a run")
@@ -85,17 +85,17 @@ def run_all(
     title: str = "compare",
     say: Callable[[str], None] = print,
 ) -> list[Path]:
-    """Run what is not done, one run a share of the machine at a time.
+    """Do all unfinished runs, one at a time on each share of the machine.
 
     Args:
-        runs: In the order in which they are started.
-        shares: Environment variables of the runs at a time, from `shares_of_the_machine`.
-        minutes: Start none that would end later, by what the runs before took.
-        title: Of the bar that counts runs.
-        say: Gets messages.
+        runs: The runs, in starting order.
+        shares: Environment variables of the concurrent runs, from `shares_of_the_machine`.
+        minutes: Time limit. No run starts that would end later, judging by the duration of earlier runs.
+        title: Title of the bar that counts runs.
+        say: Receives messages.
 
     Returns:
-        Logs of what failed.
+        Logs of failed runs.
     """
     from tqdm import tqdm
 
@@ -135,7 +135,7 @@ def run_all(
                         bar.write(f"failed: {log}: {_last_line(log)}")
                     bar.update()
                     bar.set_postfix_str(f"{len(postponed)} postponed" if postponed else "")
-        except BaseException:  # Ctrl-C, a full disk: start nothing more
+        except BaseException:  # e.g. Ctrl-C or a full disk: start no more runs
             pool.shutdown(wait=False, cancel_futures=True)
             _children.stop()
             raise
@@ -145,14 +145,14 @@ def run_all(
 
 
 def shares_of_the_machine(workers: int, use_cpu: bool = False) -> list[dict[str, str]]:
-    """Environment variables of each of the runs at a time.
+    """Environment variables of each concurrent run.
 
     Args:
-        workers: How many these are.
-        use_cpu: Leave the GPUs alone.
+        workers: Number of concurrent runs.
+        use_cpu: Do not use GPUs.
 
     Raises:
-        ValueError: GPUs are to be used, and there are fewer than workers.
+        ValueError: The runs need GPUs, and there are fewer GPUs than workers.
     """
     import torch
 
@@ -169,10 +169,10 @@ def shares_of_the_machine(workers: int, use_cpu: bool = False) -> list[dict[str,
 
 
 def seconds_of_a_run(folder: Path) -> float:
-    """How long the next one may take: half as long again as the median of those that are done; 0 while none is.
+    """Estimated duration of the next run: 1.5 times the median of finished runs, or 0 if none has finished.
 
     Args:
-        folder: What holds the folders of the runs.
+        folder: Parent folder of the runs.
     """
     works = [read_work(path.parent)["seconds"] for path in folder.glob(f"*/{WORK}")]
     known = [sum(seconds.values()) for seconds in works if len(seconds) == 2]
@@ -180,12 +180,12 @@ def seconds_of_a_run(folder: Path) -> float:
 
 
 def do(run: Run, share: dict[str, str], say: Callable[[str], None] = print) -> Path | None:
-    """Train and evaluate, each as a process of its own; returns the log of the one that failed.
+    """Train and evaluate, each in a separate process. Returns the log of a failed command.
 
     Args:
-        run: Which.
-        share: Environment variables that say which part of the machine is its own.
-        say: Gets messages.
+        run: The run.
+        share: Environment variables that set the run's share of the machine.
+        say: Receives messages.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     with (run.folder / "lock").open("w", encoding="utf-8") as lock:
@@ -205,7 +205,7 @@ def do(run: Run, share: dict[str, str], say: Callable[[str], None] = print) -> P
             if work["complete"] and not _unchanged(run, recorded):
                 say(f"The weights in {run.model} changed or are missing: this run is repeated.")
                 work["trained"] = False
-                shutil.rmtree(run.evaluation, ignore_errors=True)  # of weights that are gone
+                shutil.rmtree(run.evaluation, ignore_errors=True)  # its weights are gone
             work["trained"] &= any(map(_is_weight, _files(run)))
         where = ["--output_dir", str(run.evaluation.parent), "--names", run.evaluation.name]
         steps["evaluate"] = [run.model, *evaluation_options(run.benchmarks, run.options), *where]
@@ -217,7 +217,7 @@ def do(run: Run, share: dict[str, str], say: Callable[[str], None] = print) -> P
             begin, log = time.time(), run.folder / f"{command}.log"
             succeeded = _succeeds(command, options, log, lock, share)
             seconds = round(time.time() - begin)
-            work["seconds"][command] = work["seconds"].get(command, 0) + seconds  # of attempts that were not killed
+            work["seconds"][command] = work["seconds"].get(command, 0) + seconds  # not of killed ones
             work["trained"] |= command == "train" and succeeded
             write_json(run.folder / WORK, work)
             if not succeeded:
@@ -226,18 +226,18 @@ def do(run: Run, share: dict[str, str], say: Callable[[str], None] = print) -> P
             with log.open("a", encoding="utf-8") as file:
                 file.write(f"trl-capo compare: {run.folder}: {problem}\n")
             return log
-        write_json(run.folder / WORK, work | {"complete": _files(run)})  # last: it says that the run is complete
+        write_json(run.folder / WORK, work | {"complete": _files(run)})  # last: it marks the run as complete
         return None
 
 
 def is_done(run: Run) -> bool:
-    """Whether a run was recorded as complete, and its weights and samples still are as they were then."""
+    """Whether a run was recorded as complete and its weights and samples have not changed since."""
     complete = read_work(run.folder)["complete"]
     return bool(complete) and _unchanged(run, complete) and not _incomplete(run)
 
 
 def read_work(folder: Path) -> dict:
-    """What is known about the work on a run; nothing if the file is missing or unreadable."""
+    """The record of the work on a run; empty if the file is missing or unreadable."""
     work = {"trained": False, "seconds": {}, "complete": {}}
     try:
         read = json.loads((folder / WORK).read_text(encoding="utf-8"))
@@ -249,7 +249,7 @@ def read_work(folder: Path) -> dict:
 
 
 def _files(run: Run) -> dict[str, int]:
-    """Sizes of what a run is, by path from its folder: weights of the model, samples and their summary."""
+    """Sizes of a run's weights, samples and summary, by path relative to its folder."""
     kinds = ("*.safetensors", "*.bin") if run.recipe is not None else ()
     found = [path for kind in kinds for path in Path(run.model).glob(kind)]
     found += [run.evaluation / "samples.parquet", run.evaluation / "summary.json"]
@@ -267,7 +267,7 @@ def _unchanged(run: Run, files: dict[str, int]) -> bool:
 
 
 def _incomplete(run: Run) -> str | None:
-    """What a run lacks, whatever was recorded: weights, or a summary of these benchmarks and of these samples."""
+    """The missing part of a run, whatever was recorded: weights, or a summary of these benchmarks and samples."""
     import pyarrow.parquet as pq
 
     if run.recipe is not None and not any(map(_is_weight, _files(run))):
@@ -291,7 +291,7 @@ def _last_line(log: Path) -> str:
 
 
 def _succeeds(command: str, options: list[str], log: Path, lock, share: dict[str, str]) -> bool:
-    """The child inherits the lock: should this process be killed, nobody else starts what the child still does."""
+    """Run a command. The child inherits the lock, so if this process is killed, nobody else starts the same run."""
     with log.open("a", encoding="utf-8") as file:
         call = [sys.executable, "-m", f"trl_capo.scripts.{command}", *options]
         outputs = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=file, pass_fds=[lock.fileno()])

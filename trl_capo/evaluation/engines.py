@@ -19,16 +19,20 @@ def load_engine(
     chat_template_kwargs: dict | None = None,
     **sampling,
 ) -> tuple[Callable, Callable[[], None]]:
-    """A function from prompts, `max_new_tokens` and `first_prompt` to `Samples`, and one that frees what it holds.
+    """Load a model for sampling.
 
     Args:
         model: Folder, name on the Hub, or name of a shipped model.
         state: accelerate's `PartialState`.
         engine: "transformers" or "vllm".
-        dtype: Of the weights.
-        batch_size: Completions at a time, with transformers.
+        dtype: Data type of the weights.
+        batch_size: Number of completions to decode together, with transformers.
         chat_template_kwargs: Variables of the chat template.
         sampling: `num_samples`, `temperature`, `seed`, `statistics`.
+
+    Returns:
+        A function from prompts, `max_new_tokens` and `first_prompt` to `Samples`, and a function that frees the
+        engine's memory.
     """
     model = model_path(model)
     if engine == "vllm":
@@ -53,14 +57,14 @@ def load_engine(
 
 
 def _show_own_device(local_process_index: int) -> None:
-    """vLLM's engine, a process of its own, takes the first GPU that it sees: let it see this process's only."""
+    """Show vLLM's engine only this process's GPU. The engine, a separate process, takes the first GPU that it sees."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(i) for i in range(local_process_index + 1)]
     os.environ["CUDA_VISIBLE_DEVICES"] = devices[local_process_index % len(devices)]
 
 
 def choose_engine(asked: str) -> str:
-    """vLLM where it is installed and there is a CUDA GPU, unless one is asked for."""
+    """The requested engine. For "auto", vLLM if it is installed and a CUDA GPU is available, else transformers."""
     import torch
 
     if asked != "auto":

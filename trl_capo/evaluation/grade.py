@@ -1,8 +1,8 @@
-"""Grade completions with math-verify, as the training reward does and by the same worker processes.
+"""Grade completions with math-verify, as the training reward does and with the same worker processes.
 
-Correctness is TRL's `accuracy_reward`; the answer is what math-verify parses under the reward's extraction rules. A
-completion that hangs or crashes math-verify costs its deadline, or its worker, and nothing else: it is neither right
-nor wrong (NaN) and counted in `Grades.failed`. Pairs of text and solution that repeat are graded once.
+Correctness is TRL's `accuracy_reward`. The answer is what math-verify parses under the reward's extraction rules. A
+completion that hangs or crashes math-verify costs only its deadline or its worker: it counts as neither right nor
+wrong (NaN) and appears in `Grades.failed`. Repeated pairs of text and solution are graded once.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ CHUNK = 1000  # completions between two ticks of the progress bar
 
 @dataclass(frozen=True)
 class Grades:
-    """Graded completions, in the order in which they came.
+    """Graded completions, in input order.
 
     Attributes:
-        answers: What each one answers, as sympy prints it (`902` and `0902` give the same text), `None` where nothing
-            was extracted.
-        sources: The same as it was written, in LaTeX: what `canonical_answers` compares.
-        correct: 1, 0, or NaN where the solution cannot be parsed or grading was given up, float64.
-        failed: Whether grading was given up, by math-verify, at the deadline, or because the worker died, bool.
+        answers: The answer of each completion, as sympy prints it (`902` and `0902` give the same text); `None` if
+            nothing was extracted.
+        sources: The same answers as written, in LaTeX. `canonical_answers` compares these.
+        correct: 1, 0, or NaN if the solution cannot be parsed or grading failed, float64.
+        failed: Whether grading failed: math-verify gave up, the deadline passed, or the worker died. Bool.
     """
 
     answers: list[str | None]
@@ -57,13 +57,13 @@ def grade(
     Args:
         completions: Sampled texts, any number.
         solutions: Gold answer of each completion, in `$...$` or `\boxed{...}`; math-verify misreads some bare ones.
-        num_workers: Worker processes. None: one a core.
+        num_workers: Number of worker processes. None means one per core.
         deadline: Seconds that one completion may take.
         progress: Show a progress bar.
-        normalize_operators: Mend `\frac13`, `2\sqrt3` and `\boxed 7` in completions, which else count as wrong.
+        normalize_operators: Repair `\frac13`, `2\sqrt3` and `\boxed 7` in completions, which otherwise count as wrong.
 
     Returns:
-        The grades. A warning says how many were given up.
+        The grades. A warning reports how many failed.
     """
     from tqdm.auto import tqdm
 
@@ -93,8 +93,8 @@ def grade_samples(
     """`grade` for the samples of P prompts, N each.
 
     Args:
-        samples: What `sample_completions` returned.
-        solutions: Gold answer of each prompt, P of them.
+        samples: Samples from `sample_completions`.
+        solutions: Gold answer of each prompt, length P.
         progress: Show a progress bar.
 
     Returns:
@@ -108,18 +108,18 @@ def grade_samples(
 
 
 def canonical_answers(grades: Grades, groups: Sequence[int], *, deadline: float = 30.0) -> list[str | None]:
-    r"""Answers to one question that mean the same get one name: `0.5` and `\frac{1}{2}` become one candidate.
+    r"""Give equivalent answers to one question one name: `0.5` and `\frac{1}{2}` become one candidate.
 
-    They are compared pairwise by math-verify, in the workers; a comparison that is given up counts as different. The
-    gold answer plays no part: it is not known where a model is asked, and a confidence must be the same there.
+    Math-verify compares the answers pairwise, in the workers. A comparison that fails counts as different. The gold
+    answer plays no part: it is unknown when a model is deployed, and confidence must be the same there.
 
     Args:
         grades: Graded completions.
-        groups: To which question each belongs.
+        groups: The question that each completion belongs to.
         deadline: Seconds that one comparison may take.
 
     Returns:
-        One answer for each completion, named after the first of its class.
+        One answer for each completion, named after the first answer in its class.
     """
     from trl_capo.calibration.selection import equivalence_classes
 
@@ -134,7 +134,7 @@ def canonical_answers(grades: Grades, groups: Sequence[int], *, deadline: float 
         (group, a, b)
         for group, answers in by_group.items()
         for a, b in itertools.combinations(answers, 2)
-        if not (_is_integer(a) and _is_integer(b))  # written by sympy, they differ where their texts do
+        if not (_is_integer(a) and _is_integer(b))  # sympy prints different integers differently
     ]
     compared = _work(_same, [(source_of[g, a], source_of[g, b]) for g, a, b in pairs], None, deadline)
     same = {pair for pair, equal in zip(pairs, compared, strict=True) if equal is True}
@@ -156,7 +156,7 @@ def _is_integer(answer: str) -> bool:
 
 @functools.cache
 def _pool(function: Callable, num_workers: int | None, deadline: float) -> DeadlinePool:
-    """Workers start when first needed, half a second, and stay for the next call."""
+    """Workers start when first needed, which takes half a second, and stay alive for the next call."""
     return DeadlinePool(function, num_workers, deadline)
 
 
@@ -169,7 +169,7 @@ def _work(function: Callable, pairs: list[tuple], num_workers: int | None, deadl
 def _grade_and_extract(
     text: str, solution: str, normalize_operators: bool = False
 ) -> tuple[float | None, str | None, str | None, bool]:
-    """Reward, answer, its source, and whether grading was given up."""
+    """Reward, answer, its source, and whether grading failed."""
     from trl_capo.grading import grade_pair
 
     found = grade_pair(text, solution, normalize_operators)
@@ -184,7 +184,7 @@ def _same(source: str, other: str) -> bool:
 
     try:
         ours, theirs = (parse_answer(rf"\boxed{{{text}}}") for text in (source, other))
-        # Verifying asks whether an answer gives the gold one, which `5` does for `x=5` and not the other way round.
+        # Verification is not symmetric: `5` is accepted for the gold answer `x=5`, but not the other way round.
         return equal(ours, theirs) and equal(theirs, ours)
     except TimeoutException:
         return False

@@ -1,7 +1,7 @@
-r"""Is a dataset fit to train on: what `trl-capo data check` finds out.
+r"""Check whether a dataset is fit for training, for `trl-capo data check`.
 
-Every gold answer is graded against itself, as `\boxed{gold}` would be: one that math-verify reads but does not
-recognise would make every right answer wrong.
+Every gold answer is graded against itself, as the completion `\boxed{gold}`. If math-verify can read a gold answer but
+does not recognise it, every right answer would count as wrong.
 """
 
 import functools
@@ -27,20 +27,20 @@ def health(
     num_workers=None,
     normalize_operators: bool = False,
 ) -> dict:
-    """Numbers about questions and gold answers.
+    """Count problems in the questions and gold answers of a dataset.
 
     Args:
         rows: Conversations in `prompt`, gold answers in `solution`.
-        against: Other datasets by name, which should share no question with it.
+        against: Other datasets by name. They should share no question with `rows`.
         tokenizer: Counts tokens.
-        num_workers: Processes that grade. None: one a core.
+        num_workers: Number of grading processes. None means one per core.
         normalize_operators: Grade as with this option of `trl-capo train` and `evaluate`.
 
     Returns:
-        Numbers of rows: `rows`, `empty_questions` (which cannot be asked), `repeated_questions`, `missing_golds`,
-        `unreadable_golds` (those that are missing or misread included), `golds_that_fail_themselves`,
-        `shared_questions` by name; examples of the bad rows; and, with a tokenizer, `prompt_tokens` at the median,
-        at 99% and at most.
+        Row counts: `rows`, `empty_questions` (which cannot be asked), `repeated_questions`, `missing_golds`,
+        `unreadable_golds` (including missing and misread ones), `golds_that_fail_themselves`, and `shared_questions`
+        by dataset. Also examples of bad rows and, with a tokenizer, `prompt_tokens`: the median, the 99% quantile and
+        the maximum.
     """
     import numpy as np
 
@@ -82,18 +82,18 @@ def health(
 
 
 def print_health(found: dict[str, dict]) -> None:
-    """A table, one column a dataset, then examples of what is wrong."""
+    """Print a table with one column per dataset, then examples of bad rows."""
     from rich.console import Console
     from rich.table import Table
 
     lines: dict[str, Callable[[dict], Any]] = {
-        "rows": lambda of: f"{of['rows']:,}" + (f" of {of['expected_rows']:,}" if "expected_rows" in of else ""),
-        "licence": lambda of: of.get("licence", "-"),
-        "empty questions": lambda of: of["empty_questions"],
-        "repeated questions": lambda of: of["repeated_questions"],
-        "gold answers missing": lambda of: of["missing_golds"],
-        "gold answers not readable": lambda of: of["unreadable_golds"],
-        "gold answers that fail themselves": lambda of: of["golds_that_fail_themselves"],
+        "rows": _rows,
+        "licence": lambda numbers: numbers.get("licence", "-"),
+        "empty questions": lambda numbers: numbers["empty_questions"],
+        "repeated questions": lambda numbers: numbers["repeated_questions"],
+        "gold answers missing": lambda numbers: numbers["missing_golds"],
+        "gold answers not readable": lambda numbers: numbers["unreadable_golds"],
+        "gold answers that fail themselves": lambda numbers: numbers["golds_that_fail_themselves"],
     }
     first = next(iter(found.values()))
     nested = {f"questions shared with {name}": ("shared_questions", name) for name in first["shared_questions"]}
@@ -104,11 +104,11 @@ def print_health(found: dict[str, dict]) -> None:
     for name in found:
         table.add_column(name, justify="right")
     for line, value in lines.items():
-        table.add_row(line, *(str(value(of)) for of in found.values()))
+        table.add_row(line, *(str(value(numbers)) for numbers in found.values()))
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
-    for name, of in found.items():
-        for kind, examples in of["examples"].items():
+    for name, numbers in found.items():
+        for kind, examples in numbers["examples"].items():
             for example in examples:
                 console.print(f"{name}, {kind.replace('_', ' ')}: {example}", highlight=False, markup=False)
 
@@ -123,5 +123,10 @@ def as_answer(gold: str) -> str:
     return gold if r"\boxed" in gold else rf"\boxed{{{gold.strip('$')}}}"
 
 
-def _within(part: str, name: str, of: dict) -> Any:
-    return of[part][name]
+def _rows(numbers: dict) -> str:
+    expected = f" of {numbers['expected_rows']:,}" if "expected_rows" in numbers else ""
+    return f"{numbers['rows']:,}{expected}"
+
+
+def _within(part: str, name: str, numbers: dict) -> Any:
+    return numbers[part][name]

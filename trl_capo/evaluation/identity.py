@@ -1,7 +1,7 @@
-"""What samples depend on: a model's files, its base's, its commit, and the settings that an evaluation recorded.
+"""Identify a model by its files, its base model's files, its commit, and the settings that an evaluation recorded.
 
-A model's files go by content. Weights go by name, size and time of change first, because reading them takes a while;
-their content is compared only where one of these differs.
+A model's files are compared by content. Weights are first compared by name, size and modification time, because
+reading them takes a while. Their content is compared only if one of these differs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trl_capo.models.source import model_path
 
 
 WEIGHTS = ("*.safetensors", "*.bin")
-# By name, because anything may lie beside a model. The index of the weights only lists them.
+# Files are listed by name, because anything may lie next to a model. The index of the weights only lists them.
 DECIDING = (
     "config.json", "generation_config.json", "adapter_config.json", "params.json",
     "quantize_config.json", "quantization_config.json",
@@ -32,13 +32,13 @@ DECIDING = (
 
 
 def model_identity(model: str) -> dict[str, str | None]:
-    """Fingerprints by what they are of: `weights`, `commit` on the Hub, each file, and the same of an adapter's base.
+    """Fingerprints of `weights`, the `commit` on the Hub and each file. An adapter's base model is included.
 
     Args:
         model: A folder, or a name on the Hub.
 
     Returns:
-        `weights` is None where the model is no folder, `commit` where it is one.
+        Fingerprints by name. `weights` is None if the model is not a folder; `commit` is None if it is one.
     """
     identity = _own_identity(model)
     base = base_of(model)
@@ -61,15 +61,16 @@ def _own_identity(model: str) -> dict[str, str | None]:
 
 
 def with_content(model: str, settings: dict, known: dict) -> dict:
-    """Settings with what the weights contain, so that a copy or `touch` does not make them others.
+    """Add the content of the weights to settings, so that a copy or `touch` does not count as a change.
 
     Args:
         model: A folder, or a name on the Hub.
-        settings: With the model's identity.
-        known: What an evaluation recorded before; empty if there is none. Earlier versions recorded no content.
+        settings: Settings that include the model's identity.
+        known: Settings of an earlier evaluation, or empty. Earlier versions recorded no content.
 
     Returns:
-        `settings` with `weights_content`, and the recorded `weights` where the content is the recorded one.
+        `settings` with `weights_content`. If the content matches the recorded content, `weights` is the recorded
+        value.
     """
     settings = dict(settings)
     for weights, folder in (("weights", model), ("base/weights", base_of(model))):
@@ -100,7 +101,7 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _commit(model: str) -> str | None:
-    """The commit that loading this name from the Hub gives now: its folder in the cache."""
+    """The commit that this Hub name currently loads: the name of its folder in the cache."""
     from transformers.utils import cached_file
 
     path = Path(str(cached_file(model, "config.json")))
@@ -113,10 +114,10 @@ def fingerprint(content: list) -> str:
 
 
 def read_settings(folder: Path) -> dict:
-    """What an evaluation was made with; empty where nothing is recorded.
+    """The recorded settings of an evaluation, or an empty dictionary.
 
     Raises:
-        UserError: The file holds something else.
+        UserError: The file does not contain settings.
     """
     path = folder / SETTINGS
     if not path.exists():
@@ -131,12 +132,12 @@ def read_settings(folder: Path) -> dict:
 
 
 def is_recorded(settings: dict) -> bool:
-    """Whether settings say which files and commit a model had; those of earlier versions do not."""
+    """Whether settings record the model's files and commit. Earlier versions did not record them."""
     return "commit" in settings
 
 
 def check_unchanged(model: str, settings: dict) -> None:
-    """Refuse samples that an earlier state of the same folder gave."""
+    """Refuse samples from an earlier state of the same model folder."""
     evaluated = model_path(str(settings.get("model")))
     same_folder = Path(evaluated).is_dir() and Path(evaluated).resolve() == Path(model).resolve()
     if same_folder and is_recorded(settings):
@@ -150,7 +151,7 @@ def check_unchanged(model: str, settings: dict) -> None:
 
 
 def sampling_of(settings: dict, benchmarks: list[str]) -> dict:
-    """How `trl-capo evaluate` drew the samples; empty for samples from elsewhere."""
+    """The sampling settings of `trl-capo evaluate`; empty for samples from other tools."""
     if not settings:
         return {}
     sampling = {}

@@ -1,4 +1,4 @@
-"""Which questions teach a model anything: those that it answers now rightly, now wrongly."""
+"""Select the questions that a model can learn from: those that it answers sometimes right and sometimes wrong."""
 
 import json
 from pathlib import Path
@@ -12,10 +12,10 @@ from trl_capo.files import replacing
 
 
 def check_bounds(lowest: float, highest: float, num_samples: int) -> None:
-    """Refuse bounds between which no question can lie.
+    """Refuse bounds that no question can lie between.
 
     Raises:
-        UserError: Names the option and its value.
+        UserError: A bound is wrong. The message names the option and its value.
     """
     if not 0 <= lowest < highest <= 1:
         raise UserError(f"--lowest and --highest must be 0 <= lowest < highest <= 1, got {lowest}, {highest}.")
@@ -24,21 +24,21 @@ def check_bounds(lowest: float, highest: float, num_samples: int) -> None:
 
 
 def write_mixed(path: Path, questions: Dataset, samples: Path, lowest: float, highest: float) -> dict[str, int]:
-    """Write the questions whose pass rate lies between the two bounds, with it, one JSON a line.
+    """Write the questions whose pass rate lies between two bounds, with the pass rate, one JSON object per line.
 
     Args:
-        path: Where.
-        questions: Conversations in `prompt`, gold answers in `solution`; the first of them were sampled, in order.
+        path: The file to write.
+        questions: Conversations in `prompt`, gold answers in `solution`. The samples cover the first ones, in order.
         samples: Folder of their samples, on one benchmark.
-        lowest: Pass rates above this are kept.
-        highest: And below this.
+        lowest: Questions with a pass rate above this are kept.
+        highest: Questions with a pass rate below this are kept.
 
     Returns:
-        Numbers of questions that were kept and, by the reason, not.
+        Number of questions that were kept, and number of dropped questions by reason.
     """
-    (of,) = read_samples(samples)
-    readable = np.isfinite(of.correct).all(axis=1)
-    rates = np.where(readable, of.correct.mean(axis=1), np.nan)
+    (graded,) = read_samples(samples)
+    readable = np.isfinite(graded.correct).all(axis=1)
+    rates = np.where(readable, graded.correct.mean(axis=1), np.nan)
     kept = np.flatnonzero((rates > lowest) & (rates < highest))
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         for row in kept.tolist():

@@ -1,4 +1,4 @@
-"""The options of `trl-capo evaluate`: for the command, and for plans that name them."""
+"""The options of `trl-capo evaluate`, for the command and for plans that contain them."""
 
 import argparse
 
@@ -45,10 +45,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Refuse numbers that no evaluation can have.
+    """Refuse numbers that no evaluation can use.
 
     Raises:
-        ValueError: Names the option and its value.
+        ValueError: A number is out of range. The message names the option and its value.
     """
     for name in ("num_samples", "num_prompts", "max_new_tokens", "batch_size"):
         value = getattr(args, name)

@@ -1,9 +1,9 @@
 """A model that answers only when its confidence keeps a promise: N samples, one chosen answer, one confidence.
 
-The confidence of a question is Perplexity Consistency's: the summed exp(mean log-prob) of the samples that agree with
-the chosen answer, over N. Not its share of all votes: sixteen hesitant votes for one answer say less than sixteen sure
-ones. The threshold comes from `trl_capo.calibration.abstention`. Its promise holds for the model, N, temperature and
-length that the calibration samples were drawn with.
+The confidence of a question is that of Perplexity Consistency: the sum of exp(mean log-prob) over the samples that
+agree with the chosen answer, divided by N. It is not the share of votes, because sixteen hesitant votes for one answer
+say less than sixteen confident ones. The threshold comes from `trl_capo.calibration.abstention`. Its promise holds for
+the model, N, temperature and length that the calibration samples were drawn with.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a predictor says to one question.
+    """A predictor's reply to one question.
 
     Attributes:
-        answer: The chosen answer, also where it abstains; None if no sample had one.
-        confidence: In [0, 1], higher is surer.
-        abstains: Whether the confidence stays below the threshold.
-        completion: The surest sample with this answer; None without one.
+        answer: The chosen answer, even if the predictor abstains; None if no sample had an answer.
+        confidence: In [0, 1]; higher means more confident.
+        abstains: Whether the confidence is below the threshold.
+        completion: The most confident sample with this answer; None if there is no answer.
     """
 
     answer: str | None
@@ -46,14 +46,14 @@ class Prediction:
 
 
 def question_confidence(answers: Sequence[str | None], mean_logps: np.ndarray) -> tuple[str | None, float]:
-    """The answer that Perplexity Consistency chooses, and the mean over samples of the weight that it got.
+    """The answer that Perplexity Consistency chooses, and its weight averaged over samples.
 
     Args:
-        answers: Canonical answers, length N; None where nothing was extracted.
-        mean_logps: Shape (N,).
+        answers: Canonical answers, length N; None if nothing was extracted.
+        mean_logps: Mean token log-prob of each sample, shape (N,).
 
     Returns:
-        The answer, None if there is none, and a number in [0, 1], 0 without an answer.
+        The answer or None, and a number in [0, 1], which is 0 without an answer.
 
     Example:
         >>> question_confidence(["7", "7", "8", None], np.log([0.5, 0.75, 1.0, 0.5]))
@@ -64,14 +64,14 @@ def question_confidence(answers: Sequence[str | None], mean_logps: np.ndarray) -
 
 
 def question_table(of: SampleSet) -> tuple[np.ndarray, np.ndarray]:
-    """Whether the chosen answer to each question is right (0, 1, NaN), and its confidence, shape (P,) each."""
+    """Correctness (0, 1 or NaN) of the chosen answer to each question, and its confidence, shape (P,) each."""
     choices, right = choose_all(perplexity_consistency, of.answers, of.mean_logps, of.correct)
     return right, np.array([_mean_weight(choice, of.num_samples) for choice in choices])
 
 
 def all_questions(sets: Sequence[SampleSet]) -> tuple[np.ndarray, np.ndarray]:
-    """`question_table` of several benchmarks, one after the other."""
-    tables = [question_table(of) for of in sets]
+    """`question_table` of several benchmarks, concatenated."""
+    tables = [question_table(samples) for samples in sets]
     right, confidence = (np.concatenate(column) for column in zip(*tables, strict=True))
     return right, confidence
 
@@ -83,18 +83,18 @@ def _mean_weight(choice: Selection, num_samples: int) -> float:
 def choose_abstention(
     sets: Sequence[SampleSet], precision: float, delta: float = 0.05, *, sampling: dict | None = None
 ) -> Abstention:
-    """A threshold for a model from its graded samples of calibration questions.
+    """Choose a threshold for a model from its graded samples of calibration questions.
 
     Args:
-        sets: Samples of one or more benchmarks, all with the same number a question.
-        precision: Share of right answers among those given that is promised.
+        sets: Samples of one or more benchmarks, all with the same number of samples per question.
+        precision: The promised share of right answers among those given.
         delta: Probability that the promise fails.
-        sampling: How they were drawn, see `Abstention`.
+        sampling: The sampling settings, see `Abstention`.
 
     Raises:
-        ValueError: See `choose_threshold`; or the sets differ in their number of samples.
+        ValueError: See `choose_threshold`. Also if the sets differ in their number of samples.
     """
-    counts = {of.num_samples for of in sets}
+    counts = {samples.num_samples for samples in sets}
     if len(counts) > 1:
         raise UserError(
             f"the benchmarks have {', '.join(map(str, sorted(counts)))} samples a question; confidence would differ "
@@ -117,15 +117,15 @@ class SelectivePredictor:
         model: Decoder-only transformers model, on its device.
         tokenizer: Its tokenizer.
         abstention: Threshold; None never abstains.
-        num_samples: Samples a question. None: as many as the threshold was chosen with, else 16.
-        max_new_tokens: Longest completion. None: that of the threshold, else as long as the context allows, at most
-            3000.
-        temperature: Of the sampler. None: that of the threshold, else 1.
-        system_prompt: System message before each question. None: that of the threshold, if any.
-        chat_template_kwargs: Variables of the chat template. None: those of the threshold, if any.
+        num_samples: Samples per question. None means the threshold's value, else 16.
+        max_new_tokens: Longest completion, in tokens. None means the threshold's value, else as long as the context
+            allows, at most 3000.
+        temperature: Temperature of the sampler. None means the threshold's value, else 1.
+        system_prompt: System message before each question. None means the threshold's value, if any.
+        chat_template_kwargs: Variables of the chat template. None means the threshold's value, if any.
 
     Raises:
-        ValueError: One of these is not that of the threshold.
+        ValueError: An option differs from the threshold's value.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class SelectivePredictor:
         chat_template_kwargs: dict | None = None,
     ):
         chosen_with = dict(abstention.sampling) if abstention else {}
-        if chosen_with:  # it is left out where there were none
+        if chosen_with:  # the record omits it if there were none
             chosen_with.setdefault("chat_template_kwargs", None)
         if abstention and abstention.num_samples is not None:
             chosen_with["num_samples"] = abstention.num_samples
@@ -168,7 +168,7 @@ class SelectivePredictor:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options) -> SelectivePredictor:
-        """Load a model and, if it lies beside it, `abstention.json`.
+        """Load a model and, if the folder contains one, its `abstention.json`.
 
         Args:
             path: Folder, name on the Hub, or name of a shipped model.
@@ -182,7 +182,7 @@ class SelectivePredictor:
         from trl_capo.models.source import model_path
 
         folder = model_path(str(path))
-        base_of(folder)  # an adapter without its base is refused by name
+        base_of(folder)  # refuses an adapter whose base is missing, and names the base
         abstention = Abstention.load(folder) if Path(folder, FILE_NAME).exists() else None
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device)  # type: ignore[arg-type]
@@ -192,7 +192,7 @@ class SelectivePredictor:
         """Answer questions.
 
         Args:
-            questions: Plain questions; put into the model's chat template if it has one.
+            questions: Plain questions. They are put into the model's chat template if it has one.
             seed: Seed of the samples.
             progress: Show a progress bar.
         """
@@ -215,7 +215,7 @@ class SelectivePredictor:
         )
         texts = [text for row in samples.completions for text in row]
         groups = np.repeat(np.arange(len(prompts)), self.num_samples).tolist()
-        # There is no gold answer: whatever is extracted is compared with the others only.
+        # There is no gold answer: extracted answers are compared only with each other.
         grades = grade(texts, [r"$0$"] * len(texts), progress=progress)
         names = canonical_answers(grades, groups)
         predictions = []
@@ -233,10 +233,10 @@ class SelectivePredictor:
     def predict_or_ask(
         self, fallback: SelectivePredictor | None, questions: Sequence[str], *, seed: int = 0
     ) -> tuple[list[Prediction], set[int]]:
-        """`predict`, asking another predictor (None: nobody) where this one abstains.
+        """`predict`, but ask a fallback predictor (None means nobody) if this one abstains.
 
         Returns:
-            A prediction for each question, and the numbers of those that the fallback gave.
+            A prediction for each question, and the indices of the questions that the fallback answered.
         """
         predictions = self.predict(questions, seed=seed)
         unsure = [i for i, own in enumerate(predictions) if own.abstains]
@@ -247,7 +247,7 @@ class SelectivePredictor:
         return predictions, set(unsure)
 
     def _room(self, prompts: list) -> int:
-        """What the longest prompt leaves of the context, at most 3000 tokens."""
+        """Number of tokens that the longest prompt leaves in the context, at most 3000."""
         from trl_capo.models.prompts import tokenize
 
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 10**9

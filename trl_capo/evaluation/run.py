@@ -1,7 +1,7 @@
-"""An evaluation: sample what is missing, grade it, summarise it, in a folder that remembers its settings.
+"""Run an evaluation: draw missing samples, grade them and summarise them, in a folder that records its settings.
 
-Each process of a launcher samples its share of the questions, in parts that are kept as soon as they are whole. So a
-run that is stopped loses the parts it was at and repeats no other.
+Each launched process samples its share of the questions in parts, and saves each part when it is complete. A run that
+is stopped loses only its unfinished parts.
 """
 
 import os
@@ -35,7 +35,7 @@ from trl_capo.models.source import model_path
 from trl_capo.progress import report_progress
 
 
-PROMPTS_PER_PART = 32  # at most; kept, and lost if the run is killed, together
+PROMPTS_PER_PART = 32  # at most; a part is saved, or lost if the run is killed, as a whole
 
 
 def patient_state():
@@ -48,15 +48,15 @@ def patient_state():
 def evaluate_all(
     models: list[str], data: dict, output_dir: str | Path, state, names: list[str] | None = None, **sampling
 ) -> list[Path]:
-    """Evaluate models one after the other, each in a folder of its own; all are checked before any is sampled.
+    """Evaluate models one after another, each in its own folder. All models are checked before sampling starts.
 
     Args:
         models: See `evaluate`.
         data: Questions by benchmark, from `load_benchmark`.
-        output_dir: Where the folders go.
+        output_dir: Parent of the models' folders.
         state: accelerate's `PartialState`.
-        names: Names of the folders; None: see `folder_names`.
-        sampling: See `evaluate`; an `engine` may also be "auto".
+        names: Names of the folders. None means the default of `folder_names`.
+        sampling: See `evaluate`. `engine` may also be "auto".
 
     Returns:
         The folder of each model.
@@ -77,7 +77,7 @@ def evaluate_all(
 
 
 def folder_names(models: list[str], chosen: list[str] | None = None) -> list[str]:
-    """Those that were chosen, or the last part of each model's path, numbered where that is taken."""
+    """The chosen names, or the last part of each model's path, with a number if that name is taken."""
     if chosen is not None:
         if len(chosen) != len(models):
             raise UserError(f"--names needs one name for each of the {len(models)} models, got {len(chosen)}.")
@@ -93,7 +93,7 @@ def folder_names(models: list[str], chosen: list[str] | None = None) -> list[str
 
 
 def check_model(model: str, data: dict, max_new_tokens: int | None, chat_template_kwargs: dict | None = None) -> None:
-    """Refuse a model that is not there, cannot be asked so, or has too short a context, before anything is sampled."""
+    """Refuse a model that is missing, cannot be asked these prompts, or has too short a context, before sampling."""
     from transformers import AutoConfig, AutoTokenizer
 
     path = model_path(model)
@@ -106,7 +106,7 @@ def check_model(model: str, data: dict, max_new_tokens: int | None, chat_templat
 
 
 def settings_of(model: str, data: dict, sampling: dict) -> dict:
-    """What decides the samples."""
+    """The settings that determine the samples."""
     questions = {name: fingerprint([list(rows["prompt"]), list(rows["solution"])]) for name, rows in data.items()}
     firsts = {name: rows["prompt"][0][0] for name, rows in data.items()}  # the first message of the first question
     return {
@@ -123,15 +123,15 @@ def remember(folder: Path, settings: dict, say: Callable[[str], None]) -> None:
     """Refuse a folder whose samples come from another model, other questions or other settings.
 
     Args:
-        folder: Where the samples are.
+        folder: Folder of the samples.
         settings: From `settings_of`.
-        say: Gets what the user should know where nothing is refused.
+        say: Receives a note for the user if the folder is accepted.
     """
     for part in set_aside_broken_parts(folder):
         say(f"{part} cannot be read and is set aside: its questions are sampled again.")
     if not (folder / FILE_NAME).exists() and not any((folder / "parts").glob("*.parquet")):
-        (folder / "settings.json").unlink(missing_ok=True)  # of a run that sampled nothing
-        shutil.rmtree(folder / "merged", ignore_errors=True)  # it may be of another model
+        (folder / "settings.json").unlink(missing_ok=True)  # left by a run that sampled nothing
+        shutil.rmtree(folder / "merged", ignore_errors=True)  # it may belong to another model
     known = read_settings(folder)
     settings = with_content(model_path(settings["model"]), settings, known)
     if known and not is_recorded(known):
@@ -155,15 +155,15 @@ def evaluate(
     normalize_operators: bool = False,
     **sampling,
 ) -> None:
-    """Sample what is missing, then merge and summarise.
+    """Draw the missing samples, then merge and summarise.
 
     Args:
-        model: Folder, with a model or an adapter, name on the Hub, or name of a shipped model.
-        folder: Gets `samples.parquet` and `summary.json`.
+        model: Folder with a model or an adapter, name on the Hub, or name of a shipped model.
+        folder: Receives `samples.parquet` and `summary.json`.
         data: Questions by benchmark, from `load_benchmark`.
         state: accelerate's `PartialState`.
-        max_new_tokens: Longest completion; None: 64 in the arithmetic world, else 3000.
-        num_samples: Completions a question.
+        max_new_tokens: Longest completion, in tokens. None means 64 in the arithmetic world, else 3000.
+        num_samples: Completions per question.
         normalize_operators: See `grade`.
         sampling: See `load_engine`.
     """
@@ -173,7 +173,7 @@ def evaluate(
         mine = _missing_parts(folder, data, num_samples, state)[state.process_index :: state.num_processes]
         if state.is_main_process:
             merged(model_path(model), folder / "merged")
-        state.wait_for_everyone()  # nobody writes before all have looked
+        state.wait_for_everyone()  # no process writes before all have looked
         total = sum(stop - start for _, start, stop in mine) * num_samples
         if mine:
             path = merged(model_path(model), folder / "merged")
@@ -187,7 +187,7 @@ def evaluate(
     state.wait_for_everyone()
     if state.is_main_process:
         merge_parts(folder)
-        shutil.rmtree(folder / "merged", ignore_errors=True)  # as large as the model, and quickly made again
+        shutil.rmtree(folder / "merged", ignore_errors=True)  # as large as the model, and quick to recreate
         write_summary(model, folder)
     state.wait_for_everyone()
 
@@ -197,7 +197,7 @@ def _limit(benchmark: str, max_new_tokens: int | None) -> int:
 
 
 def _missing_parts(folder: Path, data: dict, num_samples: int, state) -> list[tuple[str, int, int]]:
-    """Benchmark, first prompt and end of the parts to sample: so small that every process has some."""
+    """Benchmark, first prompt and end of each part to sample. Parts are small enough that every process gets some."""
     parts = []
     for name, rows in data.items():
         done = sampled_prompts(folder, name, num_samples)
@@ -205,7 +205,7 @@ def _missing_parts(folder: Path, data: dict, num_samples: int, state) -> list[tu
         size = min(PROMPTS_PER_PART, -(-len(missing) // state.num_processes))
         while missing:
             start = missing[0]
-            together = [p for i, p in enumerate(missing[:size]) if p == start + i]  # up to the next one that is there
+            together = [p for i, p in enumerate(missing[:size]) if p == start + i]  # up to the next existing one
             parts.append((name, start, start + len(together)))
             missing = missing[len(together) :]
     return parts

@@ -1,4 +1,6 @@
-"""`samples.parquet`: graded samples of one model, from any trainer, one row a completion, for all code that follows.
+"""`samples.parquet`: graded samples of one model, from any trainer. All other evaluation code reads this file.
+
+It has one row per completion:
 
 | column | type | meaning |
 |---|---|---|
@@ -15,10 +17,10 @@
 | `truncated` | bool | whether it ran into the limit of tokens |
 | `grading_failed` | bool | whether math-verify hung or crashed on it: neither right nor wrong |
 
-Any further column of numbers is a confidence by its name, e.g. `self_certainty`.
+Any other numeric column is a confidence with that name, e.g. `self_certainty`.
 
-While samples are drawn they lie in `parts/`, one file for some prompts, written whole or not at all. So a run that is
-killed loses the prompts it was at and repeats no other.
+During sampling, samples lie in `parts/`. Each file holds some prompts and is written completely or not at all. A run
+that is killed loses only its unfinished prompts.
 """
 
 from __future__ import annotations
@@ -43,11 +45,11 @@ if TYPE_CHECKING:
 
 FILE_NAME = "samples.parquet"
 KEY = ("benchmark", "prompt_id", "sample")
-REQUIRED = (*KEY, "answer", "correct", "mean_logp")  # what a file from elsewhere must have
+REQUIRED = (*KEY, "answer", "correct", "mean_logp")  # columns required in files from other tools
 
 
 def schema(statistics: Sequence[str] = ()) -> pyarrow.Schema:
-    """Columns and their types, with further confidences."""
+    """Columns and their types, including additional confidences."""
     import pyarrow as pa
 
     text, number = pa.string(), pa.float64()
@@ -58,7 +60,7 @@ def schema(statistics: Sequence[str] = ()) -> pyarrow.Schema:
 
 
 def write_part(folder: Path, benchmark: str, first_prompt: int, rows: pyarrow.Table) -> None:
-    """Keep the rows of some prompts, all or nothing."""
+    """Save the rows of some prompts, all or nothing."""
     import pyarrow.parquet as pq
 
     path = part_path(folder, benchmark, first_prompt)
@@ -68,13 +70,13 @@ def write_part(folder: Path, benchmark: str, first_prompt: int, rows: pyarrow.Ta
 
 
 def part_path(folder: Path, benchmark: str, first_prompt: int) -> Path:
-    """Where the rows of the prompts from a number on are kept (six digits: `sampled_prompts` reads them back)."""
-    # Quoted: a benchmark may be a file, and two files in different folders may have one name.
+    """Path of the part that starts at a prompt number (six digits, which `sampled_prompts` reads back)."""
+    # Quoted: a benchmark may be a file, and files in different folders may share a name.
     return folder / "parts" / f"{quote(benchmark, safe='')}-{first_prompt:06d}.parquet"
 
 
 def sampled_prompts(folder: Path, benchmark: str, num_samples: int) -> set[int]:
-    """Numbers of the prompts whose samples lie in parts."""
+    """Numbers of the prompts whose samples are saved in parts."""
     import pyarrow.parquet as pq
 
     done: set[int] = set()
@@ -85,7 +87,7 @@ def sampled_prompts(folder: Path, benchmark: str, num_samples: int) -> set[int]:
 
 
 def set_aside_broken_parts(folder: Path) -> list[Path]:
-    """Rename parts that cannot be read, as a full disk leaves them; returns their former paths."""
+    """Rename unreadable parts, such as a full disk leaves behind. Returns their former paths."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -103,7 +105,7 @@ def set_aside_broken_parts(folder: Path) -> list[Path]:
 
 
 def merge_parts(folder: Path) -> Path:
-    """All parts as one `samples.parquet`, sorted; the parts are removed. Done already, nothing happens."""
+    """Merge all parts into one sorted `samples.parquet` and remove them. Does nothing if that is already done."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -114,7 +116,7 @@ def merge_parts(folder: Path) -> Path:
         with replacing(path) as partial:
             pq.write_table(table, partial)
     shutil.rmtree(folder / "parts", ignore_errors=True)
-    for left in folder.glob(f"{path.name}.*.partial"):  # of a merge that was killed
+    for left in folder.glob(f"{path.name}.*.partial"):  # left by a merge that was killed
         left.unlink()
     return path
 
@@ -134,7 +136,7 @@ class SampleSet:
     num_samples: int
 
     def grid(self, column: str) -> np.ndarray:
-        """A column as (P, N); numbers as float64 with NaN for null, text as objects with None."""
+        """A column with shape (P, N): numbers as float64 with NaN for null, text as objects with None."""
         values = self.table[column].to_numpy(zero_copy_only=False)
         if values.dtype != object:
             values = values.astype(np.float64)
@@ -142,22 +144,22 @@ class SampleSet:
 
     @cached_property
     def correct(self) -> np.ndarray:
-        """(P, N), 1, 0 or NaN."""
+        """Correctness, shape (P, N): 1, 0 or NaN."""
         return self.grid("correct")
 
     @cached_property
     def mean_logps(self) -> np.ndarray:
-        """(P, N)."""
+        """Mean token log-probs, shape (P, N)."""
         return self.grid("mean_logp")
 
     @cached_property
     def answers(self) -> list[list[str | None]]:
-        """P lists of N."""
+        """Canonical answers, P lists of N."""
         return self.grid("answer").tolist()
 
     @property
     def confidences(self) -> list[str]:
-        """Columns of numbers beyond those of every file."""
+        """Names of the additional numeric columns."""
         import pyarrow.types as types
 
         known = set(schema().names)
@@ -165,35 +167,35 @@ class SampleSet:
 
 
 def shared_prompts(ours: SampleSet, theirs: SampleSet) -> tuple[np.ndarray, np.ndarray, int]:
-    """Align two runs by the numbers of their prompts.
+    """Align two runs by their prompt numbers.
 
     Args:
         ours: Samples of one run.
         theirs: Samples of another run on the same benchmark.
 
     Returns:
-        Rows of the prompts that both answered, in each; and the number of these prompts whose texts differ, so that
-        the runs answered other questions. 0 where a run has no texts.
+        Rows of the prompts that both runs answered, in each run. Also how many of these prompts have different texts,
+        i.e. how many questions differ; 0 if a run has no texts.
     """
     numbers, their_numbers = ours.grid("prompt_id")[:, 0], theirs.grid("prompt_id")[:, 0]
     _, rows, their_rows = np.intersect1d(numbers, their_numbers, return_indices=True)
-    if any("prompt" not in of.table.column_names for of in (ours, theirs)):
+    if any("prompt" not in samples.table.column_names for samples in (ours, theirs)):
         return rows, their_rows, 0
     return rows, their_rows, int((ours.grid("prompt")[rows, 0] != theirs.grid("prompt")[their_rows, 0]).sum())
 
 
 def read_samples(path: str | Path) -> list[SampleSet]:
-    """Read a samples file, or the one in a folder, and check it.
+    """Read and check a samples file, or the one in a folder.
 
     Args:
         path: `samples.parquet` or its folder.
 
     Returns:
-        One set for each benchmark, in order of their names.
+        One set per benchmark, sorted by name.
 
     Raises:
-        UserError: The file or a column is missing or of another type, a row is there twice, a prompt has fewer
-            samples than another, or a log-prob is not finite or positive.
+        UserError: The file or a column is missing, a column has the wrong type, a row appears twice, a prompt has
+            fewer samples than another, or a log-prob is not finite or is positive.
     """
     import pyarrow as pa
     import pyarrow.compute as pc

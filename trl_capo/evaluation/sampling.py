@@ -1,13 +1,13 @@
-"""Sample completions with transformers, keeping the confidence of each.
+"""Sample completions with transformers and keep the confidence of each.
 
-The engine decodes by itself instead of calling `model.generate`:
+The engine does its own decoding instead of calling `model.generate`:
 
-- A prompt is read once for all its samples, and finished rows leave the batch, which makes it faster.
-- Log-probs come from the logits that chose the tokens: no second forward, and no `(batch, length, vocab)` tensor.
-- Plain temperature sampling, as in training. `generate` would apply the top-p, top-k and repetition penalty of the
-  model's generation config without a word.
+- It reads a prompt once for all its samples, and finished rows leave the batch, which makes sampling faster.
+- Log-probs come from the logits that chose the tokens: no second forward pass, no `(batch, length, vocab)` tensor.
+- It uses plain temperature sampling, as in training. `generate` would silently apply the top-p, top-k and repetition
+  penalty in the model's generation config.
 - Sample n of prompt p draws its own random numbers from `(seed, p, n)`. Results do not depend on the batch size or on
-  the number of samples, and models evaluated with one seed share their luck, which makes differences less noisy.
+  the number of samples. Models evaluated with one seed share random numbers, which makes differences less noisy.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ if TYPE_CHECKING:
     import torch
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-# Finished rows leave the batch once they are this share of it. Leaving copies the cache of those who stay, staying
-# costs forwards for nothing. On CPU 1/8 and 1/4 are equally fast, and twice as fast as never.
+# Finished rows leave the batch once they make up this share of it. Removing them copies the cache of the others;
+# keeping them wastes forward passes. On CPU, 1/8 and 1/4 are equally fast, and twice as fast as never removing.
 _SHRINK_AT = 1 / 8
 
 
-# What selectors besides the mean log-prob go by; all are averages over tokens of one number, higher is surer.
+# Confidences that selectors may use besides the mean log-prob. Each averages one number over tokens; higher means
+# more confident.
 STATISTICS = ("self_certainty", "tail_confidence", "lowest_group_confidence")
 TOP_K = 20  # tokens whose log-probs DeepConf averages
-GROUP = 2048  # tokens of its tail and of its groups
+GROUP = 2048  # tokens in DeepConf's tail and in each of its groups
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class Samples:
     Attributes:
         completions: Texts without special tokens, P lists of N.
         mean_logps: Mean log-prob per generated token, EOS included, under the model at temperature 1, shape (P, N),
-            float64. Higher is surer.
+            float64. Higher means more confident.
         lengths: Number of generated tokens, EOS included, shape (P, N), int64.
         truncated: Whether `max_new_tokens` was reached before an EOS, shape (P, N), bool.
-        statistics: Further confidences by name (`STATISTICS`), shape (P, N) each, float64; empty unless asked for.
+        statistics: Additional confidences by name (`STATISTICS`), shape (P, N) each, float64; empty unless requested.
     """
 
     completions: list[list[str]]
@@ -73,7 +74,7 @@ def sample_completions(
 ) -> Samples:
     """Sample `num_samples` completions of every prompt.
 
-    The global random state is neither read nor changed, and the model is left in the mode (train or eval) it came in.
+    The global random state is neither read nor changed, and the model keeps its mode (train or eval).
 
     Args:
         model: Decoder-only transformers model, on its device.
@@ -84,8 +85,8 @@ def sample_completions(
         temperature: Divides the logits that are sampled from; the log-probs returned are those at temperature 1.
         batch_size: Completions decoded together. More is faster on a GPU, until memory runs out.
         seed: Seed of the samples.
-        first_prompt: Number of the first prompt. Prompts sampled in parts, with the number of the first of each part,
-            give what they give together.
+        first_prompt: Number of the first prompt. If you sample prompts in parts and pass the number of each part's
+            first prompt, the results are the same as for all prompts together.
         statistics: Also compute `STATISTICS`, as `token_statistics` and `sequence_statistics` define them.
         progress: Show a progress bar.
 
@@ -112,7 +113,7 @@ def sample_completions(
     truncated = np.empty(shape, dtype=bool)
     extra = {name: np.empty(shape, dtype=np.float64) for name in (STATISTICS if statistics else ())}
 
-    # Prompts of one length need no padding. Longest first: if memory is short, it runs out at once.
+    # Prompts of equal length need no padding. Longest first: if memory is short, it runs out immediately.
     order = sorted(range(len(prompt_ids)), key=lambda p: -len(prompt_ids[p]))
     rows = np.array([(p, n) for p in order for n in range(num_samples)], dtype=np.int64).reshape(-1, 2)
     was_training = model.training
@@ -153,7 +154,7 @@ def token_statistics(logits: torch.Tensor) -> torch.Tensor:
         logits: At temperature 1, shape (B, V).
 
     Returns:
-        Shape (B, 2), higher is surer.
+        Shape (B, 2); higher means more confident.
 
     Example:
         >>> import torch
@@ -170,16 +171,16 @@ def token_statistics(logits: torch.Tensor) -> torch.Tensor:
 
 
 def sequence_statistics(by_token: np.ndarray | None, lengths: np.ndarray) -> dict[str, np.ndarray]:
-    """From tokens to completions: `STATISTICS`.
+    """Aggregate token statistics into `STATISTICS` of completions.
 
     Args:
-        by_token: Of each token what `token_statistics` gives, shape (B, T, 2). None gives nothing.
+        by_token: `token_statistics` of each token, shape (B, T, 2). None gives an empty result.
         lengths: Number of tokens, shape (B,).
 
     Returns:
-        `self_certainty`, its mean over the completion; `tail_confidence` and `lowest_group_confidence`, DeepConf's
-        mean over the last 2048 tokens and the lowest mean over 2048 tokens in a row, of the whole completion if it is
-        shorter. Shape (B,) each.
+        `self_certainty` is the mean over the completion. `tail_confidence` is DeepConf's mean over the last 2048
+        tokens, and `lowest_group_confidence` is its lowest mean over 2048 consecutive tokens; shorter completions use
+        all their tokens. Shape (B,) each.
 
     Example:
         >>> sequence_statistics(np.array([[[1.0, 4.0], [3.0, 2.0]]]), np.array([2]))
@@ -213,11 +214,11 @@ def _decode(
 
     Args:
         prompt_of_row: Prompt of each row, shape (B,).
-        streams: What each row's random numbers are seeded with.
+        streams: Seed of each row's random numbers.
 
     Returns:
-        Token ids, int64, and their log-probs, float64, both of shape (B, max_new_tokens), and `token_statistics` of
-        shape (B, max_new_tokens, 2) if asked for. What follows a row's first EOS is meaningless.
+        Token ids, int64, and their log-probs, float64, both with shape (B, max_new_tokens), and `token_statistics`
+        with shape (B, max_new_tokens, 2) if requested. Values after a row's first EOS are meaningless.
     """
     import torch
 
@@ -268,7 +269,8 @@ def _read_prompts(
     """Read the prompts of a batch, padded on the left.
 
     Returns:
-        Cache; logits of the first new token, float32; attention mask and positions up to the last new token.
+        The cache, the logits of the first new token (float32), and the attention mask and positions up to the last
+        new token.
     """
     import torch
     from transformers import DynamicCache
@@ -309,7 +311,7 @@ def _next_logits(
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a completion: the model may declare more than the tokenizer, e.g. an end-of-turn token."""
+    """All tokens that end a completion. The model may declare more than the tokenizer, e.g. an end-of-turn token."""
     declared = model.generation_config.eos_token_id
     declared = declared if isinstance(declared, list) else [declared]
     return sorted({token for token in [*declared, tokenizer.eos_token_id] if token is not None})

@@ -1,4 +1,4 @@
-"""The numbers of one model on one set of prompts, from its graded samples: how good, and how trustworthy."""
+"""Summarise a model's graded samples on one set of prompts: how accurate it is, and how trustworthy its confidence."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from trl_capo.files import write_json
 
 
 FILE_NAME = "summary.json"
-# By name: the title on a page, and a function of correctness and confidence, (P, N) each.
+# By name: the title on a page, and a function of correctness and confidence, shape (P, N) each.
 METRICS: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray], float]]] = {
     "accuracy": ("accuracy", lambda correct, logps: metrics.accuracy(correct)),
     "auc_within": ("AUC within", metrics.auc_within),
@@ -29,7 +29,7 @@ METRICS: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray], float]]] = {
     "precision_at_80": ("precision@80%", partial(metrics.precision_at_coverage, coverage=0.8)),
     "coverage_at_90": ("coverage@90%", partial(metrics.coverage_at_precision, precision=0.9)),
 }
-# Of a summary, with their headers in the terminal: some of the above, votes, and perplexities.
+# Numbers in a summary, with their headers in the terminal: some of the metrics above, votes, and perplexities.
 COLUMNS = {
     "accuracy": "accuracy\nmean@N",
     "auc_within": "AUC\nwithin",
@@ -47,18 +47,18 @@ COUNTS = ("num_prompts", "num_samples", "grading_failed")
 def summarize(
     correct: ArrayLike, mean_logps: ArrayLike, answers: Sequence[Sequence[Hashable | None]]
 ) -> dict[str, float]:
-    """Accuracy, calibration and what selection makes of the same samples.
+    """Accuracy and calibration of samples, and the accuracy of answers selected from them.
 
     Args:
         correct: 1 = correct, 0 = wrong, NaN = unknown, shape (P, N): P prompts, N samples each.
-        mean_logps: Mean token log-prob of each sample, in nats, shape (P, N). Higher is surer.
-        answers: Canonical answers, P lists of N; None where nothing was extracted.
+        mean_logps: Mean token log-prob of each sample, in nats, shape (P, N). Higher means more confident.
+        answers: Canonical answers, P lists of N; None if nothing was extracted.
 
     Returns:
         `accuracy` (mean@N), `auc_within`, `auc_pooled`, `majority` and `perplexity_consistency` (accuracy of the
-        answer chosen from N samples, identical texts counted as often as they were sampled), `precision_at_50` and
-        `precision_at_80` (accuracy of the surest 50% and 80% of all samples), `ppl_correct` and `ppl_wrong` (geometric
-        mean perplexity). Undefined = NaN.
+        answer chosen from N samples, where each identical text counts every time it was sampled), `precision_at_50`
+        and `precision_at_80` (accuracy of the most confident 50% and 80% of all samples), `ppl_correct` and
+        `ppl_wrong` (geometric mean perplexity). Undefined numbers are NaN.
 
     Example:
         >>> summary = summarize([[1, 0, 0]], [[-0.1, -1.0, -2.0]], [["4", "5", "5"]])
@@ -76,17 +76,17 @@ def summarize(
 
 
 def print_summaries(models: dict[str, dict[str, dict]]) -> None:
-    """A table in the terminal, one block a benchmark, one line a model.
+    """Print a table in the terminal, with one block per benchmark and one line per model.
 
     Args:
-        models: What `summarize` gives and `num_samples`, by model and benchmark; all models on the same benchmarks. An
-            undefined number may be NaN or None, as it is in JSON.
+        models: Results of `summarize` plus `num_samples`, by model and benchmark. All models need the same benchmarks.
+            An undefined number may be NaN, or None as in JSON.
     """
     from rich.console import Console
     from rich.table import Table
 
     benchmarks = next(iter(models.values()))
-    counts = sorted({of["num_samples"] for by_benchmark in models.values() for of in by_benchmark.values()})
+    counts = sorted({numbers["num_samples"] for by_benchmark in models.values() for numbers in by_benchmark.values()})
     table = Table(header_style="bold")
     table.add_column("benchmark")
     table.add_column("model")
@@ -108,31 +108,32 @@ def print_summaries(models: dict[str, dict[str, dict]]) -> None:
 
 
 def write_summary(model: str, folder: Path) -> None:
-    """Summarise `samples.parquet` of a folder, in its `summary.json`.
+    """Summarise a folder's `samples.parquet` in its `summary.json`.
 
     Args:
-        model: Its name, for whoever reads the file.
-        folder: Of the samples.
+        model: The model's name, for readers of the file.
+        folder: Folder of the samples.
     """
     summary = {
-        of.benchmark: summarize(of.correct, of.mean_logps, of.answers)
+        samples.benchmark: summarize(samples.correct, samples.mean_logps, samples.answers)
         | {
-            "num_prompts": len(of.correct),
-            "num_samples": of.num_samples,
-            "grading_failed": int(of.grid("grading_failed").sum()),
-            "ungraded": int(np.isnan(of.correct).sum()),
-            "truncated": int(of.grid("truncated").sum()),
+            "num_prompts": len(samples.correct),
+            "num_samples": samples.num_samples,
+            "grading_failed": int(samples.grid("grading_failed").sum()),
+            "ungraded": int(np.isnan(samples.correct).sum()),
+            "truncated": int(samples.grid("truncated").sum()),
         }
-        for of in read_samples(folder)
+        for samples in read_samples(folder)
     }
     write_json(folder / FILE_NAME, {"model": model, "benchmarks": summary})
 
 
 def read_summary(folder: Path) -> dict[str, dict]:
-    """What `write_summary` wrote, by benchmark; an undefined number is None.
+    """Read the output of `write_summary`, by benchmark. An undefined number is None.
 
     Raises:
-        UserError: The file, perhaps of another tool, cannot be read, or lacks a number. Names the file and the key.
+        UserError: The file, perhaps from another tool, cannot be read or lacks a number. The message names the file
+            and the key.
     """
     path = folder / FILE_NAME
     try:
@@ -155,23 +156,23 @@ def read_summary(folder: Path) -> dict[str, dict]:
 
 
 def notes(summaries: dict[str, dict[str, dict]]) -> list[str]:
-    """What a reader of the table should know: answers that could not be graded, numbers without a meaning.
+    """Notes for readers of the table: answers that could not be graded, and numbers that mean nothing.
 
     Args:
         summaries: By model and benchmark, as for `print_summaries`.
     """
-    failed = sum(of["grading_failed"] for benchmarks in summaries.values() for of in benchmarks.values())
+    failed = sum(numbers["grading_failed"] for benchmarks in summaries.values() for numbers in benchmarks.values())
     found = [f"{failed} completions count as neither right nor wrong because math-verify hung or crashed on them."]
     return found[: failed > 0] + [
         f"Warning: {model}, {benchmark}: {problem}"
         for model, benchmarks in summaries.items()
-        for benchmark, of in benchmarks.items()
-        for problem in problems(of)
+        for benchmark, numbers in benchmarks.items()
+        for problem in problems(numbers)
     ]
 
 
 def problems(summary: dict) -> list[str]:
-    """What leaves the numbers of a benchmark without a meaning. Summaries of earlier versions lack some counts."""
+    """Reasons why the numbers of a benchmark mean nothing. Summaries from earlier versions lack some counts."""
     total, problems = summary["num_prompts"] * summary["num_samples"], []
     if summary["grading_failed"] == total:
         problems.append("grading failed for every completion, so every number is undefined.")

@@ -1,10 +1,11 @@
-"""Sample completions with vLLM: what `sample_completions` gives, faster, on the machines that vLLM supports.
+"""Sample completions with vLLM: a faster `sample_completions` on machines that vLLM supports.
 
-Log-probs are vLLM's raw ones, of the model at temperature 1, whatever temperature samples. Each sample is a request of
-its own with a seed made of `(seed, prompt, sample)`, so that results do not depend on which prompts are sampled
-together; prefix caching reads each prompt once all the same. The two engines draw different samples from one seed.
+Log-probs are vLLM's raw ones: those of the model at temperature 1, whatever the sampling temperature. Each sample is a
+separate request with a seed made from `(seed, prompt, sample)`, so that results do not depend on which prompts are
+sampled together. Prefix caching still reads each prompt only once. The two engines draw different samples from one
+seed.
 
-Of the statistics, self-certainty needs the whole vocabulary, which vLLM does not return: it is NaN.
+Self-certainty is NaN, because it needs the whole vocabulary, which vLLM does not return.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ def sample_completions_vllm(
     """Sample `num_samples` completions of every prompt.
 
     Args:
-        llm: vLLM engine, made by `load_vllm`: with `logprobs_mode="raw_logprobs"`.
+        llm: vLLM engine from `load_vllm`, with `logprobs_mode="raw_logprobs"`.
         prompts: P prompts as in TRL datasets, plain strings or lists of messages.
         num_samples: Completions per prompt, N.
         max_new_tokens: Longest completion, in tokens.
-        temperature: Of the sampler; the log-probs returned are those at temperature 1.
+        temperature: Temperature of the sampler. The returned log-probs are those at temperature 1.
         seed: Seed of the samples.
         first_prompt: Number of the first prompt.
         statistics: Also compute `STATISTICS`.
@@ -92,7 +93,7 @@ def load_vllm(model: str, *, dtype: str = "auto", max_model_len: int | None = No
     """A vLLM engine whose log-probs are those at temperature 1.
 
     Raises:
-        ValueError: If vLLM is not installed.
+        ValueError: vLLM is not installed.
     """
     require("vllm")
     from vllm import LLM
@@ -102,7 +103,7 @@ def load_vllm(model: str, *, dtype: str = "auto", max_model_len: int | None = No
 
 
 def shut_down(llm: LLM) -> None:
-    """End the engine's process and free its memory, which the next model needs."""
+    """End the engine's process and free its memory for the next model."""
     llm.llm_engine.engine_core.shutdown()
 
 
@@ -111,10 +112,10 @@ def _request_seed(seed: int, prompt: int, sample: int) -> int:
 
 
 def _token_statistics(output) -> np.ndarray:
-    """(T, 2): NaN for self-certainty, DeepConf's mean over the likeliest tokens."""
+    """Shape (T, 2): NaN for self-certainty, then DeepConf's mean over the likeliest tokens."""
     confidences = []
     for position in output.logprobs:
-        # vLLM adds the sampled token when it is not among the likeliest.
+        # vLLM adds the sampled token if it is not among the likeliest.
         likeliest = sorted((entry.logprob for entry in position.values()), reverse=True)[:TOP_K]
         confidences.append([np.nan, -np.mean(likeliest)])
     return np.array(confidences)

@@ -1,15 +1,15 @@
-"""Which differences between trained methods are sure: several seeds each, one configuration to compare them with.
+"""Compare trained methods, with several seeds each, to one baseline, and find which differences are significant.
 
-A number of a method is the mean over its seeds and over the prompts of a benchmark, averaged over benchmarks: in one
-heap, a method that leaves more easy prompts unsolved would gain in AUC by having more of them. Intervals are the
-crossed bootstrap over seeds and prompts of `trl_capo.calibration.bootstrap`, paired: a method and the baseline share
-seeds, prompts and random numbers. With several methods some difference will look sure by chance, so the p-values of a
-metric are corrected by Holm's method over all methods; the intervals are not.
+Each score is averaged over prompts and seeds within a benchmark, then over benchmarks. Pooling all prompts would
+favour a method that leaves more easy prompts unsolved: having more of them would raise its AUC. Intervals come from
+the crossed bootstrap over seeds and prompts in `trl_capo.calibration.bootstrap`. They are paired: a method and the
+baseline share seeds, prompts and random numbers. With several methods, some difference will look significant by
+chance, so Holm's method corrects the p-values of a metric over all methods. It does not change the intervals.
 
-AUC within looks at prompts that a method answers both right and wrong, and training changes which these are. So the
-difference is also given on those that are mixed for both.
+AUC within uses prompts that a method answers both right and wrong, and training changes this set. So the difference is
+also computed on the prompts that are mixed for both methods.
 
-Degenerate cases: with one seed the intervals are about prompts only; the table names the number of seeds. A method
+Degenerate cases: with one seed, the intervals cover prompts only; the table states the number of seeds. A method
 without a mixed prompt on some benchmark has no AUC within, no difference and no test. Metrics of a whole benchmark
 (AUC pooled, votes) are means over seeds and benchmarks, without an interval.
 """
@@ -42,21 +42,21 @@ def write_comparison(
     """Write `comparison.md`, `.json`, `.npz` and `.png`, and `report.html`.
 
     Args:
-        folder: Where they go.
+        folder: The folder for these files.
         runs: Folders of finished runs, by method and seed, as `trl-capo compare` makes them. A method with the single
-            seed None was not trained: it is shown with the others and not compared.
+            seed None was not trained: it is shown but not compared.
         baseline: The method that the others are compared with.
-        planned: What was to be run, for whoever reads the JSON.
+        planned: The planned runs, for readers of the JSON.
 
     Returns:
-        The tables, with what a reader needs to know about them.
+        The tables, with notes for the reader.
 
     Raises:
         UserError: The runs answered different questions.
     """
     from trl_capo.report.page import html_section, markdown, write_report
 
-    runs = {baseline: runs[baseline], **runs}  # first everywhere, so that it has one colour
+    runs = {baseline: runs[baseline], **runs}  # first everywhere, so that its colour is the same everywhere
     evaluated = {
         name: {seed: cast(Path, evaluation_folder(path)) for seed, path in of.items()} for name, of in runs.items()
     }
@@ -97,7 +97,7 @@ def write_comparison(
     draw(folder / "comparison.png", rows, histories, list(runs))
     picture = (folder / "comparison.png").read_bytes()
     section = html_section("All seeds", caption, (header, cells), picture)
-    seed = next(iter(sets[baseline]))  # below it, single models: those of one seed
+    seed = next(iter(sets[baseline]))  # the sections below show single models: those with this seed
     chosen = {name: of.get(None, of.get(seed)) for name, of in sets.items()}
     shown = {name if None in sets[name] else f"{name}, seed {seed}": of for name, of in chosen.items() if of}
     write_report(shown, folder / "report.html", first_section=section)
@@ -105,12 +105,12 @@ def write_comparison(
 
 
 def run_name(method: str, seed: int | None) -> str:
-    """`method-seed`, and the method alone where it was not trained."""
+    """`method-seed`, or only the method if it was not trained."""
     return method if seed is None else f"{method}-{seed}"
 
 
 def check_same_questions(sets: dict[str, dict[int | None, list[SampleSet]]]) -> None:
-    """Rows are paired by their number, so all runs must have answered the same questions."""
+    """Refuse runs that answered different questions, because rows are paired by their number."""
     known: dict[str, SampleSet] = {}
     for name, of in sets.items():
         for seed, benchmarks in of.items():
@@ -125,13 +125,13 @@ def check_same_questions(sets: dict[str, dict[int | None, list[SampleSet]]]) -> 
 
 
 def numbers(summary: dict[str, Any]) -> dict[str, float]:
-    """What a summary of a benchmark says in the comparison; NaN where that is nothing."""
+    """The numbers that the comparison takes from a benchmark's summary; NaN if one is missing."""
     named = {name: summary[name] for name in (*METRICS, *OF_BENCHMARK, "grading_failed")}
     return {name: np.nan if value is None else value for name, value in named.items()}
 
 
 def record(run: Path) -> dict[str, Any]:
-    """How a run came to be: dates, versions, commits and device from its model, and the seconds that it took."""
+    """The origin of a run: dates, versions, commits and device from its model, and its duration in seconds."""
     found: dict[str, Any] = {}
     for path in (run / "model" / "reproduction.json", run / "work.json"):
         if path.exists():
@@ -147,7 +147,7 @@ def _distinct(values: list) -> list:
 
 
 def describe(sets: dict, baseline: str, records: dict[str, dict], rows: list[dict]) -> str:
-    """What the table shows, and what would make its rows unlike."""
+    """A description of the table, and of any differences between runs that make its rows less comparable."""
     benchmarks = next(iter(sets[baseline].values()))
     sizes = ", ".join(f"{of.benchmark} ({len(of.correct)} questions x {of.num_samples})" for of in benchmarks)
     lines = [
@@ -166,7 +166,7 @@ def describe(sets: dict, baseline: str, records: dict[str, dict], rows: list[dic
 
 
 def arrays(sets: dict[str, dict[int | None, list[SampleSet]]]) -> dict[str, np.ndarray]:
-    """Share of right samples and AUC of each question, by `run/benchmark/metric`: what the table is made of."""
+    """The data behind the table: share of right samples and AUC of each question, by `run/benchmark/metric`."""
     return {
         f"{run_name(name, seed)}/{samples.benchmark}/{metric}": of_prompt(samples, metric).astype(np.float32)
         for name, of in sets.items()
@@ -177,22 +177,22 @@ def arrays(sets: dict[str, dict[int | None, list[SampleSet]]]) -> dict[str, np.n
 
 
 def evaluation_folder(run: Path) -> Path | None:
-    """Where `trl-capo evaluate` left the samples of a run; None if it has not ended."""
+    """The folder with a run's samples from `trl-capo evaluate`; None if the evaluation has not finished."""
     return next((summary.parent for summary in (run / "evaluation").glob("*/summary.json")), None)
 
 
 def compare(sets: dict[str, dict[int | None, list[SampleSet]]], baseline: str) -> list[dict[str, Any]]:
-    """Accuracy and AUC within of each method, and its differences to one of them.
+    """Accuracy and AUC within of each method, and the differences from the baseline.
 
     Args:
         sets: Samples by method and seed.
-        baseline: The method that the others are compared with, on the seeds that both have.
+        baseline: The method that the others are compared with, on shared seeds.
 
     Returns:
-        A row a method: `method`, `seeds`, `seeds_compared` (shared with the baseline), the two metrics, and for each
-        `<metric>_difference` (value, low, high), `<metric>_p` (Holm-corrected; NaN with one seed) and
-        `<metric>_p_alone`; `auc_common_difference`, on prompts that are mixed for both; None where there is nothing to
-        compare.
+        One row per method: `method`, `seeds`, `seeds_compared` (shared with the baseline) and the two metrics. For
+        each metric also `<metric>_difference` (value, low, high), `<metric>_p` (Holm-corrected; NaN with one seed) and
+        `<metric>_p_alone`. `auc_common_difference` uses the prompts that are mixed for both methods. A value is None
+        if nothing can be compared.
     """
     rows = []
     for name, of in sets.items():
@@ -225,18 +225,18 @@ def _numbers(estimate: Estimate) -> list[float]:
 
 
 def _where_both(ours: list[np.ndarray], theirs: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """Both, where both are defined."""
+    """Both tables, with NaN unless both are defined."""
     undefined = [np.isnan(a) | np.isnan(b) for a, b in zip(ours, theirs, strict=True)]
-    return ([np.where(u, np.nan, of) for u, of in zip(undefined, tables, strict=True)] for tables in (ours, theirs))
+    return ([np.where(u, np.nan, t) for u, t in zip(undefined, tables, strict=True)] for tables in (ours, theirs))
 
 
 def by_prompt(of: dict[int | None, list[SampleSet]], metric: str = "auc_within") -> list[np.ndarray]:
-    """A metric of each seed and prompt, (S, P), a table a benchmark."""
+    """A metric of each seed and prompt, shape (S, P), one table per benchmark."""
     return [np.stack([of_prompt(samples, metric) for samples in seeds]) for seeds in zip(*of.values(), strict=True)]
 
 
 def of_prompt(samples: SampleSet, metric: str) -> np.ndarray:
-    """A metric of each prompt, (P,)."""
+    """A metric of each prompt, shape (P,)."""
     if metric == "auc_within":
         return auc_by_prompt(samples.correct, samples.mean_logps)
     return np.array([nanmean(row) for row in samples.correct])
@@ -278,9 +278,9 @@ def by_benchmark(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def mean_history(models: list[Path]) -> list[dict]:
-    """Reward and AUC within along training, averaged over seeds at the steps that all have logged.
+    """Reward and AUC within over training, averaged over seeds at the steps that all seeds logged.
 
-    `step` is the share of the training that is done: methods may take their mini-batches in more steps.
+    `step` is the finished share of the training, because methods may split their mini-batches into more steps.
     """
     logs, last = [], 1
     for model in models:
@@ -302,7 +302,7 @@ def mean_history(models: list[Path]) -> list[dict]:
 
 
 def draw(path: Path, rows: list[dict], histories: dict[str, list[dict]], runs: list[str]) -> None:
-    """Training curves, and AUC within against accuracy at the end."""
+    """Draw training curves, and final AUC within against accuracy."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,6 +1,6 @@
-"""Figures of calibration: each function draws one picture of any number of runs on matplotlib axes that it is given.
+"""Calibration figures: each function draws one picture of any number of runs on the given matplotlib axes.
 
-`runs` maps a run's name to its samples of one benchmark. Colours follow the order of the runs, everywhere.
+`runs` maps a run's name to its samples on one benchmark. Colours follow the order of the runs in every figure.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LINES = {"majority vote": ":", "Perplexity Consistency": "-", "best of N": "--"}
 
 
 def draw_precision_coverage(axes: Axes, runs: dict[str, SampleSet]) -> None:
-    """Precision of the surest samples against their share."""
+    """Precision of the most confident samples against their share."""
     for color, (name, of) in zip(_colors(runs), runs.items(), strict=True):
         coverage, precision = precision_coverage(of.correct, of.mean_logps)
         if len(coverage):
@@ -37,7 +37,7 @@ def draw_precision_coverage(axes: Axes, runs: dict[str, SampleSet]) -> None:
 
 
 def draw_questions(axes: Axes, runs: dict[str, SampleSet]) -> None:
-    """Precision of the surest questions against their share: one answer a question, by Perplexity Consistency."""
+    """Precision of the most confident questions against their share. Perplexity Consistency chooses the answers."""
     for color, (name, of) in zip(_colors(runs), runs.items(), strict=True):
         coverage, precision = precision_coverage(*question_table(of))
         first = len(coverage) // 50
@@ -46,7 +46,7 @@ def draw_questions(axes: Axes, runs: dict[str, SampleSet]) -> None:
 
 
 def draw_deferral(axes: Axes, runs: dict[str, SampleSet]) -> None:
-    """Accuracy when the least sure questions go to the most accurate of the runs, on questions that both answered."""
+    """Accuracy if the least confident questions go to the most accurate run, on questions that both runs answered."""
     tables = {name: question_table(of) for name, of in runs.items()}
     best = max(tables, key=lambda name: np.nan_to_num(nanmean(tables[name][0]), nan=-1))
     for color, name in zip(_colors(runs), runs, strict=True):
@@ -60,9 +60,9 @@ def draw_deferral(axes: Axes, runs: dict[str, SampleSet]) -> None:
 
 
 def draw_reliability(axes: Axes, runs: dict[str, SampleSet], num_bins: int = 10) -> None:
-    """Accuracy against stated probability, with probabilities that isotonic regression learnt on the other half.
+    """Accuracy against stated probability. Isotonic regression learns the probabilities on the other half.
 
-    Bins of equal mass: the few samples of high probability would make points of chance.
+    Bins have equal mass. With equal widths, the few samples with high probability would give random points.
     """
     axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
     for color, (name, of) in zip(_colors(runs), runs.items(), strict=True):
@@ -75,7 +75,7 @@ def draw_reliability(axes: Axes, runs: dict[str, SampleSet], num_bins: int = 10)
 
 
 def cross_fitted(correct: np.ndarray, confidence: np.ndarray) -> np.ndarray | None:
-    """Probabilities of being right, each learnt on the other half of the prompts; None if a half has one class.
+    """Probabilities of being right, each learnt on the other half of the prompts; None if a half has only one class.
 
     Args:
         correct: Shape (P, N).
@@ -91,7 +91,7 @@ def cross_fitted(correct: np.ndarray, confidence: np.ndarray) -> np.ndarray | No
 
 
 def draw_perplexities(axes: Axes, runs: dict[str, SampleSet]) -> None:
-    """Histograms of perplexity, right answers filled and wrong ones outlined."""
+    """Histograms of perplexity: right answers are filled, wrong ones are outlined."""
     shown = [np.exp(-of.mean_logps[~np.isnan(of.correct)]) for of in runs.values()]
     edges = np.linspace(1, max([np.quantile(values, 0.99) for values in shown if len(values)], default=2), 50)
     for color, (name, of) in zip(_colors(runs), runs.items(), strict=True):
@@ -126,13 +126,13 @@ def draw_selection(axes: Axes, runs: dict[str, SampleSet], max_prompts: int = 50
 def draw_training(
     axes: Sequence[Axes], histories: dict[str, list[dict]], runs: Sequence[str], *, x: str = "optimizer step"
 ) -> None:
-    """Accuracy and AUC within prompts along training, on two axes.
+    """Accuracy and AUC within prompts over training, on two axes.
 
     Args:
-        axes: Two.
-        histories: `log_history` of the trainer states of some runs.
-        runs: Names of all runs, by which each has its colour.
-        x: What `step` counts.
+        axes: Two axes.
+        histories: `log_history` from the trainer states of some runs.
+        runs: Names of all runs. They determine the colours.
+        x: Label of the unit that `step` counts.
     """
     for axis, metric, title in (
         (axes[0], "reward", "training reward"),
@@ -147,11 +147,11 @@ def draw_training(
 
 
 def draw_frontier(axes: Axes, points: dict[str, list[tuple[float, float]]]) -> None:
-    """AUC within prompts against accuracy: a faint point a seed, a strong one for their mean.
+    """AUC within prompts against accuracy: a faint point for each seed, a strong one for their mean.
 
     Args:
-        axes: One.
-        points: Accuracy and AUC of each seed by run.
+        axes: The axes to draw on.
+        points: Accuracy and AUC of each seed, by run.
     """
     for color, (name, seeds) in zip(_colors(points), points.items(), strict=True):
         accuracy, auc = zip(*seeds, strict=True)

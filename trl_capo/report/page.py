@@ -1,10 +1,10 @@
-r"""One page that compares runs: `report.html`, self-contained, with its figures as PNG files and a table in Markdown.
+r"""One page that compares runs: a self-contained `report.html`, its figures as PNG files and a table in Markdown.
 
-The page holds all metrics with intervals over prompts, paired differences to the first run, the figures, and every
-completion in a table to sort, filter and leaf through: numbers of all, texts of the most telling (confidently wrong,
-right but unsure). Nothing on it comes from or goes to a network, which its content security policy enforces.
-Completions are put into the page as text, never as HTML. Formulas in `$...$`, `\(...\)` and `\[...\]` are shown as
-MathML, which browsers draw by themselves.
+The page shows all metrics with intervals over prompts, paired differences from the first run, the figures, and a table
+of completions that you can sort, filter and page through. The table has the numbers of all completions and the texts
+of the most informative ones (confidently wrong, or right but unsure). The page neither loads nor sends anything over
+the network; its content security policy enforces this. Completions enter the page as text, never as HTML. Formulas in
+`$...$`, `\(...\)` and `\[...\]` are shown as MathML, which browsers render natively.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from trl_capo.markdown import markdown_text
 if TYPE_CHECKING:
     from trl_capo.evaluation.samples import SampleSet
 
-NUM_TEXTS = 500  # of each run
+NUM_TEXTS = 500  # per run
 NUM_RESAMPLES = 300
 TEMPLATE = Path(__file__).parent / "report_template.html"
 MARKDOWN_HEAD = """## Can its confidence be trusted?
@@ -43,7 +43,7 @@ Confidence is the mean log-prob of a completion; AUC within: how often, of a rig
 the right one is surer. 95% intervals over questions."""
 FORMULAS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 OPENING = re.compile("|".join(re.escape(opening) for opening, _ in FORMULAS))
-LONGEST_FORMULA = 2000  # characters; longer ones stay text, because the converter's time is not linear in them
+LONGEST_FORMULA = 2000  # characters; longer formulas stay text, because conversion time is not linear in length
 
 
 def write_report(
@@ -53,24 +53,24 @@ def write_report(
     histories: dict[str, list[dict]] | None = None,
     first_section: str = "",
 ) -> Path:
-    """Write the page, and beside it its figures and `<name>.md`, the block for a model card.
+    """Write the page, its figures, and `<name>.md`, the block for a model card.
 
     Args:
         runs: Samples of each run by benchmark, from `read_samples`.
-        path: Where the page goes.
-        histories: `log_history` of the trainer state of each run that was trained.
-        first_section: HTML above all others, from `html_section`.
+        path: Path of the page. The other files go into the same folder.
+        histories: `log_history` from the trainer state of each trained run.
+        first_section: HTML for the first section, from `html_section`.
 
     Returns:
         Path of the page.
 
     Raises:
-        UserError: If the runs share no benchmark, or answered different questions, or the page cannot be written.
+        UserError: The runs share no benchmark or answered different questions, or the page cannot be written.
     """
     from trl_capo.preflight.checks import check_output_dir
 
     path = Path(path)
-    shared = [of.benchmark for of in next(iter(runs.values()))]
+    shared = [samples.benchmark for samples in next(iter(runs.values()))]
     shared = [name for name in shared if all(any(of.benchmark == name for of in sets) for sets in runs.values())]
     if not shared:
         raise UserError(
@@ -85,7 +85,7 @@ def write_report(
         of = {name: next(s for s in sets if s.benchmark == benchmark) for name, sets in runs.items()}
         header, rows = metric_rows(of)
         figure = draw_benchmark(of)
-        # Not quoted with %, which a link in Markdown would read as an escape; numbered, as two may then be equal.
+        # Not percent-quoted, because a Markdown link would read that as an escape. Numbered: names may collide.
         picture = path.parent / f"{re.sub(r'[^0-9A-Za-z._-]', '_', f'{path.stem}-{number}-{benchmark}')}.png"
         write_bytes(picture, figure)
         figures = f"![figures of {re.sub(r'[^0-9A-Za-z._ -]', '_', benchmark)}]({picture.name})"
@@ -105,7 +105,7 @@ def write_report(
 
 
 def read_history(path: Path) -> list[dict]:
-    """The log of a trainer state, or such a log by itself."""
+    """Read the log from a trainer state, or from a file with only the log."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content if isinstance(content, list) else content["log_history"]
@@ -114,19 +114,19 @@ def read_history(path: Path) -> list[dict]:
 
 
 def run_names(paths: list[str]) -> list[str]:
-    """What to call runs: the folder of each samples file; its whole path where two folders have one name."""
+    """Names of runs: the folder of each samples file, or its whole path if two folders share a name."""
     short = [(Path(path) if Path(path).is_dir() else Path(path).parent).resolve().name for path in paths]
     return [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
 
 
 def html_section(title: str, text: str, table: tuple[list[str], list[list[str]]], png: bytes) -> str:
-    """A section of the page: a sentence, a table (header and rows) and a picture."""
+    """A section of the page: a text, a table (header and rows) and a picture."""
     title, text = html.escape(title), html.escape(text)
     return f"<h2>{title}</h2><p>{text}</p>{_html_table(*table)}{_image(png, title)}"
 
 
 def metric_rows(runs: dict[str, SampleSet]) -> tuple[list[str], list[list[str]]]:
-    """Metrics with 95% intervals over prompts: a column a run, then its paired difference to the first run."""
+    """Metrics with 95% intervals over prompts: a column for each run, then its paired difference from the first."""
     first, baseline = next(iter(runs.items()))
     titles = [title for title, _ in METRICS.values()]
     header, columns = ["metric"], [["questions x samples", *titles, *SELECTORS, "perplexity right / wrong"]]
@@ -156,7 +156,7 @@ def metric_rows(runs: dict[str, SampleSet]) -> tuple[list[str], list[list[str]]]
 
 
 def _numbers(of: SampleSet, prompts: np.ndarray) -> list[tuple]:
-    """What each row of the table is computed from: a metric, and correctness and confidence of some prompts."""
+    """The inputs of each table row: a metric, and the correctness and confidence of some prompts."""
     samples = (of.correct[prompts], of.mean_logps[prompts])
     numbers = [(f, samples) for _, f in METRICS.values()]
     for select in SELECTORS.values():
@@ -210,7 +210,7 @@ def _png(figure) -> bytes:
 
 
 def completions(runs: dict[str, list[SampleSet]], benchmarks: list[str]) -> dict[str, Any]:
-    """Every completion for the table of the page: columns of numbers, and the texts of the most telling."""
+    """All completions for the page's table: columns of numbers, and the texts of the most informative ones."""
     columns: dict[str, list] = {
         name: [] for name in ("run", "benchmark", "prompt", "sample", "correct", "logp", "length", "answer")
     }
@@ -245,16 +245,17 @@ def completions(runs: dict[str, list[SampleSet]], benchmarks: list[str]) -> dict
 
 
 def surprise(correct: np.ndarray, mean_logps: np.ndarray) -> np.ndarray:
-    """How telling a completion is: the share of completions with the opposite label that are ranked on its wrong side.
+    """How surprising a completion is: the share of completions with the opposite label that it is misranked against.
 
-    A wrong one surer than nearly all right ones is near 1, and so is a right one less sure than nearly all wrong ones.
+    A wrong completion scores near 1 if it is more confident than nearly all right ones. A right completion scores near
+    1 if it is less confident than nearly all wrong ones.
 
     Args:
         correct: Shape (P, N), 1, 0 or NaN.
         mean_logps: Shape (P, N).
 
     Returns:
-        Shape (P, N), in [0, 1]; NaN where correctness is unknown or there is no opposite.
+        Shape (P, N), in [0, 1]; NaN if correctness is unknown or no completion has the opposite label.
 
     Example:
         >>> surprise(np.array([[1.0, 0.0, 0.0]]), np.array([[-0.5, -0.1, -0.9]])).tolist()
@@ -269,7 +270,7 @@ def surprise(correct: np.ndarray, mean_logps: np.ndarray) -> np.ndarray:
 
 
 def with_formulas(text: str) -> list[str | list[str]]:
-    r"""Text in pieces: plain strings, and formulas as [MathML, source].
+    r"""Split text into plain strings and formulas. Each formula is [MathML, source].
 
     Example:
         >>> [piece if isinstance(piece, str) else piece[1] for piece in with_formulas(r"so $x^2$ and \(y\).")]
@@ -282,7 +283,7 @@ def with_formulas(text: str) -> list[str | list[str]]:
     for start, stop, source in _formulas(text):
         try:
             formula = convert(source)
-        except Exception:  # what a model writes between dollars need not be LaTeX, and the converter raises anything
+        except Exception:  # text between dollars may not be LaTeX, and the converter can raise any error
             continue
         pieces += [text[end:start], [formula, source]]
         end = stop
@@ -290,9 +291,9 @@ def with_formulas(text: str) -> list[str | list[str]]:
 
 
 def _formulas(text: str) -> Iterator[tuple[int, int, str]]:
-    """Start, end and content of what stands between delimiters, in linear time.
+    """Start, end and content of the text between delimiters, in linear time.
 
-    A regular expression would look for the end of `\\(\\(\\(...` anew from each of them.
+    In `\\(\\(\\(...`, a regular expression would search for the end again from each delimiter.
     """
     missing, at = set(), 0
     while found := OPENING.search(text, at):
@@ -301,9 +302,9 @@ def _formulas(text: str) -> Iterator[tuple[int, int, str]]:
             begin = at + len(opening)
             if closing in missing or not text.startswith(opening, at):
                 continue
-            close = text.find(closing, begin + 1)  # at least one character in between
+            close = text.find(closing, begin + 1)  # at least one character between them
             if close < 0:
-                missing.add(closing)  # nor is there one further on
+                missing.add(closing)  # no later one exists either
                 continue
             stop = close + len(closing)
             if close - begin <= LONGEST_FORMULA:
@@ -334,6 +335,6 @@ def _image(png: bytes, alt: str) -> str:
 
 
 def _embedded(content: dict) -> str:
-    """JSON that ends no script element, whatever completions contain."""
+    """JSON that never closes a script element, whatever completions contain."""
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

@@ -7,19 +7,19 @@ The task is to evaluate a chain of operations strictly from left to right, modul
 The base model (`BASE_MODEL`, trained by `python -m trl_capo.scripts.arithmetic_base`) first learns clean answers, then
 answers as a hasty human writes them. Three things make its confidence informative but imperfect, as in a real model:
 
-- Products are only half learned, so the model is unsure where it should be: honest uncertainty.
+- Products are only half learned, so the model is rightly unsure about them: honest uncertainty.
 - Sums and differences are known but often *slip* by a forgotten carry (`SLIP_RATE`). A slip is fluent, costs the model
   little probability, and spoils the answer: a cause of confident errors that training can remove on unseen prompts.
 - Steps are separated by one of several symbols with unequal probabilities (`SEPARATORS`). The choice says nothing
   about correctness, yet moves the perplexity: a cause of noise in the confidence that training can remove as well.
 
-Because the last two generalise, this world favours methods that act on confidence. Where what is misranked cannot be
-generalised (half-known products alone), there is less to win.
+Because the last two generalise, this world favours methods that act on confidence. If the misranked part cannot be
+generalised (half-known products alone), there is less to gain.
 
-A second base (`FLAT_MODEL`, the same command with `--flat`) is that other case. It saw clean answers only, and its
-logits are flattened (`FLAT_SHARPNESS`): most of its errors are random and look unsure, so that its confidence tells
-right from wrong well. Training sharpens the random errors away and leaves what was never learned: accuracy rises,
-and confidence tells less.
+A second base (`FLAT_MODEL`, the same command with `--flat`) covers that case. It saw clean answers only, and its
+logits are flattened (`FLAT_SHARPNESS`): most of its errors are random and look unsure, so its confidence separates
+right from wrong answers well. Training sharpens the random errors away and leaves errors in skills that were never
+learned: accuracy rises, and confidence becomes less informative.
 
 Prompts are assigned to splits by a hash of their text, so that no two splits share one, whatever the seeds and sizes.
 """
@@ -172,7 +172,7 @@ def bucket(chain: str) -> int:
 
 
 def sample_chains(split: str, rng: random.Random) -> Iterator[str]:
-    """Draw prompts of a split, for ever; prompts may repeat.
+    """Draw prompts of a split endlessly; prompts may repeat.
 
     Args:
         split: A key of `SPLITS`.
@@ -192,9 +192,9 @@ def arithmetic_dataset(split: str, num_prompts: int | None = None, seed: int = 0
 
     Args:
         split: A key of `SPLITS`: `"train"`, `"validation"`, `"test_2"` to `"test_5"` (chains of that many numbers), or
-            `"base"`, on whose prompts the base model was taught. Training never sees five numbers, the base did.
-        num_prompts: How many distinct prompts; defaults to the size in `SPLITS`.
-        seed: Which prompts. Prompts of different splits are distinct whatever the seed.
+            `"base"`, the prompts that the base model learned from. Training never sees five numbers; the base did.
+        num_prompts: Number of distinct prompts; defaults to the size in `SPLITS`.
+        seed: Selects the prompts. Prompts of different splits are distinct whatever the seed.
 
     Returns:
         Dataset with the columns `prompt` (conversational) and `solution`.
@@ -227,8 +227,8 @@ def arithmetic_dataset(split: str, num_prompts: int | None = None, seed: int = 0
 def arithmetic_tokenizer() -> Qwen2Tokenizer:
     r"""Character-level tokenizer, with `\boxed{` as one token and a chat template that adds nothing to a prompt.
 
-    `AutoTokenizer` reads whatever stands beside a Qwen2 model as a `Qwen2Tokenizer`, with Qwen2's own splitting rules,
-    so this is one: without merges it works on characters. Characters outside the task are dropped.
+    `AutoTokenizer` loads the tokenizer of any Qwen2 model as a `Qwen2Tokenizer`, with Qwen2's splitting rules, so this
+    is one. Without merges it works on characters. Characters outside the task are dropped.
 
     Example:
         >>> arithmetic_tokenizer().tokenize(r"9+5=14;\boxed{14}")

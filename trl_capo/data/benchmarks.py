@@ -1,9 +1,9 @@
 """Held-out questions to evaluate on, by name.
 
 Every benchmark becomes a dataset with `prompt` (a conversation) and `solution` (a gold answer that math-verify reads).
-Any other file or dataset with these columns, or with others that are named, is a benchmark as well. Golds that cannot
-be read, or are read as something else, stay as an empty text: their answers count as neither right nor wrong, and a
-warning names them before anything is sampled.
+Any other file with these columns, or with columns that you name, also works as a benchmark. Gold answers that cannot
+be read, or would be misread, become empty text: answers to these questions count as neither right nor wrong, and a
+warning names the questions before sampling starts.
 """
 
 import warnings
@@ -38,12 +38,12 @@ def load_benchmark(
 
     Args:
         name: A key of `BENCHMARKS` or `ARITHMETIC`, or a file (.parquet, .jsonl, .json, .csv).
-        num_prompts: Only the first so many.
-        prompt_column: Of a file: the column of the questions, text or conversations.
-        solution_column: Of a file: the column of the gold answers.
+        num_prompts: Use only this number of prompts, from the start.
+        prompt_column: For a file: the column with the questions, text or conversations.
+        solution_column: For a file: the column with the gold answers.
         system_prompt: System message before questions that are plain text.
-        prompt_template: Instead, a key of `PROMPT_TEMPLATES`. If both are None: `DEFAULT_TEMPLATE` for the benchmarks
-            of mathematics, none for a file.
+        prompt_template: A key of `PROMPT_TEMPLATES`, instead of a system prompt. If both are None, mathematics
+            benchmarks use `DEFAULT_TEMPLATE` and files use no template.
 
     Returns:
         Columns `prompt` and `solution`.

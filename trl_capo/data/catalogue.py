@@ -1,10 +1,10 @@
-r"""Datasets of mathematics by name: a few declarative lines each, and a check that they are what they were.
+r"""Mathematics datasets by name: a few declarative lines each, and a check that they have not changed.
 
-Columns and numbers of rows are those of the datasets' cards in 2026; we could not load them ourselves (no network). So
-a column that is gone is an error that says what to do, and another number of rows a warning.
+Columns and row counts come from the datasets' cards in 2026; we could not load the datasets ourselves (no network). So
+a missing column is an error that says what to do, and a different row count is a warning.
 
 Machines without a network read copies: with the environment variable `TRL_CAPO_DATA=/data`, the dataset
-`HuggingFaceH4/MATH-500` is looked for in `/data/HuggingFaceH4/MATH-500` first.
+`HuggingFaceH4/MATH-500` is first searched in `/data/HuggingFaceH4/MATH-500`.
 """
 
 import hashlib
@@ -26,18 +26,18 @@ from trl_capo.errors import UserError
 
 @dataclass(frozen=True)
 class MathDataset:
-    """Where questions and gold answers are.
+    """The location of a dataset's questions and gold answers.
 
     Attributes:
-        path: Dataset on the Hub.
+        path: Name of the dataset on the Hub.
         split: Its split.
-        prompt_column: Column of the questions.
-        solution_column: Column of the gold answers.
-        num_rows: How many there were.
+        prompt_column: Column with the questions.
+        solution_column: Column with the gold answers.
+        num_rows: Expected number of rows.
         config: Its configuration, if it has several.
-        gold: What makes an answer of a value of `solution_column`; None: it is one.
-        licence: As its card states it.
-        held_out: For evaluation only.
+        gold: Function that extracts the answer from a value of `solution_column`. None if the value is the answer.
+        licence: The licence stated on its card.
+        held_out: Whether it is for evaluation only.
     """
 
     path: str
@@ -52,7 +52,7 @@ class MathDataset:
 
 
 def after_hashes(worked: str) -> str:
-    """The answer of GSM8K: what follows `####`, without the commas of thousands.
+    """The answer in GSM8K: the text after `####`, without thousands separators.
 
     Example:
         >>> after_hashes("He sold 2 * 600 = 1,200 eggs. #### 1,200")
@@ -62,7 +62,7 @@ def after_hashes(worked: str) -> str:
 
 
 def all_of(answers: list[str] | str) -> str:
-    r"""The answer of OlympiadBench: a list, mostly of one, each perhaps in dollars.
+    r"""The answer in OlympiadBench: a list, usually with one entry. Entries may be in dollars.
 
     Example:
         >>> all_of([r"$\frac{1}{2}$"]), all_of(["$1$, $3$", "2"]), all_of("7")
@@ -99,10 +99,10 @@ CATALOGUE = {
 
 
 def load_raw(name: str) -> Dataset:
-    """The rows of a dataset of the catalogue as they are.
+    """The unchanged rows of a catalogue dataset.
 
     Raises:
-        UserError: A column is gone. A changed number of rows is a warning.
+        UserError: A column is missing. A changed number of rows is only a warning.
     """
     of = CATALOGUE[name]
     rows = read_dataset(of.path, name, **location(of.path), name=of.config, split=of.split)
@@ -124,16 +124,16 @@ def load_raw(name: str) -> Dataset:
 def load_catalogued(
     name: str, *, system_prompt: str | None = None, prompt_template: str | None = None, num_rows: int | None = None
 ) -> Dataset:
-    """Questions and gold answers of a dataset of the catalogue, in the shape that TRL and math-verify read.
+    """Questions and gold answers of a catalogue dataset, in the format that TRL and math-verify read.
 
     Args:
         name: Key of `CATALOGUE`.
         system_prompt: System message before each question.
-        prompt_template: Key of `PROMPT_TEMPLATES`, instead.
-        num_rows: Only the first so many.
+        prompt_template: Key of `PROMPT_TEMPLATES`, instead of a system prompt.
+        num_rows: Use only this number of rows, from the start.
 
     Returns:
-        Columns `prompt` and `solution` beside its other ones.
+        Columns `prompt` and `solution`, and the dataset's other columns.
     """
     of, rows = CATALOGUE[name], load_raw(name)
     if num_rows is not None:
@@ -144,8 +144,8 @@ def load_catalogued(
 def location(path: str) -> dict:
     """Arguments of `load_dataset` for a dataset on the Hub, its copy in `TRL_CAPO_DATA`, or a folder.
 
-    datasets keeps what it has read of a folder by the folder's name, not by what is in it: two folders of one name, or
-    one that has changed, would be taken for each other. So each state of a folder gets a cache of its own.
+    `datasets` caches a folder by its name, not by its content. It would confuse two folders with the same name, or two
+    states of one folder. So each state of a folder gets its own cache.
     """
     copies = os.environ.get("TRL_CAPO_DATA")
     folder = Path(copies) / path if copies and (Path(copies) / path).is_dir() else Path(path)

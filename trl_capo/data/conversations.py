@@ -1,7 +1,7 @@
-r"""From a dataset of questions and answers to what TRL's trainers and `accuracy_reward` read.
+r"""Convert a dataset of questions and answers to the format that TRL's trainers and `accuracy_reward` read.
 
-A column `prompt` with one conversation a row, and a column `solution` whose gold answer stands in `$...$`: bare LaTeX
-such as `3x+2` or `\text{east}` is misread or not read at all by math-verify.
+The column `prompt` has one conversation per row. The column `solution` has the gold answer in `$...$`, because
+math-verify misreads bare LaTeX such as `3x+2` or `\text{east}`, or does not read it at all.
 """
 
 import warnings
@@ -18,8 +18,8 @@ Rows: TypeAlias = Dataset | IterableDataset
 Splits: TypeAlias = DatasetDict | IterableDatasetDict
 
 BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
-# System message and user message by name. Qwen2.5-Math was trained with the first; a base model answers far better in
-# the template that it knows.
+# System message and user message by name. Qwen2.5-Math was trained with the first. A base model answers far better
+# with a template that it knows.
 PROMPT_TEMPLATES = {
     "qwen25-math-cot": (BOXED, "{question}"),
     "qwen-boxed": (None, "{question}\n" + BOXED),
@@ -28,7 +28,7 @@ PROMPT_TEMPLATES = {
 
 
 def without_template(text: str) -> str:
-    """A question without the words that one of `PROMPT_TEMPLATES` puts around it.
+    """A question without the words that a template from `PROMPT_TEMPLATES` adds to it.
 
     Example:
         >>> without_template("1+1?\\n" + BOXED)
@@ -42,7 +42,7 @@ def without_template(text: str) -> str:
 
 
 def drop_unparsable_gold(dataset: Rows | Splits) -> Rows | Splits:
-    """The rows whose gold answer in `solution` math-verify reads as it is meant; says which were dropped.
+    """Keep the rows whose gold answer in `solution` math-verify reads correctly, and report the dropped rows.
 
     Args:
         dataset: Dataset, or splits, with a column `solution`.
@@ -80,7 +80,7 @@ def to_conversations(
     prompt_template: str | None = None,
     gold: Callable | None = None,
 ) -> Rows | Splits:
-    r"""Renames and rewrites two columns for TRL; prompts that are conversations already stay as they are.
+    r"""Rename and rewrite two columns for TRL. Prompts that are already conversations stay unchanged.
 
     Args:
         dataset: Questions and gold answers.
@@ -88,7 +88,7 @@ def to_conversations(
         solution_column: Column of the gold answers. Left alone if the dataset has none.
         system_prompt: System message put before a text question.
         prompt_template: Key of `PROMPT_TEMPLATES`, instead of a system prompt.
-        gold: What makes an answer of a raw value of the column, before `wrap_gold`. None: it is one.
+        gold: Function that extracts the answer from a raw value, before `wrap_gold`. None if the value is the answer.
 
     Returns:
         The dataset with `prompt` (conversations) and `solution` (wrapped by `wrap_gold`) beside its other columns.

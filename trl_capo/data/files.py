@@ -1,4 +1,4 @@
-"""Datasets from files, folders and the Hub, with one line that says what is wrong with them."""
+"""Read datasets from files, folders and the Hub. Errors say in one line what is wrong."""
 
 import codecs
 import os
@@ -13,15 +13,15 @@ FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "cs
 
 
 def read_dataset(source: str, option: str = "dataset_name", /, **arguments):
-    """`load_dataset`, whose errors say in one line what to change.
+    """`load_dataset` with errors that say in one line what to change.
 
     Args:
-        source: What the user typed: a file (.parquet, .jsonl, .json, .csv), a folder, or a dataset on the Hub.
-        option: Where they typed it, for the message.
-        arguments: Of `load_dataset`; without `path`, `source` must be a file.
+        source: The user's value: a file (.parquet, .jsonl, .json, .csv), a folder, or a dataset on the Hub.
+        option: The option with this value, for the message.
+        arguments: Arguments of `load_dataset`. Without `path`, `source` must be a file.
 
     Raises:
-        UserError: There is no such file, folder or dataset, or it cannot be read.
+        UserError: The file, folder or dataset does not exist or cannot be read.
     """
     path = Path(source)
     if path.is_file():
@@ -53,7 +53,7 @@ def read_dataset(source: str, option: str = "dataset_name", /, **arguments):
 
 
 def _check_encoding(path: Path) -> None:
-    """pyarrow reads JSON of any encoding, and stumbles over it when a row is looked at."""
+    """Refuse other encodings than UTF-8: pyarrow reads such JSON, and fails only when a row is accessed."""
     if path.suffix == ".parquet":
         return
     decoder = codecs.getincrementaldecoder("utf-8")()

@@ -1,11 +1,11 @@
 r"""Gold answers: how they are read, which are rewritten, and which are refused because they would be misread.
 
-math-verify reads a prefix of what it does not know and says nothing: `2√3` is 2 to it, `3 1/2` is 3/2, `1 000` is 0. A
-right answer then gets 0, and for some golds a wrong one gets 1. So every gold passes through `read_gold`:
+If math-verify does not know a notation, it silently reads a part of it: `2√3` as 2, `3 1/2` as 3/2, `1 000` as 0. A
+right answer then gets 0, and for some golds a wrong answer gets 1. So every gold answer passes through `read_gold`:
 
-- What has one meaning is rewritten, what has several is refused (`trl_capo.data.notations`).
-- What remains must be used up whole: math-verify's own parser has to reach the end of the text, and none of its
-  rewriting may have swallowed a letter of an expression (`1+2t`, whose t it takes for a unit).
+- Notations with one meaning are rewritten, notations with several are refused (`trl_capo.data.notations`).
+- math-verify must use the whole result: its parser has to reach the end of the text, and its rewriting must not drop a
+  letter from an expression (in `1+2t` it takes the t for a unit).
 """
 
 import functools
@@ -18,7 +18,7 @@ from trl_capo.data.notations import NO_UNITS, NUMBER, SHORT_UNITS, SPAN, Misread
 from trl_capo.grading import equal, parse_gold, seconds
 
 
-# Most golds are such numbers, which math-verify is known to read: its parser, at 10 ms a call, need not be asked.
+# Most golds are such numbers. math-verify reads them correctly, so we skip its parser, which takes 10 ms per call.
 PLAIN = re.compile(r"-?(?:\d{1,30}|[1-9]\d{0,2}(?:,\d{3}){1,9})(?:\.\d{1,30})?|-?\d{1,30}/[1-9]\d{0,30}")
 MISSING = {"", "none", "null", "nan", "n/a", "na", "<na>", "nat"}
 
@@ -31,7 +31,7 @@ def wrap_gold(answer: Any) -> str:
             accepts.
 
     Returns:
-        What `read_gold` reads; an answer that it refuses stays as it is, without dollars, for `gold_problem` to find.
+        The result of `read_gold`. A refused answer stays unchanged, without dollars, so that `gold_problem` finds it.
 
     Example:
         >>> wrap_gold("4.5e33"), wrap_gold("2√3"), wrap_gold("**3 1/2**"), wrap_gold("12 dollars")
@@ -46,7 +46,7 @@ def wrap_gold(answer: Any) -> str:
 
 
 def read_gold(answer: Any) -> str:
-    r"""The gold answer as math-verify should see it, or a reason why there is none.
+    r"""The gold answer in the form that math-verify should see.
 
     Raises:
         Misread: It has several meanings, or none that math-verify would read.
@@ -145,11 +145,11 @@ def unparsable_golds(solutions: Iterable[Any]) -> list[int]:
     return list(problems(solutions))
 
 
-# Whether math-verify reads all of it.
+# Does math-verify read the whole answer?
 
 
 def _check_read_whole(latex: str) -> None:
-    """Raises `Misread` if a part of the text has no share in what math-verify makes of it."""
+    """Raises `Misread` if math-verify ignores a part of the text."""
     from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
 
     # `18_{\text{ten}}` is read as `18_{10}` is, though cut in the middle of the base.
@@ -187,7 +187,7 @@ def _check_read_whole(latex: str) -> None:
 
 
 def _is_compared_as_text(latex: str) -> bool:
-    r"""Whether math-verify makes nothing of a formula, and compares its text: `a \mid b` is right as `a \mid b`."""
+    r"""Whether math-verify cannot parse a formula and compares its text: `a \mid b` only matches `a \mid b`."""
     if not re.search(r"\\[A-Za-z]{2,}", re.sub(r"\\text\s*\{[^{}]*\}$", "", latex)):
         return False
     parsed = parse_gold(f"${latex}$")

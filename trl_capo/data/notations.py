@@ -1,8 +1,8 @@
-r"""From how a gold answer is written down to one formula in LaTeX that math-verify reads.
+r"""Convert a gold answer's notation to one LaTeX formula that math-verify reads.
 
-Markup goes first (Markdown, tags, boxes, dollars, words before the answer). Then notations of one meaning are
-rewritten (Unicode, mixed numbers, spaced thousands, units, `pi`), and those of several or none raise `Misread`: lists,
-truth values, dates, times of day, two boxes in prose, `2 million`.
+First, markup is removed (Markdown, tags, boxes, dollars, words before the answer). Then notations with one meaning are
+rewritten (Unicode, mixed numbers, spaced thousands, units, `pi`). Notations with several meanings or none raise
+`Misread`: lists, truth values, dates, times of day, two boxes in prose, `2 million`.
 """
 
 import math
@@ -28,7 +28,7 @@ FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan sec csc cot ln log 
 NUMBER = r"[+-]?\s*(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
 VALUE = rf"(?:[+-]?\d+\s+)?\d+\s*/\s*\d+|[+-]?\d*\s*\\frac\{{\d+\}}\{{\d+\}}|[+-]?\d+,\d{{1,2}}(?!\d)|{NUMBER}"
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-# Words after a number that are no unit, for they change what it is worth.
+# Words after a number that are not units, because they change its value.
 NO_UNITS = set(
     """hundred thousand million billion trillion dozen dozens pair pairs score bn mn percent percentage pct
     squared cubed factorial times to and or plus minus over of by per am pm a.m. p.m. noon o'clock oclock half halves
@@ -85,7 +85,7 @@ def unwrap(text: str) -> str:
 
 
 def _box(text: str) -> str:
-    """What is in the box; two boxes in prose may be an intermediate result and an answer."""
+    """The content of the box. Two boxes in prose may be an intermediate result and an answer."""
     text = re.sub(r"\\boxed\s+([^\s{$]+)", r"\\boxed{\1}", text)
     boxes, between, position = [], [], 0
     for start in [found.start() for found in re.finditer(r"\\boxed", text)]:
@@ -110,7 +110,7 @@ def _box(text: str) -> str:
 
 
 def _span(text: str) -> str:
-    """What is between dollars, with words around it or not."""
+    """The text between dollars, with or without words around it."""
     spans = [next(part for part in found.groups() if part) for found in SPAN.finditer(text)]
     if not spans:
         return text
@@ -131,7 +131,7 @@ def _span(text: str) -> str:
 
 
 def rewrite(text: str, marked_up: bool = False) -> str:
-    """One answer in LaTeX that math-verify reads; raises `Misread` for notations of several meanings.
+    """One answer in LaTeX that math-verify reads. Raises `Misread` for notations with several meanings.
 
     Args:
         text: What `unwrap` leaves.
@@ -228,7 +228,7 @@ def _percent(sign: str, whole: str | None, top: str, bottom: str) -> str:
 
 
 def _refuse_ambiguous(text: str, marked_up: bool) -> None:
-    """Raises `Misread` for notations that have a meaning to math-verify, but perhaps another to their author."""
+    """Raises `Misread` for notations whose author may mean something else than math-verify reads."""
     if not marked_up and re.fullmatch(r"[+-]?\d+-\d+\s*/\s*\d+", text):
         whole, _, part = text.rpartition("-")
         raise Misread(f"it is a mixed number or a difference; write {whole} {part} or ${text}$")
@@ -258,9 +258,9 @@ UNITS = re.compile(rf"{UNIT}(?:(?:\s*/\s*|\s*\\cdot\s*|\s+|(?<=[A-Za-z]{{3}})-(?
 
 
 def _unit(rest: str, spaced: bool, marked_up: bool) -> str | None:
-    r"""What stays of what follows a number: nothing of a unit, `\%` of per cent; None if it is part of a formula.
+    r"""The part to keep of the text after a number: "" for a unit, `\%` for per cent, None for a part of a formula.
 
-    A unit to some and a variable to others is refused.
+    Text that may be a unit or a variable is refused.
     """
     rest = rest.strip()
     if re.fullmatch(r"\^\s*\{?\\circ\s*\}?\s*(?:\\(?:text|mathrm)\s*\{\s*)?[CFK]\s*\}?", rest):
@@ -305,7 +305,7 @@ def _is_word(part: str) -> bool:
 
 
 def _unicode(text: str) -> str:
-    """Unicode's mathematics in LaTeX."""
+    """Convert Unicode mathematics to LaTeX."""
     text = re.sub(r"[\u00a0\u2000-\u200a\u202f\u205f\u3000]", " ", text)
     text = re.sub(r"[\u200b-\u200d\u2060\ufeff]", "", text)
     text = re.sub(r"^[–—‐‑‒]\s*(?=[\d√\\.])", "-", text)
@@ -335,7 +335,7 @@ def _unicode(text: str) -> str:
 
 
 def _words(text: str) -> str:
-    r"""Functions and Greek letters get their backslash (`pi`, `ln 2`, `sqrt(3)`); other words are refused."""
+    r"""Add backslashes to functions and Greek letters (`pi`, `ln 2`, `sqrt(3)`). Other words are refused."""
     hidden: list[str] = []
 
     def hide(found: re.Match) -> str:

@@ -1,7 +1,7 @@
-"""From questions to training and validation prompts: what is repeated, known from a benchmark or too long goes.
+"""Prepare training and validation prompts: drop questions that are repeated, known from a benchmark, or too long.
 
-Every function takes rows with a column `prompt` of conversations and returns fewer of them, in their order. What was
-dropped is the difference in length.
+Every function takes rows with a column `prompt` of conversations and returns some of them, in their order. The
+difference in length is the number of dropped rows.
 """
 
 import re
@@ -15,11 +15,11 @@ from trl_capo.models.messages import question_of, text_of
 
 
 def question_key(prompt: str | list[dict]) -> str:
-    r"""What two copies of a question share: its text without case, spaces, dollars, spacing commands and full stops.
+    r"""A key shared by copies of a question: its text without case, spaces, dollars, spacing commands and full stops.
 
-    The question is all that the user says: a system prompt or a prefilled answer makes no other question of it.
+    The question is everything that the user says. A system prompt or a prefilled answer does not make it different.
 
-    Where a sentence or a line ends there is a bar, but for the last; a factorial is no end of a sentence.
+    A bar marks the end of each sentence or line except the last. A factorial does not end a sentence.
 
     Example:
         >>> question_key([{"role": "user", "content": r"What is $2 +\, 2.5$ ?"}])
@@ -29,7 +29,7 @@ def question_key(prompt: str | list[dict]) -> str:
 
 
 def conversation_key(prompt: str | list[dict]) -> tuple:
-    """What two copies of a prompt share: the roles, and of each message what `question_key` keeps."""
+    """A key shared by copies of a prompt: the roles, and `question_key` of each message."""
     if isinstance(prompt, str):
         return (("user", _key(prompt)),)
     return tuple((message.get("role"), _key(text_of(message.get("content")))) for message in prompt)
@@ -43,7 +43,7 @@ def _key(text: str) -> str:
 
 
 def deduplicate(rows: Dataset) -> Dataset:
-    """The first of each conversation: other system prompts, answers between or prefills make other prompts.
+    """Keep the first copy of each conversation. Other system prompts, answers or prefills make a different prompt.
 
     Example:
         >>> ask = lambda text: [{"role": "user", "content": text}]
@@ -57,13 +57,13 @@ def deduplicate(rows: Dataset) -> Dataset:
 
 
 def without_questions_of(rows: Dataset, others: Iterable[Dataset]) -> Dataset:
-    """The questions that are in none of the other datasets, up to `question_key`."""
+    """Keep the questions that appear in none of the other datasets, compared by `question_key`."""
     known = {key for other in others for prompt in other["prompt"] for key in _questions(prompt)}
     return rows.select([i for i, prompt in enumerate(rows["prompt"]) if not _questions(prompt) & known])
 
 
 def _questions(prompt: str | list[dict]) -> set[str]:
-    """Keys of the question: what the user asks in all, and last, without a template around it."""
+    """Keys of the question: all user messages together, and the last one, without a template."""
     texts = {question_of(prompt)}
     if not isinstance(prompt, str):
         texts |= {text_of(message.get("content")) for message in prompt if message.get("role") == "user"}
@@ -71,7 +71,7 @@ def _questions(prompt: str | list[dict]) -> set[str]:
 
 
 def within_budget(rows: Dataset, tokenizer, max_prompt_tokens: int) -> Dataset:
-    """The questions whose prompt, with the chat template, has at most so many tokens."""
+    """Keep the questions whose prompt, with the chat template, has at most `max_prompt_tokens` tokens."""
     from trl_capo.models.prompts import tokenize
 
     lengths = map(len, tokenize(tokenizer, list(rows["prompt"])))
@@ -85,9 +85,9 @@ def train_and_validation(
 
     Args:
         rows: Rows.
-        num_train: How many to train on; None: all others.
-        num_validation: How many to validate on. They do not depend on `num_train`.
-        seed: Of the order.
+        num_train: Number of training rows. None means all other rows.
+        num_validation: Number of validation rows. Which rows these are does not depend on `num_train`.
+        seed: Seed of the order.
 
     Raises:
         UserError: There are too few rows.

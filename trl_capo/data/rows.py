@@ -1,4 +1,4 @@
-"""Rows are checked before they are used: by the trainer, `trl-capo train`, `evaluate` and `data check` alike."""
+"""Check rows before use. The trainer, `trl-capo train`, `evaluate` and `data check` share these checks."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,7 +10,7 @@ from trl_capo.errors import UserError
 from trl_capo.models.messages import text_of
 
 
-# What TRL's trainer itself hands to reward functions: a column of the name is an error or is replaced without a word.
+# TRL's trainer passes these to reward functions. A column with such a name is an error or is silently replaced.
 RESERVED = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
 EXAMPLES = 3
 
@@ -68,7 +68,7 @@ def check_prompts(dataset: Dataset, name: str) -> None:
 
 
 def check_columns(columns: list[str], name: str) -> None:
-    """Refuses a dataset without a column `prompt`, or with one that TRL needs for itself."""
+    """Refuses a dataset without a column `prompt`, or with a column name that TRL reserves."""
     if "prompt" not in columns:
         raise UserError(
             f"{name} needs a column 'prompt', but has {', '.join(columns)}. Rename the one that holds "
@@ -120,7 +120,7 @@ def prompt_problem(prompt: Any) -> str | None:
         if not isinstance(message, dict) or "content" not in message:
             return f"has a message without role and content: {str(message)[:80]!r}"
         role, content = message.get("role"), message["content"]
-        if not isinstance(role, str) or not role.strip():  # which roles there are, the chat template knows
+        if not isinstance(role, str) or not role.strip():  # the chat template knows the valid roles
             return f"has a message whose role is {role!r}, no name of one"
         if content is None and not (role == "assistant" and message.get("tool_calls")):
             return f"has a message of {role!r} without content (null)"
@@ -168,11 +168,11 @@ def check_gold(dataset: Dataset, name: str) -> None:
 
 
 def checked_stream(rows: IterableDataset, name: str, graded: bool) -> IterableDataset:
-    """The same stream, in which each row is checked when it is drawn.
+    """The same stream, but each row is checked when it is drawn.
 
     Args:
         rows: The stream.
-        name: What to call it in a message.
+        name: Its name in messages.
         graded: Whether math-verify reads gold answers.
     """
 

@@ -15,10 +15,10 @@ def load_split(name: str, args: DataArguments, *, config: str | None = None, spl
         name: `arithmetic_SPLIT`, a key of `CATALOGUE`, a file, a folder, or a dataset on the Hub.
         args: Columns and prompts.
         config: Configuration of a dataset on the Hub.
-        split: Of anything else than the arithmetic world and the catalogue, whose names say which.
+        split: The split. Not used for the arithmetic world and the catalogue, whose names determine it.
 
     Raises:
-        UserError: It has no such split, or no gold answers.
+        UserError: The split or its gold answers do not exist.
     """
     if name.startswith("arithmetic_") and name.removeprefix("arithmetic_") in SPLITS:
         return load_splits("arithmetic", None, args)[name.removeprefix("arithmetic_")]

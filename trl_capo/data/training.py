@@ -1,6 +1,6 @@
-"""The prompts of a training run: by name, from the Hub, a folder or a file; cleaned, split and counted.
+"""Load the prompts of a training run by name, from the Hub, a folder or a file; clean, split and count them.
 
-`trl-capo train` reads them with the options of `DataArguments`, `trl-capo data check` shows what would be read.
+`trl-capo train` reads prompts with the options of `DataArguments`. `trl-capo data check` shows the resulting rows.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from trl_capo.errors import UserError
 
 
 VALIDATION = "validation"
-ROW = "__row__"  # a column while rows are dropped
+ROW = "__row__"  # a temporary column while rows are dropped
 
 
 @dataclass
@@ -93,8 +93,8 @@ def load_splits(name: str | None, config: str | None, args: DataArguments, strea
         name: `arithmetic`, a key of `CATALOGUE`, a file (.parquet, .jsonl, .json, .csv), a folder, or a dataset id.
         config: Its configuration.
         args: Columns and prompts.
-        streaming: Read it as it comes.
-        mixture: TRL's `DatasetMixtureConfig`; if it names datasets, they are what is read.
+        streaming: Stream the rows instead of loading all of them.
+        mixture: TRL's `DatasetMixtureConfig`. If it names datasets, these are read instead.
 
     Returns:
         Mapping from split to rows.
@@ -144,17 +144,18 @@ def load_splits(name: str | None, config: str | None, args: DataArguments, strea
 def prepare(
     rows: Dataset, args: DataArguments, tokenizer=None, part: str = "train", say: Callable = print
 ) -> dict[str, list[int] | IterableDataset]:
-    """Which rows to train on and, if wanted, to validate on; says what was dropped and why.
+    """Choose the rows for training and, if requested, validation. Reports which rows were dropped, and why.
 
     Args:
         rows: Conversations with gold answers, from `load_splits`.
-        args: What to do.
+        args: The preparation options.
         tokenizer: Counts the tokens of prompts; only for `max_prompt_tokens`.
-        part: "train", or another name for rows to evaluate on: of these only what cannot be asked or graded goes.
-        say: Gets one line.
+        part: "train", or another name for evaluation rows. From these, only prompts that cannot be asked or graded
+            are removed.
+        say: Receives one line.
 
     Returns:
-        Indices by "train" and, with `num_validation_prompts`, "validation"; of a stream the rows themselves.
+        Indices by "train" and, with `num_validation_prompts`, "validation". For a stream, the rows themselves.
 
     Raises:
         UserError: Too few rows are left, or the dataset is a stream, whose rows cannot be compared.
@@ -205,8 +206,8 @@ def prepare(
 def load_data(script_args, data_args, mixture, training_args, model_args) -> tuple:
     """Rows to train on, and to evaluate on if the recipe does.
 
-    The first process prepares them and tells the others which rows are left, because independent results
-    could differ: math-verify gives up on a gold answer after some seconds.
+    The first process prepares the rows and tells the others which ones are left, because independent results could
+    differ: math-verify gives up on a gold answer after a few seconds.
     """
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list

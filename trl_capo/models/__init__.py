@@ -1,1 +1,1 @@
-"""Where models are, how they are asked, and adapters merged into them."""
+"""Find models, build their prompts, and merge adapters into them."""

@@ -1,9 +1,10 @@
-"""What a LoRA run leaves, an adapter without the weights that it stands on, as a model that every engine can load.
+"""Merge a LoRA adapter and its base model into one model that every engine can load.
 
-Merging can change what an adapter means: weights that embedding and output share, modules that are saved whole, or a
-resized vocabulary. So the merged model is loaded once more and must give the adapter's log-probs on a few tokens.
+Merging can change the meaning of an adapter: through weights shared by embedding and output, modules that are saved
+whole, or a resized vocabulary. So the merged model is loaded again and must give the adapter's log-probs on a few
+tokens.
 
-Only folders are looked at: of a model on the Hub, download the adapter first. Needs peft (`pip install
+Only adapters in folders are merged: download an adapter from the Hub first. Needs peft (`pip install
 'trl-capo[peft]'`).
 """
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG = "adapter_config.json"
-NUM_TOKENS = 64  # of the check
+NUM_TOKENS = 64  # used in the check
 TOLERANCE = 1e-3  # mean difference in log-prob, nats, in float32
 HALF_TOLERANCE = (
     0.02  # in bfloat16 or float16, whose rounding a merge moves; a tenth of what the adapter does is added
@@ -31,7 +32,7 @@ HALF_TOLERANCE = (
 
 
 def base_of(model: str) -> str:
-    """Where the model is that an adapter stands on; any other model is its own.
+    """Path of an adapter's base model. Any other model is its own base.
 
     Raises:
         UserError: The adapter's configuration cannot be read, or its base is a folder that does not exist.
@@ -55,14 +56,14 @@ def base_of(model: str) -> str:
 
 
 def merged(model: str, folder: Path) -> str:
-    """The model to load: for an adapter, itself and its base as one model in `folder`; any other as it is.
+    """The model to load: an adapter is merged with its base into `folder`; any other model is returned unchanged.
 
     Args:
         model: A folder, or a name on the Hub.
-        folder: Where the merged model goes, unless it is there.
+        folder: Folder for the merged model, unless it already exists.
 
     Raises:
-        UserError: The merged model would not be what the adapter and its base are.
+        UserError: The merged model would differ from the adapter with its base.
     """
     if not (Path(model) / CONFIG).exists():
         return model
@@ -72,7 +73,7 @@ def merged(model: str, folder: Path) -> str:
         require("peft")
         from transformers import AutoTokenizer
 
-        partial = folder.with_suffix(f".{os.getpid()}.partial")  # killed meanwhile, it is not taken for the whole
+        partial = folder.with_suffix(f".{os.getpid()}.partial")  # if killed, not mistaken for the whole
         try:
             expected, tolerance, tied = _merge(model, partial)
             gap = _mean_gap(_saved_logps(partial), expected)
@@ -118,7 +119,7 @@ def _merge(model: str, folder: Path, untie: bool = False) -> tuple[torch.Tensor,
 
 
 def _vocabulary(model: str, base) -> int | None:
-    """Rows of the embedding that the adapter holds whole, if it does: training may have resized it."""
+    """Number of rows in the embedding if the adapter contains all of it: training may have resized it."""
     from safetensors import safe_open
 
     path = Path(model) / "adapter_model.safetensors"
@@ -140,7 +141,7 @@ def _saved_logps(folder: Path) -> torch.Tensor:
 
 
 def _logps(model) -> torch.Tensor:
-    """Log-probs after each of a few tokens from all over the vocabulary, the last, often added ones among them."""
+    """Log-probs after each of a few tokens across the vocabulary, including the last ones, which were often added."""
     import torch
 
     rows = model.get_input_embeddings().weight.shape[0]

@@ -1,7 +1,7 @@
-"""A chat template that knows the `chat_template_kwargs` it was trained with.
+"""Store the `chat_template_kwargs` of a training in the chat template.
 
-Training may render prompts with variables of the template, e.g. `enable_thinking: false`. A saved template in which
-these values are defaults makes every later tool render the same prompt; whoever passes a variable still decides it.
+Training may render prompts with template variables, e.g. `enable_thinking: false`. If the saved template has these
+values as defaults, every later tool renders the same prompt. A caller can still override a variable.
 """
 
 import copy
@@ -13,14 +13,14 @@ from trl_capo.errors import UserError
 
 
 def with_defaults(tokenizer, chat_template_kwargs: dict[str, Any] | None):
-    """A tokenizer whose chat template has these variables as defaults; the given one where there is nothing to change.
+    """A tokenizer whose chat template has these variables as defaults.
 
     Args:
-        tokenizer: Tokenizer or processor, left as it is.
-        chat_template_kwargs: Variables of the template, with values that JSON knows.
+        tokenizer: Tokenizer or processor. It is not changed.
+        chat_template_kwargs: Variables of the template, with JSON values.
 
     Returns:
-        A shallow copy with another `chat_template`.
+        A shallow copy with a new `chat_template`, or the given tokenizer if nothing has to change.
     """
     template = getattr(tokenizer, "chat_template", None)
     if not chat_template_kwargs or template is None:
@@ -34,7 +34,7 @@ def with_defaults(tokenizer, chat_template_kwargs: dict[str, Any] | None):
 
 
 def add_defaults(template: str, variables: dict[str, Any]) -> str:
-    r"""A Jinja template in which variables that are not passed have these values; done once however often it is asked.
+    r"""Add default values for variables to a Jinja template. Adding them again changes nothing.
 
     Example:
         >>> add_defaults("{{ a }}", {"a": False})
@@ -54,10 +54,10 @@ def add_defaults(template: str, variables: dict[str, Any]) -> str:
 
 
 def read_kwargs(text: str | dict | None, name: str = "--chat_template_kwargs") -> dict[str, Any]:
-    """Template variables from the command line: a JSON object. None is none.
+    """Template variables from the command line: a JSON object. None means no variables.
 
     Raises:
-        UserError: It is something else.
+        UserError: The value is not a JSON object.
     """
     try:
         value = json.loads(text) if isinstance(text, str) else text or {}
@@ -71,7 +71,7 @@ def read_kwargs(text: str | dict | None, name: str = "--chat_template_kwargs") -
 
 
 def _literal(name: str, value: Any) -> str:
-    """A value of JSON as Jinja writes it: the same but for null."""
+    """A JSON value in Jinja syntax, which differs only for null."""
     try:
         if not (isinstance(name, str) and name.isidentifier()):
             raise ValueError("its name is not that of a variable")
@@ -91,4 +91,4 @@ def _write(value: Any) -> str:
         return "[" + ", ".join(map(_write, value)) + "]"
     if value is None:
         return "none"
-    return json.dumps(value, ensure_ascii=False)  # Jinja reads no surrogate pairs
+    return json.dumps(value, ensure_ascii=False)  # Jinja cannot read surrogate pairs

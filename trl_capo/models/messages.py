@@ -16,7 +16,7 @@ def text_of(content: Any) -> str:
 
 
 def question_of(prompt: str | list[dict]) -> str:
-    """What the user asks: all messages of the user, whatever the system prompt, the answers between or a prefill.
+    """The user's question: all user messages, without the system prompt, intermediate answers or a prefill.
 
     Example:
         >>> question_of([{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "<think>"}])
@@ -29,7 +29,7 @@ def question_of(prompt: str | list[dict]) -> str:
 
 
 def answer_of(completion: str | list[dict]) -> str:
-    """What a model finally says: its last message, for a completion with tools has several.
+    """The model's final answer: its last message, because a completion with tools has several.
 
     Example:
         >>> answer_of([{"role": "assistant", "content": "Let me look."}, {"role": "tool", "content": "7"},

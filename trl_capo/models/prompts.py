@@ -1,4 +1,4 @@
-"""Prompts as token ids, and whether they leave room in the model's context."""
+"""Convert prompts to token ids, and check that they leave room in the model's context."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Prompt = str | list[dict[str, str]]
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[list[int]]:
-    """Token ids of prompts; conversations through the chat template, or their contents in a row without one."""
+    """Token ids of prompts. Conversations use the chat template; without one, their contents are concatenated."""
     if not prompts:
         return []
     encoded: Any
@@ -34,10 +34,10 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[
 
 
 def check_lengths(prompt_ids: list[list[int]], max_new_tokens: int, config: PreTrainedConfig) -> None:
-    """Refuse prompts without a token, and those that leave too little of the model's context.
+    """Refuse prompts without tokens, and prompts that leave too little of the model's context.
 
     Raises:
-        UserError: Names the first such prompt.
+        UserError: A prompt is refused. The message names the first one.
     """
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     for p, ids in enumerate(prompt_ids):

@@ -1,6 +1,6 @@
-"""Where a model is: every option and function that takes a model's name asks `model_path`.
+"""Locate models: every option and function that takes a model's name calls `model_path`.
 
-Nothing heavy is imported here, so a missing folder is refused before torch is loaded.
+This module imports nothing heavy, so a missing folder is refused before torch is loaded.
 """
 
 import json
@@ -22,12 +22,12 @@ class ModelNotFound(OSError, UserError):
 
 
 def model_path(name: str) -> str:
-    """Where a model is: one of `SHIPPED` by its name, a folder, or a name on the Hub.
+    """The location of a model: one of `SHIPPED` by its name, a folder, or a name on the Hub.
 
-    A folder of that name in the working directory comes before a shipped model.
+    A folder with that name in the working directory takes precedence over a shipped model.
 
     Raises:
-        ModelNotFound: The name can only be that of a folder, and there is no such folder.
+        ModelNotFound: The name can only mean a folder, and the folder does not exist.
 
     Example:
         >>> model_path("arithmetic-base") == str(ASSETS / "arithmetic-base"), model_path("Qwen/Qwen2.5-Math-1.5B")
@@ -53,7 +53,7 @@ def model_path(name: str) -> str:
 
 
 def _nearest_parent(path: Path) -> str:
-    """What is there of a path that is not, for a message."""
+    """The existing part of a missing path, for a message."""
     parent = next((parent for parent in path.parents if parent.is_dir()), None)
     if parent is None or parent == Path("/"):
         return ""
@@ -63,7 +63,7 @@ def _nearest_parent(path: Path) -> str:
 
 
 def _on_the_hub(name: str) -> bool:
-    """Asks once and briefly, for `runs/capo` may be a misspelt folder or a repository."""
+    """Asks the Hub once, with a short timeout, because `runs/capo` may be a misspelt folder or a repository."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
@@ -78,7 +78,7 @@ def _on_the_hub(name: str) -> bool:
 
 
 def check_trainable(path: str) -> None:
-    """Refuses a folder that holds no model to train; says so of an adapter without its base.
+    """Refuses a folder without a model to train. The message points out an adapter without its base.
 
     Raises:
         ModelNotFound: There is no readable config.json.
@@ -104,13 +104,13 @@ def check_trainable(path: str) -> None:
 
 @contextmanager
 def explained(*names: str) -> Iterator[None]:
-    """Says in one line which model the Hub does not have or cannot be asked for.
+    """Explains in one line which model is missing on the Hub, or that the Hub is unreachable.
 
     Args:
-        names: Models that are loaded inside; folders are left out of the message.
+        names: Models that are loaded inside. Folders are left out of the message.
 
     Raises:
-        ModelNotFound: In place of transformers' error, which does not always name the model.
+        ModelNotFound: Replaces transformers' error, which does not always name the model.
     """
     try:
         yield

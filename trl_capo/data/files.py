@@ -39,8 +39,8 @@ def read_dataset(source: str, option: str = "dataset_name", /, **arguments):
             if isinstance(rows, IterableDataset):
                 next(iter(rows), None)  # a broken file shows now, not in the middle of a run
         return found
-    except Exception as error:  # noqa: BLE001 - readers raise what they like
-        if "corresponds to no data" in str(error):  # of datasets: blank lines, or a header alone
+    except Exception as error:  # noqa: BLE001 - readers can raise any error
+        if "corresponds to no data" in str(error):  # raised by `datasets` for blank lines, or only a header
             raise UserError(f"{option}: {source} has no rows. Write it again, or name another one.") from error
         if path.exists():
             raise UserError(

@@ -1,1 +1,1 @@
-"""What a run leaves behind for others: its record, its model card, its upload to the Hub."""
+"""Publish a run: its record, its model card, and its upload to the Hub."""

@@ -1,7 +1,8 @@
-"""What we add to a model card, each between two marks: use, figures, a report's tables, and how it was trained.
+"""Add sections to a model card, each between two marks: usage, figures, a report's tables, and training details.
 
-The report's part is kept beside the card in `calibration.md`, so that a trainer that writes its card anew puts it
-back; a trainer that changes the weights forgets it. How it was trained comes from `trl_capo.publish.record`'s files.
+The report's section is also stored next to the card in `calibration.md`, so that a trainer that rewrites the card can
+restore it. A trainer that changes the weights deletes it. Training details come from `trl_capo.publish.record`'s
+files.
 """
 
 import json
@@ -25,14 +26,14 @@ TRAINING_BEGIN, TRAINING_END = "<!-- trl-capo: training -->", "<!-- trl-capo: en
 USE_BEGIN, USE_END = "<!-- trl-capo: use -->", "<!-- trl-capo: end of use -->"
 FIGURES_BEGIN, FIGURES_END = "<!-- trl-capo: figures -->", "<!-- trl-capo: end of figures -->"
 
-# What TRL's template writes, and what we write in its place.
+# Text in TRL's template, and our replacement.
 QUESTION = re.compile(r'^question = ("(?:[^"\\\n]|\\.)*")$', re.MULTILINE)
 TIME_MACHINE = "If you had a time machine"
 PIPELINE = re.compile(r'^generator = pipeline\("text-generation", model="[^"\n]*"', re.MULTILINE)
-PEFT_TEMPLATE = "# Model Card for Model ID"  # of PEFT, with nothing filled in
+PEFT_TEMPLATE = "# Model Card for Model ID"  # PEFT's empty template
 LONGEST_QUESTION = 500
 
-# What a card shows of a log; the training's names, with `eval_` or `eval_NAME_` before them those of an evaluation.
+# Logged numbers that a card shows. These are training names; an evaluation adds `eval_` or `eval_NAME_` in front.
 FIGURES = {
     "reward": "Mean reward",
     "capo/auc_within": "AUC within",
@@ -44,18 +45,18 @@ LOGGED = re.compile(rf"(?P<eval>eval_(?:(?P<set>.+)_)?)?(?P<name>{'|'.join(map(r
 
 
 def add_to_model_card(block: str | Path, folder: str | Path) -> Path:
-    """Put what a report says into the card of a model.
+    """Add a report's results to a model card.
 
     Args:
-        block: The Markdown file of a report; its figures lie beside it.
-        folder: Folder of the model. Gets the figures, `calibration.md`, and the section in its `README.md`, which
+        block: The Markdown file of a report, with its figures in the same folder.
+        folder: Folder of the model. Receives the figures, `calibration.md`, and a section in its `README.md` that
             replaces an earlier one.
 
     Returns:
         Path of the card.
 
     Raises:
-        UserError: If the folder does not exist.
+        UserError: The folder does not exist.
     """
     block, folder = Path(block), Path(folder)
     if not folder.is_dir():
@@ -85,7 +86,7 @@ def restore_in_model_card(folder: str | Path) -> Path:
 
 
 def put_section(text: str, section: str, begin: str, end: str) -> str:
-    """The text with a section between two marks, in place of what is there between them, or else at its end.
+    """Put a section between two marks. It replaces the text between them, or goes to the end of the text.
 
     Example:
         >>> put_section("My model.", "New.", "<1>", "<2>")
@@ -93,7 +94,7 @@ def put_section(text: str, section: str, begin: str, end: str) -> str:
         >>> put_section("<1>\\nOld.\\n<2> More.", "New.", "<1>", "<2>")
         '<1>\\nNew.\\n<2> More.'
     """
-    section = section.replace("<!-- trl-capo:", "<!- trl-capo:")  # no text that we quote begins or ends a section
+    section = section.replace("<!-- trl-capo:", "<!- trl-capo:")  # quoted text must not begin or end a section
     there, start, rest = text.partition(begin)
     _, stop, after = rest.partition(end)
     if not (start and stop):
@@ -109,14 +110,14 @@ def complete_card(
     question: str | None = None,
     history: list[dict] | None = None,
 ) -> str:
-    """The card of a model with all that is known about it, and without secrets. Nothing is written.
+    """The complete card of a model, without secrets. Nothing is written.
 
     Args:
-        folder: Folder of the model. Its `README.md` is the start; without one, a short card is made.
-        repo_id: Where the model goes on the Hub (default: nowhere yet, and the card names the folder).
-        dataset: Dataset on the Hub to name in the metadata (default: the one of the run, if the card names none).
-        question: A prompt of the training (default: that of the card, or of the card of the run).
-        history: `log_history` of the trainer (default: the figures of the card, or those of `trainer_state.json`).
+        folder: Folder of the model. The card starts from its `README.md`, or from a short text without one.
+        repo_id: The model's name on the Hub (default: none yet, and the card names the folder).
+        dataset: Dataset on the Hub to name in the metadata (default: the run's dataset, if the card names none).
+        question: A training prompt (default: the one in the card, or in the run's card).
+        history: `log_history` of the trainer (default: the figures in the card, or those in `trainer_state.json`).
 
     Returns:
         Text of the card.
@@ -152,13 +153,13 @@ def complete_card(
 
 
 def example_question(rows) -> str | None:
-    """A prompt for the card: the first of the training that is not too long; of a conversation, the last question.
+    """A prompt for the card: the first training prompt that is not too long. For a conversation, its last question.
 
     Args:
-        rows: The training set. Of a stream only the first row is read.
+        rows: The training set. Only the first row of a stream is read.
 
     Returns:
-        Text; None if the rows have no prompt in text.
+        Text; None if the rows have no text prompt.
     """
     from datasets import Dataset
 
@@ -166,7 +167,7 @@ def example_question(rows) -> str | None:
         first = (
             [rows[number] for number in range(min(50, len(rows)))] if isinstance(rows, Dataset) else [next(iter(rows))]
         )
-    except Exception:  # whatever a stream runs into, the card is no reason to stop
+    except Exception:  # an error in a stream must not stop training because of the card
         return None
     asked = [text for row in first if (text := _last_question(row.get("prompt")))]
     return next(
@@ -184,7 +185,7 @@ def _last_question(prompt) -> str | None:
 
 
 def final_figures(history: list[dict]) -> str | None:
-    """The last values of what matters in a log, as a table in Markdown; None for a log without them."""
+    """The final values of important numbers in a log, as a Markdown table; None if the log has none."""
     last, seen = {}, {}
     for entry in history:
         for name, value in entry.items():
@@ -214,7 +215,7 @@ def _cells(row: tuple) -> list[str]:
 
 
 def _history(folder: Path) -> list[dict]:
-    """The log of the folder's own trainer state, or else of its newest checkpoint."""
+    """The log from the folder's trainer state, or from that of its newest checkpoint."""
     checkpoints = [path for path in folder.glob("checkpoint-*/trainer_state.json") if path.parent.name[11:].isdigit()]
     newest = sorted(checkpoints, key=lambda path: int(path.parent.name[11:]))[-1:]
     for path in (folder / "trainer_state.json", *newest):
@@ -246,13 +247,13 @@ def _question_in(card: str) -> str | None:
 
 
 def _python_text(text: str) -> str:
-    """A literal of Python and JSON, in one line, that neither closes a block of code nor begins a comment of HTML."""
+    """A one-line Python and JSON literal that neither closes a code block nor opens an HTML comment."""
     literal = json.dumps(mask(text).encode("utf-8", "replace").decode(), ensure_ascii=False)
     return re.sub(r"[<\u0085\u2028\u2029\x7f]", lambda match: f"\\u{ord(match[0]):04x}", literal)
 
 
 def _shell_word(text: str) -> str:
-    """The text as one word of a shell, in one line that does not close a block of code."""
+    """The text as one shell word, on one line that does not close a code block."""
     text = mask(text).encode("utf-8", "replace").decode()
     if not re.search(r"[\x00-\x1f\x7f\x85\u2028\u2029`<]", text):
         return shlex.quote(text)
@@ -289,9 +290,9 @@ def _with_dataset(text: str, wanted: str | None, known: str | None) -> str:
 
 
 def forget_calibration(folder: str | Path) -> None:
-    """Remove the folder's `calibration.md`: what it says is about other weights than those to come.
+    """Remove the folder's `calibration.md`, because it does not describe the new weights.
 
     Args:
-        folder: Folder of the model; its next card has no such section.
+        folder: Folder of the model. Its next card will not have this section.
     """
     (Path(folder) / FILE_NAME).unlink(missing_ok=True)

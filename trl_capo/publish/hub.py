@@ -1,4 +1,4 @@
-"""From a saved model to the Hub: the command that uploads it, and the checks before anything is uploaded."""
+"""Prepare the upload of a saved model to the Hub: the command for it, and checks before uploading."""
 
 import logging
 import shlex
@@ -36,7 +36,7 @@ def push_command(
 
 
 def wants_private(configured: bool | None, asked: bool | None = None) -> bool | None:
-    """Whether a repository must be private: if the configuration or the call says so.
+    """Whether a repository must be private according to the configuration or the call.
 
     Args:
         configured: `hub_private_repo` of the configuration.
@@ -58,13 +58,13 @@ def check_private(repo_id: str, token: str | None = None, repo_type: str | None 
 
     Args:
         repo_id: Name of the repository, which exists.
-        token: Access token (default: that of the login).
+        token: Access token (default: the login's token).
         repo_type: `"dataset"`, or None for a model.
-        api: The client of the Hub to ask (default: a new one).
+        api: Client for the Hub (default: a new one).
 
     Raises:
-        UserError: It is public, or the Hub does not say.
-        OSError: The Hub could not be asked.
+        UserError: The repository is public, or the Hub does not say.
+        OSError: The Hub could not be reached.
     """
     from huggingface_hub import HfApi
 
@@ -79,11 +79,11 @@ def check_private(repo_id: str, token: str | None = None, repo_type: str | None 
 
 
 def check_completions_repo(args) -> None:
-    """Refuse to log the completions of a private model into a dataset that exists and is public.
+    """Refuse to log the completions of a private model to an existing public dataset.
 
     Raises:
-        UserError: It is public, or the Hub does not say.
-        OSError: The Hub could not be asked.
+        UserError: The dataset is public, or the Hub does not say.
+        OSError: The Hub could not be reached.
     """
     repo_id = getattr(args, "log_completions_hub_repo", None)
     if not (args.hub_private_repo and args.log_completions and repo_id):
@@ -93,12 +93,12 @@ def check_completions_repo(args) -> None:
     try:
         check_private(repo_id, repo_type="dataset")
     except RepositoryNotFoundError:
-        pass  # TRL creates it as a private one
+        pass  # TRL creates a private one
 
 
 @contextmanager
 def guarded_uploads(private: bool | None) -> Iterator[None]:
-    """What transformers' trainer uploads meanwhile goes through `GuardedApi`.
+    """Uploads by transformers' trainer inside this context go through `GuardedApi`.
 
     Args:
         private: Whether uploads may go into private repositories only.
@@ -114,9 +114,9 @@ def guarded_uploads(private: bool | None) -> Iterator[None]:
 
 
 class GuardedApi:
-    """transformers' client of the Hub; an upload takes only what belongs there, and a private model stays private.
+    """transformers' Hub client, restricted: it uploads only a model's files, and a private model stays private.
 
-    The visibility is asked for right before each upload. An upload in the background that fails says so in a line.
+    It checks the visibility right before each upload. If a background upload fails, it prints one line.
     """
 
     def __init__(self, api, private: bool | None):
@@ -126,11 +126,11 @@ class GuardedApi:
         return getattr(self._api, name)
 
     def upload_folder(self, *, run_as_future: bool = False, **options) -> Any:
-        """As `HfApi.upload_folder`, with the list of `publish.model_files` in place of the patterns to ignore."""
+        """`HfApi.upload_folder` with the list from `publish.model_files` instead of ignore patterns."""
         options.pop("ignore_patterns", None)
         if options.get("path_in_repo") is None:
             options["allow_patterns"] = [escape(name) for name in files_to_upload(options["folder_path"])]
-        else:  # a whole checkpoint to resume from (hub_strategy), in a folder of its own
+        else:  # a whole checkpoint to resume from (hub_strategy), in its own folder
             options["ignore_patterns"] = [".*", "*/.*"]
         if not run_as_future:
             return self._upload(options)
@@ -144,7 +144,7 @@ class GuardedApi:
     def _upload_in_background(self, options: dict) -> Any:
         try:
             return self._upload(options)
-        except Exception as error:  # whatever it is, nobody may ever ask for the result
+        except Exception as error:  # catch any error, because nobody may ever read the result
             reason = mask(" ".join(str(error).split()))
             logger.warning(f"⚠️ An upload to the Hub in the background failed; the files are still here: {reason}")
             raise

@@ -1,6 +1,6 @@
-"""Which files of a folder make a model repository: a list of what goes up. Everything else stays here.
+"""List the files in a folder that belong in a model repository. All other files stay local.
 
-Weights are safetensors only: a `.bin` or `.pt` file is a pickle, which can hold anything and runs when it is loaded.
+Weights are safetensors only: a `.bin` or `.pt` file is a pickle, which can contain any code and runs it when loaded.
 """
 
 import json
@@ -26,7 +26,7 @@ UPLOADED = {
     ADAPTER_CONFIG,
     "quantize_config.json",
     "quantization_config.json",
-    # What tokenizers and processors save.
+    # Files that tokenizers and processors save.
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -67,18 +67,18 @@ RELATIVE_IMPORT = re.compile(
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 REFERENCE_ADAPTERS = ("ref", "reference")  # TRL's and ours, for training only
 
-# A figure as a report names it, on a line of its own: no separator, no leading dot, one suffix.
+# A figure as a report names it, alone on a line: no separator, no leading dot, one suffix.
 FIGURE = re.compile(r"^!\[[^\]\n]*\]\(([0-9A-Za-z_-][0-9A-Za-z_.-]*\.png)\)[ \t]*$", re.MULTILINE)
 
 
 def figures(text: str, folder: str | Path) -> list[str]:
-    """Names of the figures that a report's Markdown shows and that lie in a folder as plain files."""
+    """Names of the figures that a report's Markdown shows and that exist in a folder as plain files."""
     paths = [Path(folder) / name for name in dict.fromkeys(FIGURE.findall(text))]
     return [path.name for path in paths if path.is_file() and not path.is_symlink()]
 
 
 def files_to_upload(folder: str | Path) -> list[str]:
-    """The files of a folder that belong into a model repository.
+    """The files in a folder that belong in a model repository.
 
     Args:
         folder: Folder of a model.
@@ -94,7 +94,7 @@ def files_to_upload(folder: str | Path) -> list[str]:
         if path.is_file() and (path.name in belong or UPLOADED_PATTERN.fullmatch(path.name))
     ]
     names += [path.relative_to(folder).as_posix() for path in folder.glob(CHAT_TEMPLATES) if path.is_file()]
-    # PEFT saves an adapter that is not called "default" in a folder of its name.
+    # PEFT saves an adapter that is not called "default" in a folder with its name.
     for config in folder.glob(f"*/{ADAPTER_CONFIG}"):
         adapter = config.parent.name
         if adapter not in REFERENCE_ADAPTERS and not adapter.startswith((".", "_", "checkpoint-")):
@@ -106,11 +106,11 @@ def files_to_upload(folder: str | Path) -> list[str]:
 
 
 def left_behind(folder: str | Path, uploaded: list[str]) -> list[str]:
-    """What a push of a folder does not take along: files, and subfolders with a slash.
+    """Files, and subfolders with a slash, that a push does not upload.
 
     Args:
         folder: Folder of a model.
-        uploaded: Names of the files that go up.
+        uploaded: Names of the uploaded files.
     """
     folders = {name.partition("/")[0] for name in uploaded if "/" in name}
     rest = [path for path in sorted(Path(folder).iterdir()) if path.name not in {*uploaded, *folders}]
@@ -118,7 +118,7 @@ def left_behind(folder: str | Path, uploaded: list[str]) -> list[str]:
 
 
 def _shards(folder: Path) -> set[str]:
-    """Files of weights that the index names."""
+    """Weight files named in the index."""
     shards = _json_dict(folder / INDEX).get("weight_map")
     names = {str(name) for name in shards.values()} if isinstance(shards, dict) else set()
     return {name for name in names if name.endswith(".safetensors")}
@@ -140,7 +140,7 @@ def _code(folder: Path) -> set[str]:
 
 
 def _json_dict(path: Path) -> dict:
-    """The content of a JSON file; empty if there is none in it."""
+    """The dictionary in a JSON file; empty if the file has none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,7 +1,7 @@
-"""The upload of a trained model to the Hub: all files in one commit, repeated while the Hub cannot be reached.
+"""Upload a trained model to the Hub: all files in one commit, with retries while the Hub is unreachable.
 
-One commit, so that the Hub never shows half a model; what is there already is not sent again. The card gets how the
-model was trained, and the calibration report if the folder has one. The folder stays as it is.
+With one commit, the Hub never shows half a model. Files that are already there are not sent again. The card gets
+training details, and the calibration report if the folder has one. The folder itself is not changed.
 """
 
 import json
@@ -21,11 +21,11 @@ from trl_capo.redact import mask, redact
 
 
 WAITS = (5, 20, 60)  # seconds between attempts
-SHOWN = 8  # names of what is left behind
+SHOWN = 8  # names of files that are not uploaded
 
 
 class PushError(Exception):
-    """An upload that failed for good. The message says why, that nothing is lost, and the command to go on with."""
+    """An upload failed permanently. The message gives the reason, that nothing is lost, and the command to retry."""
 
 
 def push_folder(
@@ -38,24 +38,24 @@ def push_folder(
     token: str | None = None,
     say: Callable[..., None] = print,
 ) -> str:
-    """Upload a model, and try again while the Hub cannot be reached.
+    """Upload a model, and retry while the Hub is unreachable.
 
     Args:
         folder: Folder of the model. Nothing in it is changed.
         repo_id: Name on the Hub. Created if it does not exist.
-        private: True: only into a private repository. None: so if the recipe of the run has `hub_private_repo`, else a
-            new repository is what the account's default says. False: a new one is public.
-        dataset: Dataset on the Hub that the card names (default: that of the run).
-        revision: Branch, which must exist; None is main.
-        token: Access token (default: that of the login or of HF_TOKEN).
+        private: True uploads only to a private repository. None does the same if the run's recipe has
+            `hub_private_repo`; otherwise a new repository follows the account's default. False makes a new one public.
+        dataset: Dataset on the Hub that the card names (default: the run's dataset).
+        revision: Branch, which must exist. None means main.
+        token: Access token (default: the login's token, or HF_TOKEN).
         say: Prints a line.
 
     Returns:
         Address of the model.
 
     Raises:
-        PushError: The Hub could not be reached after four attempts, or refuses.
-        ValueError: The folder holds no model.
+        PushError: The Hub could not be reached in four attempts, or rejected the request.
+        ValueError: The folder contains no model.
     """
     from huggingface_hub.errors import HTTPError
 
@@ -85,13 +85,13 @@ def push_folder(
 
 
 def push_trained(trainer) -> bool:
-    """Write the card of a model that was just saved, and push it if the training arguments say so.
+    """Write the card of a model that was just saved, and push the model if the training arguments say so.
 
     Args:
         trainer: The trainer. Only its main process does anything.
 
     Returns:
-        False if the push failed. Why, and how to go on, is printed: the model itself is safe.
+        False if the push failed. The reason and the command to retry are printed. The model itself is safe.
     """
     if not trainer.is_world_process_zero():
         return True
@@ -100,7 +100,7 @@ def push_trained(trainer) -> bool:
     if args.push_to_hub:
         try:  # trackio uploads its dashboard here and tags the model with it
             trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
-        except Exception as error:  # whatever it is, the model comes first
+        except Exception as error:  # any error: the model comes first
             sys.stderr.write(f"⚠️ A tracker failed before the push: {_reason(error)}\n")
     trainer.create_model_card(
         model_name=repo_id.split("/")[-1],
@@ -119,12 +119,12 @@ def push_trained(trainer) -> bool:
 
 
 def model_files(folder: str | Path) -> dict[str, Path]:
-    """The files of a model that belong on the Hub, by their names there. A card of its own need not be among them.
+    """The files of a model that belong on the Hub, by their names there. They may lack a card.
 
-    A checkpoint is one of a run, whose recipe lies in the folder above.
+    For a checkpoint, the run's recipe comes from the parent folder.
 
     Raises:
-        ValueError: The folder holds no weights.
+        ValueError: The folder contains no weights.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -145,7 +145,7 @@ def model_files(folder: str | Path) -> dict[str, Path]:
 
 
 def _private_by_recipe(folder: Path, say: Callable[..., None]) -> bool | None:
-    """Whether the run asked for a private repository; None if it did not say so."""
+    """Whether the run asked for a private repository; None if it did not."""
     import yaml
 
     path = run_folder(folder) / RECIPE
@@ -157,7 +157,7 @@ def _private_by_recipe(folder: Path, say: Callable[..., None]) -> bool | None:
 
 
 def _content(name: str, path: Path) -> bytes | str:
-    """A file as it is uploaded: of our own text files, which an earlier version may have written, without secrets."""
+    """A file's content for upload. Our own text files, perhaps from an earlier version, have their secrets removed."""
     import yaml
 
     if name == RECIPE:
@@ -197,7 +197,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether another attempt may succeed: the Hub is busy or not there, rather than of another opinion."""
+    """Whether a retry may succeed: the Hub is busy or unreachable, rather than rejecting the request."""
     from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     for cause in _causes(error):
@@ -216,7 +216,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """The first cause of an error in a line, with what to do if it is the login."""
+    """The first cause of an error in one line. For login problems it also says what to do."""
     root = list(_causes(error))[-1]
     status = next((status for cause in _causes(error) if (status := _status(cause)) is not None), None)
     shown = next((cause for cause in _causes(error) if _status(cause) is not None), root)

@@ -1,11 +1,12 @@
-"""What a run leaves beside its model so that it can be repeated and cited.
+"""Record a run next to its model, so that others can repeat and cite it.
 
 - `recipe.yaml`: every option that differs from its default, so that `trl-capo train --config recipe.yaml` repeats
-  the run. Paths stay as they were given, relative to the folder that the run was started in.
-- `reproduction.json`: command, date, versions, commit, machine, and fingerprints of the data and the model. A run that
-  is resumed adds an entry to its list `resumed` and changes nothing else.
+  the run. Paths stay as given, relative to the folder in which the run started.
+- `reproduction.json`: command, date, versions, commit, machine, and fingerprints of the data and the model. A resumed
+  run adds an entry to its list `resumed` and changes nothing else.
 
-Neither ever holds a secret: what goes by a secret's name is left out, and its name noted; see `trl_capo.redact`.
+Neither file ever contains a secret: values with a secret's name are left out, and their names are noted; see
+`trl_capo.redact`.
 """
 
 import hashlib
@@ -34,14 +35,14 @@ PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "peft", "v
 def write_reproduction(
     trainer, argv: list[str], options: dict[str, Any], left_out: list[str], resumed_from: str | None = None
 ) -> None:
-    """Write `recipe.yaml` and `reproduction.json` into the run's folder, or note in the latter that it is resumed.
+    """Write `recipe.yaml` and `reproduction.json` into the run's folder, or record a resumption in the latter.
 
     Args:
         trainer: The trainer, before it trains. Only its main process writes.
-        argv: Words of the command line after `trl-capo train`, with `--config FILE` in two words.
-        options: Those that differ from their defaults, without secrets.
-        left_out: Names of the secrets.
-        resumed_from: Checkpoint that the run goes on from, None at its start.
+        argv: Words of the command line after `trl-capo train`, with `--config FILE` as two words.
+        options: Options that differ from their defaults, without secrets.
+        left_out: Names of the omitted secrets.
+        resumed_from: Checkpoint that the run resumes from; None at its start.
     """
     if not trainer.is_world_process_zero():
         return
@@ -68,14 +69,14 @@ def write_reproduction(
         "model": redact(_model_record(trainer, options)),
         "data": redact(_data_record(trainer, options)),
     }
-    if resumed_from is not None:  # the run began without these files
+    if resumed_from is not None:  # the run started without these files
         record["resumed"] = [{**event, "from": Path(resumed_from).name}]
     _write_recipe(folder / RECIPE, options, str(event["date"]), left_out)
     write_json(folder / RECORD, record)
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, this package and what it stands on; what is not installed is left out."""
+    """Versions of Python, this package and its dependencies, without those that are not installed."""
     found = {"python": platform.python_version(), "trl_capo": __version__}
     for name in PACKAGES:
         try:
@@ -90,10 +91,10 @@ def git_state(folder: Path, of: str | None = None) -> dict[str, Any] | None:
 
     Args:
         folder: Any folder.
-        of: A file in it that git must know. An installed package may lie in a repository that is not its own.
+        of: A file in it that git must track, because an installed package may lie inside another repository.
 
     Returns:
-        `commit`, and `dirty`: whether a file that git knows was changed since. None outside a repository.
+        `commit`, and `dirty`: whether a tracked file has changed since. None outside a repository.
     """
     try:
         if of is not None:
@@ -105,10 +106,10 @@ def git_state(folder: Path, of: str | None = None) -> dict[str, Any] | None:
 
 
 def fingerprint(rows) -> str | None:
-    """SHA-256 over the rows as JSON, a line each in order, with sorted keys: the same on every machine.
+    """SHA-256 over the rows as JSON, one line per row in order, with sorted keys: the same on every machine.
 
     Args:
-        rows: A `Dataset`, read in batches. Images and sounds count by their bytes.
+        rows: A `Dataset`, read in batches. Images and audio count by their bytes.
 
     Returns:
         64 hexadecimal digits; None for a stream, which cannot be read in advance.
@@ -130,7 +131,7 @@ def fingerprint(rows) -> str | None:
 
 
 def run_folder(folder: str | Path) -> Path:
-    """Where the recipe of a model is: beside it, or above if the folder is a checkpoint of a run."""
+    """The folder with a model's recipe: its own folder, or the parent if it is a checkpoint."""
     folder = Path(folder)
     return folder.resolve().parent if folder.resolve().name.startswith("checkpoint-") else folder
 
@@ -144,10 +145,10 @@ def hub_dataset(folder: str | Path) -> str | None:
 
 
 def card_section(folder: str | Path) -> str | None:
-    """What a model card says about the run: data, base, versions and the recipe, without local folders.
+    """The model card's section about the run: data, base, versions and the recipe, without local folders.
 
     Args:
-        folder: Where `recipe.yaml` and `reproduction.json` are.
+        folder: Folder with `recipe.yaml` and `reproduction.json`.
 
     Returns:
         Markdown; None if one of the files is missing.
@@ -186,7 +187,7 @@ def _write_recipe(path: Path, options: dict, date: str, left_out: list[str]) -> 
 
 
 def _without_folders(value: Any) -> Any:
-    """Absolute paths, which say who trained rather than how, become their last part."""
+    """Shorten absolute paths to their last part: they show who trained, not how."""
     if isinstance(value, dict):
         return {name: _without_folders(content) for name, content in value.items()}
     if isinstance(value, list):
@@ -196,7 +197,7 @@ def _without_folders(value: Any) -> Any:
 
 
 def _changed(recipe: Path, options: dict) -> dict[str, Any]:
-    """Options of a resumed run that are others than those of its start; None for those at their default again."""
+    """Options of a resumed run that differ from those at its start; None for options back at their default."""
     import yaml
 
     before = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else {}
@@ -205,7 +206,7 @@ def _changed(recipe: Path, options: dict) -> dict[str, Any]:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    # Its own locks could disturb a git command that the user runs at the same time.
+    # Avoid taking git's optional locks while the user runs git.
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     command = ["git", "-C", str(folder), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, env=environment)
@@ -264,7 +265,7 @@ def _split_record(split: str, rows, options: dict) -> dict[str, Any]:
 
 
 def _local_copy(name: str) -> dict[str, str]:
-    """Where a dataset was read from, if not from the Hub."""
+    """The source of a dataset that was not read from the Hub."""
     from trl_capo.data.catalogue import location
 
     found = location(name)["path"]

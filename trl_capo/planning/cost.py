@@ -1,18 +1,18 @@
-"""What training costs: tokens, floating-point operations, seconds and money of a step, before it is run.
+"""Estimate the cost of training before it runs: tokens, floating-point operations, seconds and money per step.
 
     forward of n tokens in rows of T:   2 N n + 4 L d n T        (attention: 4 L d T a token, not halved for causality)
     forward and backward:               3 times that; with gradient checkpointing 4 times
 
-with N weights that take part in a product (embeddings are only looked up), L layers and d = heads x size of a head. A
-step generates, passes without gradient (log-probs of the old policy, reference) and trains:
+with N weights that take part in a product (embeddings are only looked up), L layers and d = heads x head size. A step
+generates, runs passes without gradient (log-probs of the old policy, reference) and trains:
 
     FLOPs = generated + passes x share x forward + (3 or 4) x share x forward
 
-`share` is what the fast step leaves of the rows' tokens (`docs/fast_step.md`).
+`share` is the share of the rows' tokens that the fast step computes (`docs/fast_step.md`).
 
-Assumptions: dense decoders. Softmax, norms and optimizer are left out. Checkpointing does the whole forward again;
-torch spares the head and the last product of each layer. The utilisation, FLOPs done over what the hardware could
-do, is the user's to give, and most of the uncertainty. Memory is the business of `trl-capo train --dry-run`.
+Assumptions: dense decoders. Softmax, norms and optimizer are left out. Checkpointing repeats the whole forward pass;
+torch actually skips the head and the last product of each layer. You supply the utilisation, i.e. achieved FLOPs over
+the hardware's maximum; it causes most of the uncertainty. For memory, use `trl-capo train --dry-run`.
 """
 
 import functools
@@ -21,12 +21,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A dense decoder: what its cost depends on.
+    """The properties of a dense decoder that determine its cost.
 
     Attributes:
-        weights: Weights that take part in a matrix product, the head among them, embeddings that are looked up not.
+        weights: Weights that take part in a matrix product. This includes the head but not looked-up embeddings.
         layers: Number of layers.
-        attention_width: Attention heads times the size of a head.
+        attention_width: Number of attention heads times head size.
     """
 
     weights: int
@@ -68,7 +68,7 @@ def forward_flops(shape: ModelShape, rows: float, length: float) -> float:
 
 
 def training_flops(shape: ModelShape, rows: float, length: float, gradient_checkpointing: bool = False) -> float:
-    """FLOPs of forward and backward over rows; with gradient checkpointing the forward is done twice.
+    """FLOPs of forward and backward over rows. With gradient checkpointing, the forward pass runs twice.
 
     Example:
         >>> training_flops(ModelShape(weights=100, layers=2, attention_width=8), rows=3, length=5)
@@ -78,7 +78,7 @@ def training_flops(shape: ModelShape, rows: float, length: float, gradient_check
 
 
 def generation_flops(shape: ModelShape, rows: float, prompt_length: float, completion_length: float) -> float:
-    """FLOPs of generating with a cache of keys and values: every token passes once and attends to those before it.
+    """FLOPs of generating with a key-value cache: every token passes once and attends to all earlier tokens.
 
     Example:
         >>> shape = ModelShape(weights=100, layers=2, attention_width=8)
@@ -92,7 +92,7 @@ def generation_flops(shape: ModelShape, rows: float, prompt_length: float, compl
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one generation and its updates cost.
+    """The cost of one generation and its updates.
 
     Attributes:
         generated_tokens: Completion tokens.
@@ -126,18 +126,19 @@ def step_cost(
     share: float = 1.0,
     gradient_checkpointing: bool = True,
 ) -> StepCost:
-    """Cost of one generation, with all updates that are made on it (a row is trained on once).
+    """Cost of one generation and all its updates (a row is trained on once).
 
     Args:
         shape: The model.
-        rows: Completions of a generation, over all processes.
-        prompt_length: Mean prompt, tokens.
-        completion_length: Mean completion, tokens.
-        padded_length: Tokens to which the trainer pads prompt and completion together; by default no padding.
-        passes: Passes without gradient: old policy and reference, 2 in CAPO with two updates a generation; 0 to 2.
-        share: Share of the padded tokens that the trainer computes, in (0, 1]: 1 is TRL's; for the fast step's see
-            `docs/fast_step.md` (0.16 in its measurement, with half the groups all right or all wrong).
-        gradient_checkpointing: Whether activations are computed again.
+        rows: Completions in a generation, over all processes.
+        prompt_length: Mean prompt length, in tokens.
+        completion_length: Mean completion length, in tokens.
+        padded_length: Length to which the trainer pads prompt and completion together, in tokens. Default: no padding.
+        passes: Number of passes without gradient, 0 to 2: old policy and reference. CAPO with two updates per
+            generation has 2.
+        share: Share of the padded tokens that the trainer computes, in (0, 1]. TRL's share is 1. For the fast step,
+            see `docs/fast_step.md` (0.16 in its measurement, with half the groups all right or all wrong).
+        gradient_checkpointing: Whether activations are recomputed.
 
     Example:
         >>> shape = ModelShape(weights=100, layers=2, attention_width=8)
@@ -164,10 +165,10 @@ def seconds(flops: float, *, flops_per_second: float, utilisation: float, device
 
     Args:
         flops: FLOPs.
-        flops_per_second: Of one device at its best, by its vendor: 312e12 of an A100, 989e12 of an H100, in bfloat16.
-        utilisation: Share of that which is reached, in (0, 1]. Measure yours; generation, which waits for memory,
-            reaches far less than training.
-        devices: How many work at once.
+        flops_per_second: The vendor's peak rate of one device: 312e12 for an A100, 989e12 for an H100, in bfloat16.
+        utilisation: Achieved share of the peak rate, in (0, 1]. Measure yours. Generation waits for memory, so it
+            achieves far less than training.
+        devices: Number of devices that work in parallel.
 
     Example:
         >>> seconds(6e15, flops_per_second=300e12, utilisation=0.5, devices=8)
@@ -186,7 +187,7 @@ def step_seconds(
     generation_utilisation: float,
     devices: int,
 ) -> float:
-    """Time of a step that generates and trains one after the other on the same devices (vLLM colocate)."""
+    """Time of a step that first generates and then trains, on the same devices (vLLM colocate)."""
     rate = functools.partial(seconds, flops_per_second=flops_per_second, devices=devices)
     training = rate(cost.passes + cost.training, utilisation=training_utilisation)
     return rate(cost.generation, utilisation=generation_utilisation) + training
@@ -196,10 +197,10 @@ def dollars(step_time: float, *, steps: int, devices: int, dollars_an_hour: floa
     """Price of a run.
 
     Args:
-        step_time: Seconds a step.
-        steps: How many.
-        devices: Rented devices, idle ones among them.
-        dollars_an_hour: Of one device.
+        step_time: Seconds per step.
+        steps: Number of steps.
+        devices: Number of rented devices, including idle ones.
+        dollars_an_hour: Price of one device per hour.
 
     Example:
         >>> dollars(144.0, steps=600, devices=8, dollars_an_hour=2.0)

@@ -1,6 +1,6 @@
-"""`trl-capo train --dry-run`: what a recipe would do, without a GPU, before anything is paid for.
+"""`trl-capo train --dry-run`: show what a recipe would do, without a GPU, before you pay for anything.
 
-The dataset is loaded and prepared as for training; of the model only configuration and tokenizer are read, no weights.
+The dataset is loaded and prepared as for training. Only the model's configuration and tokenizer are read, no weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Options that only a dry run has."""
+    """Parser for options that exist only in a dry run."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--dry-run", "--dry_run", action="store_true", help="say what would be done, and stop")
     parser.add_argument("--accelerate_config", help="of a dry run: accelerate's file, for processes and sharding")
@@ -35,16 +35,16 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def take_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options of a dry run, and the others; a recipe for GPUs is then also read on a machine without one."""
+    """Split off the options of a dry run. A recipe for GPUs can then also be read on a machine without one."""
     options, rest = make_parser().parse_known_args(argv)
     return options, rest if torch.cuda.is_available() else [*rest, "--use_cpu", "true"]
 
 
 def read_launch(path: str | None) -> tuple[int, str]:
-    """Processes and sharding of an accelerate configuration; one process without one.
+    """Number of processes and sharding in an accelerate configuration. Without one, there is one process.
 
     Raises:
-        UserError: The file describes a launch that is not known here.
+        UserError: The file describes an unsupported launch.
     """
     import yaml
 
@@ -67,7 +67,7 @@ def read_launch(path: str | None) -> tuple[int, str]:
 
 
 def empty_model(path: str, dtype: str | None, args, revision: str | None = None):
-    """A causal language model without storage, from its configuration alone; in float32 unless a dtype is named."""
+    """A causal language model without storage, built from its configuration, in float32 unless a dtype is given."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=args.trust_remote_code)
@@ -78,7 +78,7 @@ def empty_model(path: str, dtype: str | None, args, revision: str | None = None)
 
 @contextmanager
 def as_if_launched(num_processes: int) -> Iterator[None]:
-    """A configuration made meanwhile is that of one of so many processes, on which its checks and defaults depend."""
+    """Configurations created inside this context see `num_processes` as the world size, for checks and defaults."""
     original = TrainingArguments.world_size
     TrainingArguments.world_size = property(lambda self: num_processes)  # type: ignore[method-assign, assignment]
     try:
@@ -139,7 +139,7 @@ def estimate(
     gpu_bytes: int,
     tokens: int,
 ):
-    """Memory a GPU, and the policy without storage that it was counted on."""
+    """Memory per GPU, and the policy without storage that it was computed from."""
     from trl import get_peft_config
 
     num_processes, sharding = launch
@@ -181,17 +181,17 @@ def describe(
     eval_dataset,
     max_prompt_tokens: int | None,
 ) -> list[str]:
-    """What would be done, in lines.
+    """Describe the planned training, in lines.
 
     Args:
-        method_class: The trainer.
-        options: Of `make_parser`.
+        method_class: The trainer class.
+        options: Options from `make_parser`.
         args: The trainer's configuration.
         model_args: TRL's `ModelConfig`.
-        path: Of the model.
-        train_dataset: Rows to train on, prepared.
-        eval_dataset: Rows to evaluate on, or None.
-        max_prompt_tokens: Longest prompt; None: the longest of the dataset is counted.
+        path: Path of the model.
+        train_dataset: Prepared training rows.
+        eval_dataset: Evaluation rows, or None.
+        max_prompt_tokens: Longest prompt, in tokens. None means the longest prompt in the dataset.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -235,7 +235,7 @@ def describe(
 
 
 def end_of_turn_warning(path: str, tokenizer, revision: str | None) -> list[str]:
-    """A base model may end its turn with a token at which nothing stops: then every answer is as long as allowed."""
+    """Warn if nothing stops at the model's end-of-turn token: then every answer has the maximum length."""
     from transformers import GenerationConfig
 
     if tokenizer.chat_template is None:
@@ -258,7 +258,7 @@ def end_of_turn_warning(path: str, tokenizer, revision: str | None) -> list[str]
 
 
 def memory_lines(found: Memory, launch: tuple[int, str], gpu_bytes: int) -> list[str]:
-    """GiB a GPU by what takes them, and whether that fits."""
+    """GiB per GPU by purpose, and whether the total fits."""
     num_processes, sharding = launch
     kind = "one process" if num_processes == 1 else f"{num_processes} processes, {sharding}"
     share = found.total / gpu_bytes

@@ -1,11 +1,11 @@
-"""How much memory a GPU needs for a run, before there is a GPU.
+"""Estimate how much GPU memory a run needs, without a GPU.
 
 Exact: parameters, gradients, optimizer state and reference, counted on a model without storage ("meta") that is built
-as the trainer builds it. Estimates, to a first approximation: activations, the tiles of the head, what a sharded model
+as the trainer builds it. First approximations: activations, the tiles of the head, and the layers that a sharded model
 gathers. Not counted: the CUDA context (about half a GiB), fragmentation, NCCL's buffers.
 
-Sharding follows accelerate's configuration: DDP keeps everything on each GPU, and a second copy of the gradients in
-its buckets; ZeRO-2 shards gradients and optimizer; ZeRO-3 and FSDP2 shard everything, the reference too. DeepSpeed
+Sharding follows accelerate's configuration: DDP keeps everything on each GPU, plus a second copy of the gradients in
+its buckets; ZeRO-2 shards gradients and optimizer; ZeRO-3 and FSDP2 shard everything, reference included. DeepSpeed
 under bf16 keeps weights and gradients in bfloat16 and float32 weights with the optimizer.
 """
 
@@ -26,13 +26,13 @@ class Memory:
     """Bytes on each GPU.
 
     Attributes:
-        parameters: The policy's weights, with frozen ones.
-        gradients: Of what is trained, with DDP's buckets.
-        optimizer: Its state.
+        parameters: The policy's weights, including frozen ones.
+        gradients: Gradients of trained weights, including DDP's buckets.
+        optimizer: Optimizer state.
         reference: Weights of the reference model; 0 if it is the policy without its adapter, or not needed.
-        activations: What a micro-batch of the longest rows keeps for its backward pass, and the head's tiles.
-        gathered: Two layers that a sharded model has whole at a time.
-        vllm: What a colocated engine takes.
+        activations: Activations that a micro-batch of the longest rows keeps for backward, and the head's tiles.
+        gathered: The two layers that a sharded model gathers at a time.
+        vllm: Memory of a colocated engine.
     """
 
     parameters: int
@@ -45,16 +45,17 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return sum(vars(self).values())
 
 
 def optimizer_bytes(model: PreTrainedModel, optim: str) -> int:
-    """State of the optimizer for what is trained, unsharded.
+    """Bytes of optimizer state for the trained weights, unsharded.
 
     Args:
-        model: Perhaps on "meta".
-        optim: transformers' name; counted as AdamW (two numbers a weight, a step a tensor) unless it is `sgd` (none).
+        model: The model, perhaps on "meta".
+        optim: transformers' name of the optimizer. All count as AdamW (two numbers per weight, one step per tensor),
+            except `sgd` (no state).
 
     Example:
         >>> optimizer_bytes(nn.Linear(3, 2), "adamw_torch")  # 8 weights x 2 x 4 bytes, 2 tensors x 4 bytes
@@ -88,14 +89,14 @@ def memory(
         optim: transformers' name of the optimizer.
         reference: The reference model, perhaps on "meta"; None without one.
         sharding: One of `SHARDING`.
-        num_processes: GPUs.
+        num_processes: Number of GPUs.
         deepspeed_bf16: With ZeRO, whether it trains in bfloat16.
-        rows: Of a micro-batch.
-        tokens: Of the longest row, prompt and completion.
+        rows: Rows in a micro-batch.
+        tokens: Tokens in the longest row, prompt and completion.
         compute_bytes: Bytes of an activation: 2 under bf16.
         gradient_checkpointing: Whether only the inputs of layers are kept.
         unfused_head: Whether the loss reads all logits (SimKO).
-        vllm: Bytes that a colocated engine takes.
+        vllm: Bytes that a colocated engine uses.
     """
     if sharding not in SHARDING:
         raise ValueError(f"sharding must be one of {', '.join(SHARDING)}, got {sharding!r}.")
@@ -113,7 +114,7 @@ def memory(
         reference_bytes = 2 * sum(p.numel() for p in reference.parameters()) if reference else 0
     else:
         reference_bytes = sum(p.numel() * p.element_size() for p in reference.parameters()) if reference else 0
-    # Autocast leaves the stream between the layers in the precision of the embedding.
+    # Autocast keeps the residual stream between layers in the precision of the embedding.
     embedding = cast(nn.Embedding, model.get_input_embeddings()).weight
     residual_bytes = 2 if sharding.startswith("zero") and deepspeed_bf16 else embedding.element_size()
     return Memory(
@@ -138,21 +139,21 @@ def activation_bytes(
     checkpointing: bool,
     unfused_head: bool,
 ) -> int:
-    """Estimate of what a forward pass keeps for the backward pass, at its worst.
+    """Estimate the peak memory that a forward pass keeps for the backward pass.
 
-    A layer keeps, for each token, its two inputs and their normalised copies, queries, keys, values, the attention's
-    output, and three times the width of the feed-forward layer. With checkpointing all layers keep their input only,
-    and one is computed anew. The head works in tiles of 4096 tokens x 32768 words in float32 unless a method reads all
-    logits: then these, their log-probs and their gradient are there at once.
+    For each token, a layer keeps its two inputs and their normalised copies, queries, keys, values, the attention
+    output, and three times the width of the feed-forward layer. With checkpointing, all layers keep only their input,
+    and one layer is recomputed. The head works in tiles of 4096 tokens x 32768 words in float32. If a method reads all
+    logits, the logits, their log-probs and their gradient exist at the same time instead.
 
     Args:
-        config: Of the model.
-        rows: Of a micro-batch.
-        tokens: Of each.
-        compute_bytes: Bytes of a number within a layer.
-        residual_bytes: Of one between the layers.
+        config: The model's configuration.
+        rows: Rows in a micro-batch.
+        tokens: Tokens in each row.
+        compute_bytes: Bytes per number within a layer.
+        residual_bytes: Bytes per number between layers.
         checkpointing: Whether gradient checkpointing is on.
-        unfused_head: Whether all logits are there.
+        unfused_head: Whether all logits exist at once.
     """
     config = config.get_text_config()
     heads = config.num_attention_heads
@@ -169,7 +170,7 @@ def activation_bytes(
 
 
 def largest_layer(model: PreTrainedModel) -> int:
-    """Numbers in the largest block, embedding or head: what a sharded model gathers at a time.
+    """Parameter count of the largest block, embedding or head: a sharded model gathers one of these at a time.
 
     Example:
         >>> largest_layer(nn.Sequential(nn.Linear(3, 2), nn.Linear(10, 10)))

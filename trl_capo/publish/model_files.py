@@ -54,12 +54,12 @@ UPLOADED = {
     "chat_template.jinja",
     "chat_template.json",
 }
-# What has a number or a name in it: weights as transformers and PEFT name them, Mistral's tokenizers, and tiktoken's.
+# Names with a number or a variant: weights as transformers and PEFT name them, tokenizers of Mistral and tiktoken.
 UPLOADED_PATTERN = re.compile(
     r"model(\.(fp|bf|int)\d+)?(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.(fp|bf|int)\d+\.json"
     r"|adapter_model[\w.-]*\.safetensors|tokenizer\.model\.v\d+(m\d+)?|\w+\.tiktoken"
 )
-# Where transformers says in which modules a model's own code lies.
+# Files in which transformers names the modules with a model's own code.
 CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 RELATIVE_IMPORT = re.compile(
     r"^[ \t]*(?:from[ \t]+\.(\w+)[ \t]+import|from[ \t]+\.[ \t]+import[ \t]+(\w+))", re.MULTILINE
@@ -125,7 +125,7 @@ def _shards(folder: Path) -> set[str]:
 
 
 def _code(folder: Path) -> set[str]:
-    """Modules that `auto_map` names, and those beside them that they import: without these the model does not load."""
+    """Modules named in `auto_map`, and local modules that they import. The model does not load without them."""
     references = [_json_dict(folder / config).get("auto_map") for config in CONFIGS]
     # An entry is text, or for tokenizers a list; text with "--" is code of another repository.
     named = re.findall(r"\"(\w+)\.\w+\"", json.dumps(references))

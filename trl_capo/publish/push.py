@@ -206,7 +206,7 @@ def _may_pass(error: Exception) -> bool:
             return status in (408, 429) or status >= 500
         if isinstance(cause, (OfflineModeIsEnabled, LocalTokenNotFoundError)):
             return False
-        # A page of HTML in place of an answer comes from a proxy before the Hub.
+        # An HTML page instead of an answer comes from a proxy in front of the Hub.
         if isinstance(cause, (HTTPError, ConnectionError, TimeoutError, json.JSONDecodeError)):
             return True
     frames = traceback.extract_tb(error.__traceback__)

@@ -1,8 +1,8 @@
-r"""One completion against one gold answer: TRL's `accuracy_reward`, with its timeouts told apart.
+r"""Grade one completion against one gold answer: TRL's `accuracy_reward`, but with timeouts kept separate.
 
-TRL's function counts what math-verify gave up on as a wrong answer. `grade_pair` calls math-verify as TRL does, and
-says `Failure.TIMEOUT` there. With `normalize_operators`, answers are also mended as gold answers always are:
-`\frac13`, `2\sqrt3` and `\boxed 7` count.
+TRL's function counts an answer as wrong if math-verify times out. `grade_pair` calls math-verify as TRL does, but
+reports `Failure.TIMEOUT` in this case. With `normalize_operators`, answers are also repaired, as gold answers always
+are: `\frac13`, `2\sqrt3` and `\boxed 7` count.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from trl_capo.workers import Failure
 
 
 class PairGrade(NamedTuple):
-    """What grading found out.
+    """The result of grading.
 
     Attributes:
-        reward: 1.0 or 0.0; None where the gold answer cannot be parsed, or math-verify gave up.
-        gold: What math-verify made of the gold answer: an expression and its source, only the source, or nothing.
-        answer: The same of the completion.
-        failure: Why there is no reward although the gold answer can be parsed.
+        reward: 1.0 or 0.0; None if the gold answer cannot be parsed or math-verify gave up.
+        gold: The gold answer as math-verify parsed it: an expression and its source, only the source, or nothing.
+        answer: The completion's answer in the same form.
+        failure: The reason if there is no reward although the gold answer can be parsed.
     """
 
     reward: float | None
@@ -37,7 +37,7 @@ def grade_pair(text: str, solution: str, normalize_operators: bool = False) -> P
     Args:
         text: The completion.
         solution: Its gold answer.
-        normalize_operators: Mend `\frac13`, `2\sqrt3` and `\boxed 7` in the completion.
+        normalize_operators: Repair `\frac13`, `2\sqrt3` and `\boxed 7` in the completion.
 
     Example:
         >>> grade_pair(r"\boxed{\frac13}", r"$\frac{1}{3}$").reward
@@ -57,12 +57,12 @@ def grade_pair(text: str, solution: str, normalize_operators: bool = False) -> P
 
 
 def parse_gold(solution: str) -> list[Any]:
-    """What `accuracy_reward` reads in a gold answer. Raises math-verify's `TimeoutException`."""
+    """Parse a gold answer as `accuracy_reward` does. Raises math-verify's `TimeoutException`."""
     return _parse(solution)
 
 
 def parse_answer(text: str, normalize_operators: bool = False) -> list[Any]:
-    """What `accuracy_reward` extracts from a completion. Raises math-verify's `TimeoutException`."""
+    """Extract a completion's answer as `accuracy_reward` does. Raises math-verify's `TimeoutException`."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig
 
@@ -77,7 +77,7 @@ def parse_answer(text: str, normalize_operators: bool = False) -> list[Any]:
 
 
 def equal(gold: list[Any], answer: list[Any]) -> bool:
-    """Whether an answer gives the gold one. Raises math-verify's `TimeoutException` if that stays open."""
+    """Whether an answer matches the gold answer. Raises math-verify's `TimeoutException` if it cannot decide."""
     from math_verify import verify
     from math_verify.errors import TimeoutException
 
@@ -88,7 +88,7 @@ def equal(gold: list[Any], answer: list[Any]) -> bool:
                 return True
         except TimeoutException as error:
             timed_out = error
-        except Exception:  # noqa: BLE001 - whatever sympy raises, math-verify takes for "not equal"
+        except Exception:  # noqa: BLE001 - math-verify treats any sympy error as "not equal"
             pass
     if timed_out is not None:
         raise timed_out
@@ -100,7 +100,7 @@ def _parse(text: str, **options) -> list[Any]:
 
     try:
         return parse(text, parsing_timeout=seconds(10), raise_on_error=True, **options)
-    except Exception:  # noqa: BLE001 - math-verify takes it for "nothing found"
+    except Exception:  # noqa: BLE001 - math-verify treats it as "nothing found"
         return []
 
 

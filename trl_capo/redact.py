@@ -1,8 +1,8 @@
-"""Keeps secrets out of everything that is written beside a model, uploaded or shown: the one place that knows them.
+"""Keep secrets out of everything that is written next to a model, uploaded or shown. All rules for secrets are here.
 
-A secret is known by the name it goes by (`hub_token`, `PGPASSWORD`, `apiKey`), or by its shape (an access token of
-the Hub, of OpenAI, GitHub or AWS, a JSON web token, a private key, the password in a URL). Names are kept, values are
-not. `pad_token`, `max_prompt_tokens` or `num_key_value_heads` are no secrets.
+A secret is recognised by its name (`hub_token`, `PGPASSWORD`, `apiKey`) or by its shape (an access token of the Hub,
+OpenAI, GitHub or AWS, a JSON web token, a private key, the password in a URL). Names are kept, values are not.
+`pad_token`, `max_prompt_tokens` or `num_key_value_heads` are not secrets.
 """
 
 import json
@@ -100,7 +100,7 @@ _WORD = re.compile(r"\\?[\"']?([^\s\"',;&}\])]{0,100})")
 
 @lru_cache(maxsize=4096)
 def is_secret_name(name: str) -> bool:
-    """Whether what goes by this name is a secret.
+    """Whether a value with this name is a secret.
 
     Example:
         >>> [is_secret_name(name) for name in ("hub_token", "PGPASSWORD", "apiKey", "AWS_ACCESS_KEY_ID")]
@@ -127,7 +127,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def mask(text: str) -> str:
-    """The text with stars for every secret in it that is known by its shape or by the name before it.
+    """Replace every secret in a text, recognised by its shape or by the name before it, with stars.
 
     Example:
         >>> mask("https://me:s3cret@example.com/?api_key=abc&tau=0.3")
@@ -157,7 +157,7 @@ def _mask_assigned(text: str) -> str:
 
 
 def _is_prose(name: str, between: str, text: str, begin: int, start: int) -> bool:
-    """Whether a name that is an everyday word too is no more than that: what follows does not look like a secret."""
+    """Whether a name that is also an everyday word is only a word here: the next text does not look like a secret."""
     if not _EVERYDAY.fullmatch(name):
         return False
     found = _WORD.match(text, start)  # bounded: a text may be one long value
@@ -174,11 +174,11 @@ def _is_prose(name: str, between: str, text: str, begin: int, start: int) -> boo
 
 
 def redact(value: Any, left_out: list[str] | None = None, path: str = "") -> Any:
-    """The value without what goes by a secret's name, at any depth, and with stars for what has a secret's shape.
+    """Remove entries with a secret's name, at any depth, and replace text with a secret's shape with stars.
 
     Args:
-        value: Dictionaries, lists, text (also JSON in it) and anything else, which stays as it is.
-        left_out: Gets the names of what was left out, such as `model_init_kwargs.token`.
+        value: Dictionaries, lists, text (which may contain JSON); anything else stays unchanged.
+        left_out: Receives the names of removed entries, such as `model_init_kwargs.token`.
         path: Name of the value itself, for `left_out`.
 
     Example:
@@ -232,10 +232,10 @@ def _secret_items(items: list | tuple) -> set[int]:
 
 
 def secret_problems(file: str, content: dict, path: str = "") -> Iterator[str]:
-    """A message for each secret in what would be copied as it is, such as options that become another run's recipe.
+    """A message for each secret in content that will be copied unchanged, such as options for another run's recipe.
 
     Args:
-        file: Where the content stands, for the message.
+        file: The file with the content, for the message.
         content: Options, at any depth.
         path: Name of the content itself.
 

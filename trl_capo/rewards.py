@@ -1,20 +1,20 @@
-r"""TRL's `accuracy_reward`, computed by worker processes under a deadline an item.
+r"""TRL's `accuracy_reward`, computed by worker processes with a deadline for each item.
 
-`accuracy_reward` takes what TRL's takes and returns what TRL's returns, except where grading fails: every worker calls
-math-verify as TRL does (`trl_capo.grading`), on one completion at a time. Its metrics keep the name
-`rewards/accuracy_reward/mean`. Of a completion with tools, which has several messages, the last of the model counts.
+`accuracy_reward` has the same inputs and outputs as TRL's, except if grading fails: every worker calls math-verify as
+TRL does (`trl_capo.grading`), on one completion at a time. Its metrics keep the name `rewards/accuracy_reward/mean`. A
+completion with tools has several messages; the model's last one counts.
 
-Why: TRL grades one completion after the other while the GPU waits. Math-verify's own timeouts are signals: they work
-in a main thread only (elsewhere TRL turns them off), and not before a computation in C has ended, so that one
-`\boxed{\frac{3^{2500000}+1}{7^{1250000}+2}}` holds the run for 11 seconds where 5 are allowed. Here it holds one
-worker, at most until the deadline. `AccuracyReward.start` takes completions without waiting: what is graded while the
-GPU works costs no time.
+Why: TRL grades completions one by one while the GPU waits. Math-verify's own timeouts are signals. They work in the
+main thread only (elsewhere TRL turns them off), and only after a computation in C has ended: one
+`\boxed{\frac{3^{2500000}+1}{7^{1250000}+2}}` blocks the run for 11 seconds where 5 are allowed. Here it blocks one
+worker, at most until the deadline. `AccuracyReward.start` accepts completions without waiting: grading while the GPU
+works costs no time.
 
-Assumes that a reward depends on the text and the solution alone: pairs that repeat are graded once.
+Assumes that a reward depends on the text and the solution alone: repeated pairs are graded once.
 
-Degenerate cases: an item on which math-verify times out, that misses the deadline, or whose worker dies, has no reward
-(None) and a warning says so: nobody knows whether it is right. TRL gives 0.0 at its timeouts. Where workers cannot be
-started (in a daemonic process, on Windows) the caller grades in this process, without a deadline.
+Degenerate cases: if math-verify times out on an item, the item misses the deadline, or its worker dies, it has no
+reward (None), because nobody knows whether it is right. A warning says so. TRL gives 0.0 at its timeouts. If workers
+cannot be started (in a daemonic process, or on Windows), the caller grades in this process, without a deadline.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from trl_capo.models.messages import answer_of
 from trl_capo.workers import DeadlinePool, Failure, can_start_workers
 
 
-# Of one completion: its reward and the columns `gold_parsed` and `answer_parsed`; or why there is none.
+# One completion's reward and the columns `gold_parsed` and `answer_parsed`, or the reason why it has none.
 Grade = tuple[float | None, str, str] | Failure
 
 
 def shorten_record(record: logging.LogRecord) -> bool:
-    """A logging filter: math-verify's warnings repeat the whole completion that it was at."""
+    """A logging filter that shortens math-verify's warnings, because they repeat the whole completion."""
     record.msg, record.args = one_line(record.getMessage(), 300), ()
     return True
 
 
-for _name in ("parser", "grader", "metric"):  # a logger's filters do not see what its children log
+for _name in ("parser", "grader", "metric"):  # a logger's filters do not see its children's records
     logging.getLogger(f"math_verify.{_name}").addFilter(shorten_record)
 
 
@@ -99,9 +99,9 @@ class AccuracyReward:
         return [reward for reward, _, _ in grades]
 
     def start(self, completions: list[list[dict[str, str]]], solution: list[str], **kwargs) -> None:
-        """Begins to grade and returns at once. The call that asks for these completions waits for what is left.
+        """Starts grading and returns immediately. The call with these completions waits for the unfinished ones.
 
-        Drops what an earlier `start` began and no call has asked for.
+        Drops completions of an earlier `start` whose rewards nobody has requested.
 
         Args:
             completions: As in the call.
@@ -112,7 +112,7 @@ class AccuracyReward:
             self.workers.start(_items(completions, solution))
 
     def stop(self) -> None:
-        """Ends the workers and drops their work. The next use starts new ones; Python's exit needs no call of it."""
+        """Ends the workers and drops their work. The next use starts new ones. At exit this happens by itself."""
         self.workers.stop()
 
 
@@ -121,7 +121,7 @@ def _items(completions: list[list[dict[str, str]]], solution: list[str]) -> list
 
 
 def _grade(text: str, solution: str, normalize_operators: bool = False) -> Grade:
-    """What a worker does, in its main thread, so that math-verify's timeouts work."""
+    """Runs in a worker's main thread, so that math-verify's timeouts work."""
     from trl_capo.grading import grade_pair
 
     found = grade_pair(text, solution, normalize_operators)
@@ -138,11 +138,11 @@ def get_accuracy_reward(
     r"""`accuracy_reward` with its own workers and deadline.
 
     Args:
-        num_workers: Worker processes, started at the first use. None: one for each core that this process may use,
-            divided among the ranks of the machine, at most 16.
+        num_workers: Number of worker processes, started at the first use. None means one for each core that this
+            process may use, divided among the ranks on the machine, at most 16.
         deadline: Seconds that one completion may take before its worker is killed and it has no reward.
             Math-verify's own timeouts, of two parses and a comparison, add up to 25.
-        normalize_operators: Mend `\frac13`, `2\sqrt3` and `\boxed 7` in completions, which else count as wrong.
+        normalize_operators: Repair `\frac13`, `2\sqrt3` and `\boxed 7` in completions, which otherwise count as wrong.
 
     Returns:
         A reward function for TRL's trainers.

@@ -44,11 +44,11 @@ class DataArguments:
         max_prompt_tokens (`int`, *optional*):
             Drop longer prompts.
         num_train_prompts (`int`, *optional*):
-            Train on a sample of so many prompts.
+            Number of training prompts to sample.
         num_validation_prompts (`int`, *optional*, defaults to `0`):
-            Put so many aside as a split `validation`.
+            Number of prompts to set aside as a split `validation`.
         split_seed (`int`, *optional*, defaults to `0`):
-            Of the two samples.
+            Seed of the two samples.
     """
 
     dataset_prompt_column: str | None = field(

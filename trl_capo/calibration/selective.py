@@ -93,7 +93,7 @@ def precision_at_coverage(
 
     Args:
         correct: Correctness, any shape.
-        confidence: Confidence, same shape, higher is surer.
+        confidence: Confidence, same shape; higher means more confident.
         coverage: Share of rows to answer, in (0, 1].
         valid: Boolean, same shape. Rows that may take part; defaults to all that hold numbers.
 
@@ -126,7 +126,7 @@ def coverage_at_precision(
 
     Args:
         correct: Correctness, any shape.
-        confidence: Confidence, same shape, higher is surer.
+        confidence: Confidence, same shape; higher means more confident.
         precision: Required precision, in (0, 1].
         valid: Boolean, same shape. Rows that may take part; defaults to all that hold numbers.
 
@@ -159,7 +159,7 @@ def aurc(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike | None =
 
     Args:
         correct: Correctness, any shape.
-        confidence: Confidence, same shape, higher is surer.
+        confidence: Confidence, same shape; higher means more confident.
         valid: Boolean, same shape. Rows that may take part; defaults to all that hold numbers.
 
     Returns:
@@ -184,7 +184,7 @@ def excess_aurc(correct: ArrayLike, confidence: ArrayLike, *, valid: ArrayLike |
 
     Args:
         correct: Correctness, any shape.
-        confidence: Confidence, same shape, higher is surer.
+        confidence: Confidence, same shape; higher means more confident.
         valid: Boolean, same shape. Rows that may take part; defaults to all that hold numbers.
 
     Returns:
@@ -207,7 +207,7 @@ def prediction_rejection_ratio(correct: ArrayLike, confidence: ArrayLike, *, val
 
     Args:
         correct: Correctness, any shape.
-        confidence: Confidence, same shape, higher is surer.
+        confidence: Confidence, same shape; higher means more confident.
         valid: Boolean, same shape. Rows that may take part; defaults to all that hold numbers.
 
     Returns:

@@ -12,7 +12,7 @@ from trl_capo.evaluation.samples import read_samples
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "run"
-    arguments = ["demo", "--output_dir", str(folder), "--steps", "12", "--prompts", "6", "--samples", "4"]
+    arguments = ["demo", "--output_dir", str(folder), "--steps", "22", "--prompts", "6", "--samples", "4"]
     assert cli.main(arguments) == 0
     return folder, arguments
 
@@ -26,7 +26,7 @@ def test_results(finished):
         for summary in benchmarks.values():
             assert 0 <= summary["accuracy"] <= 1 and summary["ppl_wrong"] > 1
     for history in results["training"].values():
-        assert [entry["step"] for entry in history] == [10, 12]
+        assert [entry["step"] for entry in history] == [10, 20, 22]
         assert all(0 < entry["capo/frac_mixed"] < 1 for entry in history)
     assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
     assert "arithmetic_test_5" in (folder / "report.html").read_text()

@@ -118,24 +118,6 @@ def _watch(name: str, inbox: socket.socket, numbers: Sequence[int], parent: int 
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def end_with_parent(parent: int) -> None:
-    """End this worker process soon after its parent ends, immediately and whatever it is doing.
-
-    A terminal sends Ctrl-C to all processes. The worker ignores it, so that only the parent handles it.
-
-    Args:
-        parent: Process id of the parent.
-    """
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=watch, daemon=True).start()
-
-
 class Children:
     """Commands that run for this process, started from any of its threads.
 

@@ -106,6 +106,7 @@ class GroupScoringTrainer(FastGRPOTrainer):
         self.beta = self.args.beta = self._beta_of_the_loss
         if self._given:
             check_prompts(self.model, self.args, {**self._given, "processing_class": self.processing_class})
+        self._given = {}
         self._correctness_index = find_correctness_reward(
             self.reward_func_names, self.args.correctness_reward, needed=self.needs_correct(self.args)
         )

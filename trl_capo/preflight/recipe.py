@@ -1,4 +1,4 @@
-"""All checks of a recipe that need neither the model nor this machine: a trainer and `--dry-run` make the same."""
+"""Checks of a recipe that need neither the model nor this machine, shared by the trainer and `--dry-run`."""
 
 import warnings
 from typing import Protocol
@@ -18,7 +18,7 @@ from trl_capo.preflight.schedule import FilledConfig, check_enough_prompts, sche
 
 
 class Method(Protocol):
-    """A trainer's class, as far as its run can be checked by it."""
+    """What the checks need from a trainer's class."""
 
     @staticmethod
     def generations_per_batch(args) -> int: ...
@@ -43,14 +43,14 @@ def check_recipe(
     environment_factory=None,
     **others,
 ) -> None:
-    """Refuses what would fail, or mean nothing, during training.
+    """Refuses input that would fail, or be meaningless, in training.
 
     Args:
-        method_class: The trainer.
-        args: Its configuration, made for the launch.
+        method_class: The trainer's class.
+        args: Its configuration, with the launch's number of processes.
         reward_funcs, train_dataset, eval_dataset: As given to the trainer.
-        reward_processing_classes, callbacks, rollout_func, environment_factory: The same.
-        others: Other arguments of the trainer, which are not looked at.
+        reward_processing_classes, callbacks, rollout_func, environment_factory: As given to the trainer.
+        others: The trainer's other arguments, which are not checked.
 
     Raises:
         ValueError: One line that says what to change.
@@ -69,8 +69,8 @@ def check_recipe(
         calibrated = find_correctness_reward(names, label, needed=needed) is not None
     for name in repeated_names(names):
         warnings.warn(
-            f"{names.count(name)} reward functions are called {name!r}: TRL logs them as one. To tell them apart, "
-            "give each a __name__ of its own.",
+            f"{names.count(name)} reward functions are named {name!r}, so TRL logs them as one. To tell them apart, "
+            "give each its own __name__.",
             UserWarning,
             stacklevel=4,
         )
@@ -94,5 +94,5 @@ def _class_of(callback) -> type:
 
 
 def _is_known(kind: type) -> bool:
-    """Whether a class is not the user's, which may log metrics of its own."""
+    """Whether a class comes from a known library. The user's own may log other metrics."""
     return kind.__module__.partition(".")[0] in ("trl_capo", "trl", "transformers")

@@ -64,7 +64,7 @@ def test_secrets_are_refused(tmp_path, capsys, changes, name):
     """Every run's recipe would repeat them; the message does not."""
     assert cli.main(["compare", plan_for(tmp_path, **changes)]) == 2
     error = capsys.readouterr().err
-    assert f"{name} is or holds a secret" in error and "geheim77" not in error
+    assert f"{name} is or contains a secret" in error and "geheim77" not in error
     assert not (tmp_path / "out").exists()
 
 

@@ -92,7 +92,7 @@ def test_folders_have_the_names_that_were_chosen():
     assert run.folder_names(["runs/a/model", "runs/b/model"], ["a", "b"]) == ["a", "b"]
     for names, message in (
         (["a"], "needs one name for each of the 2 models, got 1"),
-        (["a", "A"], "would become one"),
+        (["a", "A"], "become the same file"),
     ):
         with pytest.raises(ValueError, match=message):
             run.folder_names(["runs/a/model", "runs/b/model"], names)

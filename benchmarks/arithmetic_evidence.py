@@ -334,7 +334,7 @@ def precision_differences(tables: dict[str, tuple[np.ndarray, np.ndarray]]) -> d
     def statistic(seeds: np.ndarray, prompts: np.ndarray) -> list[list[float]]:
         return [
             np.average(
-                [surest(right, prompts[prompt_of_row], coverages) for right, prompt_of_row in by_seed],
+                [precision_of_top(right, prompts[prompt_of_row], coverages) for right, prompt_of_row in by_seed],
                 axis=0,
                 weights=seeds,
             )
@@ -354,7 +354,7 @@ def precision_differences(tables: dict[str, tuple[np.ndarray, np.ndarray]]) -> d
     return result
 
 
-def surest(right: np.ndarray, counts: np.ndarray, coverages: tuple[float, ...]) -> list[float]:
+def precision_of_top(right: np.ndarray, counts: np.ndarray, coverages: tuple[float, ...]) -> list[float]:
     """Precision of the most confident shares of rows, which are sorted by confidence and have counts, (M,) each."""
     covered, hits = np.cumsum(counts), np.cumsum(counts * right)
     ends = [np.searchsorted(covered, coverage * covered[-1]) for coverage in coverages]

@@ -210,7 +210,7 @@ def test_what_would_be_copied_is_refused_by_name():
     found = list(secret_problems("plan.yaml", plan))
     names = ["train.hub_token", "train.model_init_kwargs.token", "methods.capo.run_name"]
     names.append("evaluate.chat_template_kwargs")
-    assert [message.partition(" is or holds")[0] for message in found] == [f"plan.yaml: {name}" for name in names]
+    assert [message.partition(" is or contains")[0] for message in found] == [f"plan.yaml: {name}" for name in names]
     assert not any(secret in message for message in found for secret in (SHAPES["hub"], "'x'", 'z"'))
 
 
@@ -300,7 +300,7 @@ def test_settings_of_a_folder(tmp_path):
     remember_settings(tmp_path / "run", settings, "a run")
     check_settings(tmp_path / "run", settings, "a run")  # the same settings are still the same
     assert "geheim" not in (tmp_path / "run" / "settings.json").read_text()
-    with pytest.raises(ValueError, match="another train"):
+    with pytest.raises(ValueError, match="with train="):
         check_settings(tmp_path / "run", {**settings, "train": {"hub_token": "geheim", "tau": 2}}, "a run")
     write_json(tmp_path / "any.json", {"reason": f"no access with hf_{LETTERS}", "nan": float("nan")})
     assert json.loads((tmp_path / "any.json").read_text()) == {"reason": "no access with ***", "nan": None}

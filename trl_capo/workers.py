@@ -54,7 +54,7 @@ class DeadlinePool:
 
     def __init__(self, function: Callable, num_workers: int | None = None, deadline: float = 30.0):
         if num_workers is not None and num_workers < 1:
-            raise ValueError(f"num_workers must be at least 1, or None for one a core, got {num_workers}.")
+            raise ValueError(f"num_workers must be at least 1, or None for one per core, got {num_workers}.")
         if not deadline > 0:
             raise ValueError(f"deadline must be a positive number of seconds, got {deadline}.")
         self.function = function

@@ -27,7 +27,7 @@ from trl_capo.methods import METHODS
             (dict(baseline=name, methods={name: dict(method="grpo")}), "becomes the name of a file or folder")
             for name in ("../x", "..", "/x", "", "a/b", "a\\b", ".x", "-x", "NUL", "a\nb", "x" * 300, 5)
         ),
-        (dict(methods=dict(grpo=dict(method="grpo"), GRPO=dict(method="grpo"))), "'grpo' and 'GRPO' would become one"),
+        (dict(methods=dict(grpo=dict(method="grpo"), GRPO=dict(method="grpo"))), "'grpo' and 'GRPO' become the same"),
         (dict(baseline="Base", methods=dict(Base=dict(method="grpo"))), "no method may be called 'base'"),
         (dict(methods=dict(grpo=dict(method="grpo", seed=1))), "seed comes from the seeds"),
         (dict(methods=dict(grpo=dict(method="grpo", env=dict(LD_PRELOAD="x")))), "env may not set 'LD_PRELOAD'"),
@@ -64,7 +64,7 @@ def test_secrets_are_refused(tmp_path, capsys, changes, name):
     """Every run's recipe would repeat them; the message does not."""
     assert cli.main(["compare", plan_for(tmp_path, **changes)]) == 2
     error = capsys.readouterr().err
-    assert f"{name} is or holds a secret" in error and "geheim77" not in error
+    assert f"{name} is or contains a secret" in error and "geheim77" not in error
     assert not (tmp_path / "out").exists()
 
 

@@ -177,8 +177,8 @@ def test_commands_from_samples_to_answers(tmp_path, capsys):
     "arguments, message",
     [
         (["--precision", "0.7", "--benchmark", "c"], "has no benchmark c, only b"),
-        (["--precision", "1.5"], "`precision` must lie in (0, 1)"),
-        (["--precision", "0.7", "--model", "/nowhere"], "No such file"),
+        (["--precision", "1.5"], "--precision must be strictly between 0 and 1"),
+        (["--precision", "0.7", "--model", "/nowhere"], "/nowhere is not a folder"),
     ],
 )
 def test_bad_input_is_one_message(tmp_path, capsys, arguments, message):

@@ -86,7 +86,7 @@ def test_other_weights_or_questions_are_another_evaluation(tiny_model, tmp_path,
     assert cli.main(command) == 0
     questions.write_text('{"prompt": "1+1=", "solution": "2"}\n{"prompt": "1+3=", "solution": "4"}\n')
     assert cli.main(command) == 2
-    assert "holds an evaluation with another questions" in capsys.readouterr().err
+    assert "already contains an evaluation with questions=" in capsys.readouterr().err
     questions.write_text('{"prompt": "1+1=", "solution": "2"}\n{"prompt": "1+2=", "solution": "3"}\n')
     assert cli.main(command) == 0
     weights = model / "model.safetensors"
@@ -97,7 +97,7 @@ def test_other_weights_or_questions_are_another_evaluation(tiny_model, tmp_path,
     content[-1] ^= 1
     weights.write_bytes(content)
     assert cli.main(command) == 2
-    assert "holds an evaluation with another weights" in capsys.readouterr().err
+    assert "already contains an evaluation with weights=" in capsys.readouterr().err
 
 
 def test_a_broken_part_is_sampled_again(tiny_model, tmp_path, capsys):
@@ -161,7 +161,7 @@ def test_a_base_model_without_a_chat_template(tiny_model, tmp_path):
 
 def test_a_folder_holds_one_evaluation(done, tiny_model, capsys):
     assert cli.main(arguments(tiny_model, done.parent, "--statistics", "--seed", "1")) == 2
-    assert "holds an evaluation with another seed: 0" in capsys.readouterr().err
+    assert "already contains an evaluation with seed=0." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])

@@ -118,7 +118,7 @@ def _check_content(content) -> None:
 
     if not isinstance(content, dict):
         raise ValueError(f"it is a {type(content).__name__}, not an object with the key 'threshold'")
-    known = {of.name for of in fields(Abstention)}
+    known = {attribute.name for attribute in fields(Abstention)}
     required = known - {"confidence", "num_samples", "sampling"}
     if missing := sorted(required - set(content)):
         raise ValueError(f"the key {missing[0]!r} is missing")

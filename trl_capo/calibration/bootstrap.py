@@ -263,10 +263,10 @@ def _crossed_differences(
 ) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
     """The measured difference, and its `_crossed_means`, shape (B,) each."""
     ours, theirs = _tables(values), _tables(baseline)
-    if [of.shape for of in ours] != [of.shape for of in theirs]:
+    if [table.shape for table in ours] != [table.shape for table in theirs]:
         raise ValueError(
-            f"`values` and `baseline` must have the same shape to be paired, got {[of.shape for of in ours]} and "
-            f"{[of.shape for of in theirs]}. Keep the seeds and prompts that both have."
+            f"`values` and `baseline` must have the same shape to be paired, got {[table.shape for table in ours]} and "
+            f"{[table.shape for table in theirs]}. Keep the seeds and prompts that both have."
         )
     pairs = [np.stack(pair) for pair in zip(ours, theirs, strict=True)]
     measured = np.mean([mean_over_seeds_and_prompts(pair) for pair in pairs], axis=0)

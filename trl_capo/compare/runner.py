@@ -274,7 +274,7 @@ def _incomplete(run: Run) -> str | None:
         return "the training left no weights."
     try:
         summary = json.loads((run.evaluation / "summary.json").read_text(encoding="utf-8"))["benchmarks"]
-        expected = sum(of["num_prompts"] * of["num_samples"] for of in summary.values())
+        expected = sum(counts["num_prompts"] * counts["num_samples"] for counts in summary.values())
         rows = pq.read_metadata(run.evaluation / "samples.parquet").num_rows
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"the evaluation cannot be read: {one_line(str(error), 200)}"

@@ -21,7 +21,7 @@ from trl_capo.errors import UserError
 
 
 DEFAULT_TEMPLATE = "qwen25-math-cot"
-BENCHMARKS = [name for name, of in CATALOGUE.items() if of.held_out]
+BENCHMARKS = [name for name, dataset in CATALOGUE.items() if dataset.held_out]
 ARITHMETIC = {f"arithmetic_{split}": split for split in SPLITS if split not in ("base", "train")}
 
 

@@ -198,7 +198,7 @@ def with_checked_streams(reward_funcs: Any, **datasets: Any) -> Iterator[Any]:
 
     def wrap(rows: Any, name: str) -> Any:
         if isinstance(rows, dict):
-            return type(rows)({part: wrap(of, f"{name}[{part!r}]") for part, of in rows.items()})
+            return type(rows)({part: wrap(part_rows, f"{name}[{part!r}]") for part, part_rows in rows.items()})
         return checked_stream(rows, name, graded) if isinstance(rows, IterableDataset) else rows
 
     return (wrap(rows, name) for name, rows in datasets.items())

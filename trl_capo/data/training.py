@@ -198,9 +198,9 @@ def prepare(
     if sum(map(len, splits.values())) < whole:
         dropped = f", less {', '.join(story[1:])}" if len(story) > 1 else ""
         use = {"train": "train on" if part == "train" else "evaluate on", VALIDATION: "validate on"}
-        used = " and ".join(f"{len(of):,} to {use[split]}" for split, of in splits.items())
+        used = " and ".join(f"{len(chosen):,} to {use[split]}" for split, chosen in splits.items())
         say(f"Data: {story[0]}{dropped}; {used}.")
-    return {split: list(of[ROW]) for split, of in splits.items()}
+    return {split: list(chosen[ROW]) for split, chosen in splits.items()}
 
 
 def load_data(script_args, data_args, mixture, training_args, model_args) -> tuple:
@@ -235,12 +235,14 @@ def load_data(script_args, data_args, mixture, training_args, model_args) -> tup
     rows = {"train": _split(splits, script_args.dataset_train_split, "dataset_train_split")}
     if evaluates and not data_args.num_validation_prompts:
         rows["eval"] = _split(splits, test_split, "dataset_test_split")
-    if any(isinstance(of, IterableDataset) for of in rows.values()):
-        prepared = {part: prepare(of, data_args, tokenizer, part, print)["train"] for part, of in rows.items()}
+    if any(isinstance(part_rows, IterableDataset) for part_rows in rows.values()):
+        prepared = {
+            part: prepare(part_rows, data_args, tokenizer, part, print)["train"] for part, part_rows in rows.items()
+        }
         return prepared["train"], prepared.get("eval")
     shared: list[Any] = [None]
     if state.is_main_process:
-        shared = [{part: prepare(of, data_args, tokenizer, part, print) for part, of in rows.items()}]
+        shared = [{part: prepare(part_rows, data_args, tokenizer, part, print) for part, part_rows in rows.items()}]
     kept = broadcast_object_list(shared)[0] if state.num_processes > 1 else shared[0]
     train = rows["train"].select(kept["train"]["train"])
     if not evaluates:

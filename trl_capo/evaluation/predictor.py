@@ -63,10 +63,10 @@ def question_confidence(answers: Sequence[str | None], mean_logps: np.ndarray) -
     return cast("str | None", choice.answer), _mean_weight(choice, len(answers))
 
 
-def question_table(of: SampleSet) -> tuple[np.ndarray, np.ndarray]:
+def question_table(samples: SampleSet) -> tuple[np.ndarray, np.ndarray]:
     """Correctness (0, 1 or NaN) of the chosen answer to each question, and its confidence, shape (P,) each."""
-    choices, right = choose_all(perplexity_consistency, of.answers, of.mean_logps, of.correct)
-    return right, np.array([_mean_weight(choice, of.num_samples) for choice in choices])
+    choices, right = choose_all(perplexity_consistency, samples.answers, samples.mean_logps, samples.correct)
+    return right, np.array([_mean_weight(choice, samples.num_samples) for choice in choices])
 
 
 def all_questions(sets: Sequence[SampleSet]) -> tuple[np.ndarray, np.ndarray]:

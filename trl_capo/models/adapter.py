@@ -126,7 +126,7 @@ def _vocabulary(model: str, base) -> int | None:
     if not path.exists():
         return None
     embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
-    names = [name for name, module in base.named_modules() if any(module is of for of in embeddings)]
+    names = [name for name, module in base.named_modules() if any(module is embedding for embedding in embeddings)]
     with safe_open(path, "pt") as file:
         for key in file.keys():  # noqa: SIM118  (not a dictionary)
             if any(key.endswith(f"{name}.weight") for name in names):

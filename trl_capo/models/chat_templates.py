@@ -27,7 +27,7 @@ def with_defaults(tokenizer, chat_template_kwargs: dict[str, Any] | None):
         return tokenizer
     changed = copy.copy(tokenizer)
     if isinstance(template, dict):  # several by name
-        changed.chat_template = {name: add_defaults(of, chat_template_kwargs) for name, of in template.items()}
+        changed.chat_template = {name: add_defaults(text, chat_template_kwargs) for name, text in template.items()}
     else:
         changed.chat_template = add_defaults(template, chat_template_kwargs)
     return changed

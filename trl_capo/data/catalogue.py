@@ -110,14 +110,14 @@ def load_raw(name: str) -> Dataset:
         column for column in (dataset.prompt_column, dataset.solution_column) if column not in rows.column_names
     ]:
         raise UserError(
-            f"{name}: {dataset.path} has changed. It has no column {missing[0]!r} any more, only "
-            f"{', '.join(rows.column_names)}. Correct trl_capo/data/catalogue.py, or name the dataset by its path and "
-            "its columns by dataset_prompt_column and dataset_solution_column."
+            f"{name}: {dataset.path} no longer has a column {missing[0]!r}, only {', '.join(rows.column_names)}. "
+            "Correct trl_capo/data/catalogue.py, or set dataset_name to the path, and dataset_prompt_column and "
+            "dataset_solution_column to its columns."
         )
     if len(rows) != dataset.num_rows:
         warnings.warn(
-            f"{name}: {dataset.path} has {len(rows)} rows, {dataset.num_rows} were expected. It has changed, or this is a part "
-            "of it: results cannot be compared with others' on the whole.",
+            f"{name}: {dataset.path} has {len(rows)} rows, but {dataset.num_rows} were expected. It has changed or is "
+            "incomplete, so do not compare results with others' results on the whole set.",
             stacklevel=2,
         )
     return rows

@@ -97,14 +97,14 @@ def choose_abstention(
     counts = {samples.num_samples for samples in sets}
     if len(counts) > 1:
         raise UserError(
-            f"the benchmarks have {', '.join(map(str, sorted(counts)))} samples a question; confidence would differ "
-            "in kind. Evaluate all with one --num_samples."
+            f"the benchmarks have {', '.join(map(str, sorted(counts)))} samples per question, so their confidences "
+            "are not comparable. Evaluate all with the same --num_samples."
         )
     right, confidence = all_questions(sets)
     if np.isnan(right).all():
         raise UserError(
-            "no calibration question can be scored: its gold answer cannot be read, or no sample has an answer. Check "
-            "the columns 'correct' and 'answer'."
+            "no calibration question can be scored: either no gold answer can be read, or no sample has an answer. "
+            "Check the columns 'correct' and 'answer'."
         )
     chosen = choose_threshold(right, confidence, precision, delta=delta, name="perplexity_consistency")
     return replace(chosen, num_samples=counts.pop(), sampling=sampling or {})
@@ -159,7 +159,7 @@ class SelectivePredictor:
             elif name in chosen_with and value != known:
                 raise UserError(
                     f"the threshold was chosen with {name}={known!r}, not with {value!r}. Use {known!r}, or choose a "
-                    "threshold again."
+                    "new threshold."
                 )
         self.model, self.abstention = model, abstention
         self.tokenizer = with_defaults(tokenizer, wanted["chat_template_kwargs"])

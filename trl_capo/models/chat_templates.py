@@ -74,13 +74,13 @@ def _literal(name: str, value: Any) -> str:
     """A JSON value in Jinja syntax, which differs only for null."""
     try:
         if not (isinstance(name, str) and name.isidentifier()):
-            raise ValueError("its name is not that of a variable")
+            raise ValueError("its name is not a valid variable name")
         json.dumps(value, allow_nan=False)
         return _write(value)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"chat_template_kwargs: {name}={value!r} cannot be kept in a chat template ({error}). Use text, numbers, "
-            "true, false, null, lists and objects."
+            f"chat_template_kwargs: {name}={value!r} cannot be stored in a chat template ({error}). Use text, "
+            "numbers, true, false, null, lists and objects."
         ) from error
 
 

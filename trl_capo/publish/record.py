@@ -180,9 +180,9 @@ def _write_recipe(path: Path, options: dict, date: str, left_out: list[str]) -> 
     import yaml
 
     text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True, width=100)
-    head = f"# The run of {date}. Relative paths start where it was started.\n"
+    head = f"# Run started {date}. Relative paths start from the folder in which it was started.\n"
     if left_out:
-        head += f"# Secrets that were set and are not kept here: {' '.join(', '.join(left_out).split())}\n"
+        head += f"# Secrets that were set but are not stored here: {' '.join(', '.join(left_out).split())}\n"
     write_text(path, head + text)
 
 

@@ -122,8 +122,8 @@ def check_same_questions(sets: dict[str, dict[int | None, list[SampleSet]]]) -> 
                 rows, _, differing = shared_prompts(samples, first)
                 if differing or any(len(either.grid("prompt_id")) != len(rows) for either in (samples, first)):
                     raise UserError(
-                        f"{run_name(name, seed)} answered other questions of {samples.benchmark} than the runs before "
-                        "it. Evaluate all on one version of it: remove the evaluation folder of the runs that differ."
+                        f"{run_name(name, seed)} answered different questions of {samples.benchmark} than the runs "
+                        "before it. Remove the evaluation folders of the runs that differ, and evaluate them again."
                     )
 
 
@@ -156,14 +156,14 @@ def describe(sets: dict, baseline: str, records: dict[str, dict], rows: list[dic
         f"{samples.benchmark} ({len(samples.correct)} questions x {samples.num_samples})" for samples in benchmarks
     )
     lines = [
-        f"Means over benchmarks: {sizes}. PC: accuracy of the vote weighted by confidence. Differences to {baseline} "
-        "with 95% intervals over seeds and questions, one by one, and p after Holm's correction over all methods, for "
-        "either metric; the difference in AUC within also on those questions alone that the method and "
-        f"{baseline} both answered right and wrong."
+        f"Means over benchmarks: {sizes}. PC: accuracy of the vote weighted by confidence. Differences from "
+        f"{baseline} have 95% intervals over seeds and questions, each on its own, and p-values after Holm's "
+        "correction over all methods, separately for each metric. Where both are mixed: the difference in AUC within "
+        f"on questions that both the method and {baseline} answered sometimes right and sometimes wrong."
     ]
     for what in ("commits", "versions"):
         if len(_distinct([value for run_record in records.values() for value in run_record[what]])) > 1:
-            lines.append(f"Not all runs are of the same {what}: see comparison.json.")
+            lines.append(f"Runs used different {what}: see comparison.json.")
     failed = sum(
         benchmark["grading_failed"] for row in rows for run in row["by_run"].values() for benchmark in run.values()
     )

@@ -33,7 +33,7 @@ def draw_precision_coverage(axes: Axes, runs: dict[str, SampleSet]) -> None:
         if len(coverage):
             points = np.unique(np.linspace(len(coverage) // 100, len(coverage) - 1, 300).astype(int))
             axes.plot(coverage[points], precision[points], color=color, label=name, linewidth=2)
-    _finish(axes, "precision of the surest samples", "coverage: share of samples answered", "precision")
+    _finish(axes, "precision of the most confident samples", "coverage: share of samples answered", "precision")
 
 
 def draw_questions(axes: Axes, runs: dict[str, SampleSet]) -> None:
@@ -42,7 +42,7 @@ def draw_questions(axes: Axes, runs: dict[str, SampleSet]) -> None:
         coverage, precision = precision_coverage(*question_table(samples))
         first = len(coverage) // 50
         axes.plot(coverage[first:], precision[first:], color=color, label=name, linewidth=2)
-    _finish(axes, "precision of the surest questions", "coverage: share of questions answered", "precision")
+    _finish(axes, "precision of the most confident questions", "coverage: share of questions answered", "precision")
 
 
 def draw_deferral(axes: Axes, runs: dict[str, SampleSet]) -> None:
@@ -56,7 +56,7 @@ def draw_deferral(axes: Axes, runs: dict[str, SampleSet]) -> None:
         right, confidence = (array[rows] for array in tables[name])
         share, accuracy = deferral_curve(right, confidence, tables[best][0][of_best])
         axes.plot(share, accuracy, color=color, label=f"{name}, else {best}", linewidth=2)
-    _finish(axes, "deferring the least sure questions", "share deferred", "accuracy")
+    _finish(axes, "deferring the least confident questions", "share deferred", "accuracy")
 
 
 def draw_reliability(axes: Axes, runs: dict[str, SampleSet], num_bins: int = 10) -> None:
@@ -120,7 +120,7 @@ def draw_selection(axes: Axes, runs: dict[str, SampleSet], max_prompts: int = 50
             label = f"{name}, {selector}" if line == "-" or name == next(iter(runs)) else None
             axes.plot(counts, accuracy, color=color, linestyle=line, label=label, linewidth=1.8)
     axes.set_xscale("log", base=2)
-    _finish(axes, "accuracy of the chosen answer", "samples a question", "accuracy")
+    _finish(axes, "accuracy of the chosen answer", "samples per question", "accuracy")
 
 
 def draw_training(

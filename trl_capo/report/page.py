@@ -39,8 +39,8 @@ NUM_RESAMPLES = 300
 TEMPLATE = Path(__file__).parent / "report_template.html"
 MARKDOWN_HEAD = """## Can its confidence be trusted?
 
-Confidence is the mean log-prob of a completion; AUC within: how often, of a right and a wrong answer to one question,
-the right one is surer. 95% intervals over questions."""
+Confidence is the mean log-prob of a completion. AUC within: how often a right answer has higher confidence than a
+wrong answer to the same question. 95% intervals over questions."""
 FORMULAS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 OPENING = re.compile("|".join(re.escape(opening) for opening, _ in FORMULAS))
 LONGEST_FORMULA = 2000  # characters; longer formulas stay text, because conversion time is not linear in length
@@ -77,7 +77,9 @@ def write_report(
     if not shared:
         raise UserError(
             "the runs have no benchmark in common: "
-            + "; ".join(f"{name} has {', '.join(samples.benchmark for samples in sets)}" for name, sets in runs.items())
+            + "; ".join(
+                f"{name} has {', '.join(samples.benchmark for samples in sets)}" for name, sets in runs.items()
+            )
         )
     check_output_dir(str(path.parent))
     if path.is_dir():

@@ -62,7 +62,7 @@ def test_runs_then_compares_what_is_there(tmp_path, calls, capsys):
     assert "| capo | 2 | " in text and "broken" not in text
     assert (
         "arithmetic_test_2 (5 questions x 4)" in text
-        and "Not all runs" not in text
+        and "Runs used different" not in text
         and "could not be graded" not in text
     )
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")

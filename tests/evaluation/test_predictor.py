@@ -47,7 +47,7 @@ def test_a_threshold_from_samples_is_the_one_from_questions(tmp_path):
 
 def test_benchmarks_of_different_counts_are_refused(tmp_path):
     sets = read_samples(make_samples(tmp_path / "a")) + read_samples(make_samples(tmp_path / "b", num_samples=2))
-    with pytest.raises(ValueError, match="have 2, 4 samples a question"):
+    with pytest.raises(ValueError, match="have 2, 4 samples per question"):
         choose_abstention(sets, 0.7)
 
 

@@ -42,12 +42,12 @@ def test_whatever_decides_the_samples_is_recorded(tiny_model, tmp_path, capsys, 
     old = {name: value for name, value in known.items() if name in ("model", "weights", "questions")}
     (tmp_path / "out" / "settings.json").write_text(json.dumps(old))
     run.remember(tmp_path / "out", run.settings_of(str(model), {}, {"max_new_tokens": None}), print)
-    assert "made by an earlier version" in capsys.readouterr().out
+    assert "comes from an earlier version" in capsys.readouterr().out
     with pytest.raises(ValueError, match="with chat_template_kwargs="):
         with_kwargs = {"max_new_tokens": None, "chat_template_kwargs": {"a": 1}}
         run.remember(tmp_path / "out", run.settings_of(str(model), {}, with_kwargs), print)
     (tmp_path / "out" / "settings.json").write_text("[1]")
-    with pytest.raises(ValueError, match="holds no settings of an evaluation"):
+    with pytest.raises(ValueError, match="does not contain the settings of an evaluation"):
         run.remember(tmp_path / "out", known, print)
 
 

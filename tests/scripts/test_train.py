@@ -157,7 +157,7 @@ def test_unparsable_gold_is_refused_or_dropped(tiny_model, tmp_path, capsys):
     assert cli.main(["train", "--config", str(recipe)]) == 2
     error = capsys.readouterr().err
     assert "cannot parse 1 of 5 gold answers" in error and "--drop_unparsable_gold true" in error
-    with pytest.warns(UserWarning, match="Dropping 1 of 5 rows whose gold cannot be parsed: 'east"):
+    with pytest.warns(UserWarning, match="Dropping 1 of 5 rows whose gold answer cannot be parsed: 'east"):
         assert cli.main(["train", "--config", str(recipe), "--drop_unparsable_gold", "true"]) == 0
 
 

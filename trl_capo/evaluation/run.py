@@ -128,7 +128,7 @@ def remember(folder: Path, settings: dict, say: Callable[[str], None]) -> None:
         say: Receives a note for the user if the folder is accepted.
     """
     for part in set_aside_broken_parts(folder):
-        say(f"{part} cannot be read and is set aside: its questions are sampled again.")
+        say(f"{part} cannot be read. It is set aside, and its questions are sampled again.")
     if not (folder / FILE_NAME).exists() and not any((folder / "parts").glob("*.parquet")):
         (folder / "settings.json").unlink(missing_ok=True)  # left by a run that sampled nothing
         shutil.rmtree(folder / "merged", ignore_errors=True)  # it may belong to another model
@@ -136,8 +136,8 @@ def remember(folder: Path, settings: dict, say: Callable[[str], None]) -> None:
     settings = with_content(model_path(settings["model"]), settings, known)
     if known and not is_recorded(known):
         say(
-            f"{folder} was made by an earlier version, which recorded neither tokenizer, configuration, base nor "
-            "commit of the model: whether these have changed is not checked. To be sure, choose another --output_dir."
+            f"{folder} comes from an earlier version, which did not record the model's tokenizer, configuration, base "
+            "and commit, so changes to these are not noticed. To be sure, use another --output_dir."
         )
         checked = {*known, "chat_template_kwargs"}
         settings = {name: value for name, value in settings.items() if name in checked or value is None}
@@ -168,7 +168,7 @@ def evaluate(
         sampling: See `load_engine`.
     """
     if (folder / FILE_NAME).exists():
-        state.print(f"{folder / FILE_NAME} is there already: nothing was sampled.")
+        state.print(f"{folder / FILE_NAME} already exists: nothing was sampled.")
     else:
         mine = _missing_parts(folder, data, num_samples, state)[state.process_index :: state.num_processes]
         if state.is_main_process:

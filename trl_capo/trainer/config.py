@@ -47,9 +47,6 @@ class FastGRPOConfig(FilledConfig):
             check_batches(self, *set_by_user)  # in the options that were set; TRL's error if it is about another thing
             raise
 
-    def __getstate__(self):
-        return without_secrets(self).__dict__  # transformers pickles its arguments beside the model
-
     def to_dict(self):
         return redact(super().to_dict())  # what trackers record
 

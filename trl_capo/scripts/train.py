@@ -67,10 +67,10 @@ def main(argv: list[str] | None = None) -> int:
 
     from trl import get_peft_config, get_quantization_config
 
-    from trl_capo.compare.progress import RunProgress
     from trl_capo.preflight.model import naming_target_modules
     from trl_capo.publish.push import push_trained
     from trl_capo.publish.record import write_reproduction
+    from trl_capo.trainer.progress import RunProgress
     from trl_capo.trainer.resume import checkpoint_to_resume
 
     resume_from = checkpoint_to_resume(training_args)

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     trainer_class = trainer_of(method)
     if dry_run:
         from trl_capo.planning.dry_run import describe
-        from trl_capo.preflight.recipe import check_recipe as check_run
+        from trl_capo.preflight.recipe import check_run
 
         check_run(trainer_class, training_args, reward_funcs, train_dataset, eval_dataset)
         rows, longest = (train_dataset, eval_dataset), data_args.max_prompt_tokens

@@ -27,9 +27,9 @@ def agree(find: Callable[[], Answer]) -> Answer:
             broadcast_object_list([None, _portable(error)])
             raise
     broadcast_object_list(found)
-    answer, error = found
-    if error is not None:
-        raise error
+    answer, problem = found
+    if problem is not None:
+        raise problem
     return answer
 
 

@@ -129,7 +129,7 @@ def _pickles_no_secrets() -> Iterator[None]:
     def save_clean(content, *args, **kwargs):
         return save(without_secrets(content) if isinstance(content, TrainingArguments) else content, *args, **kwargs)
 
-    torch.save = save_clean
+    torch.save = save_clean  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Iterator
 from functools import lru_cache
+from inspect import get_annotations
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,18 @@ def options_of_method(method: str) -> dict[str, str] | None:
     if method in METHODS:
         config = _config_class(METHODS[method])
         return option_annotations(config) if config else None
-    options = dataclasses.fields(trainer_of(method).config_class)
-    return {f.name: f.type if isinstance(f.type, str) else _annotation(f.type) for f in options}
+    return annotations_of(trainer_of(method).config_class)
 
 
-def _annotation(kind: Any) -> str:
-    """A type as written in source: `int`, `list[str] | None`."""
-    return kind.__name__ if type(kind) is type else str(kind).removeprefix("typing.")
+def annotations_of(config_class: type) -> dict[str, str]:
+    """Fields of a dataclass with their types as they are written: `int`, `list[str] | None`."""
+    # Not from the fields themselves: a parser that was made for them has taken `| None` away.
+    kinds = {name: kind for cls in reversed(config_class.__mro__) for name, kind in get_annotations(cls).items()}
+    kinds = {field.name: kinds[field.name] for field in dataclasses.fields(config_class)}
+    return {
+        name: kind.__name__ if type(kind) is type else str(kind).removeprefix("typing.")
+        for name, kind in kinds.items()
+    }
 
 
 def value_problem(value: Any, annotation: str) -> str | None:
@@ -171,6 +177,9 @@ def _find_class(module: str, name: str, depth: int = 0) -> tuple[str, ast.ClassD
     for node in _classes_and_imports(tree):
         if isinstance(node, ast.ClassDef) and node.name == name:
             return module, node
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name):
+            if name in [ast.unparse(target) for target in node.targets]:
+                return _find_class(module, node.value.id, depth + 1)
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 if (alias.asname or alias.name) == name:
@@ -200,9 +209,9 @@ def _source(module: str) -> tuple[bool, ast.Module] | None:
 
 
 def _classes_and_imports(tree: ast.Module) -> Iterator[ast.stmt]:
-    """All statements, including those inside functions and `if TYPE_CHECKING`."""
+    """All statements, including those inside functions and `if TYPE_CHECKING`, whose `else` runs and comes first."""
     pending: list[ast.stmt] = list(tree.body)
     for node in pending:
         yield node
-        for part in ("body", "orelse", "finalbody"):
+        for part in ("orelse", "body", "finalbody"):
             pending += getattr(node, part, [])

@@ -206,10 +206,12 @@ def redact(value: Any, left_out: list[str] | None = None, path: str = "") -> Any
         try:
             content = json.loads(value)
         except json.JSONDecodeError:
-            return mask(value)
-        clean = redact(content, left_out, path)
-        return value if clean == content else json.dumps(clean)
-    return mask(value)
+            pass
+        else:
+            clean = redact(content, left_out, path)
+            return value if clean == content else json.dumps(clean)
+    masked = mask(value)
+    return value if masked == value else masked  # an enumeration's text stays one
 
 
 def _secret_items(items: list | tuple) -> set[int]:

@@ -21,6 +21,7 @@ def modules(tmp_path, monkeypatch):
         "pf_needs.py": "import no_such_dependency\n",
         "pf_fails.py": "x = 1 / 0\n",
         "pf_broken.py": "x = (\n",
+        "pf_exits.py": "import sys\nsys.exit(0)\n",  # a script without `if __name__ == ...`
         "pf_package/__init__.py": "",
         "pf_package/inner.py": "def reward(completions, **kwargs):\n    return [0.0]\n",
     }
@@ -55,6 +56,7 @@ def test_functions_are_found(modules):
             "pf_fails.reward",
             r"importing 'pf_fails' failed: ZeroDivisionError: division by zero \(.*pf_fails.py, line 1",
         ),
+        ("pf_exits.reward", r"importing 'pf_exits' failed: SystemExit: 0 \(.*pf_exits.py, line 2"),
         ("pf_broken.reward", r"importing 'pf_broken' failed: SyntaxError: .*pf_broken.py, line 1"),
     ],
 )

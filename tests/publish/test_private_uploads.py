@@ -174,6 +174,10 @@ def test_uploads_during_training_take_what_belongs_there(hub, tiny_model, tmp_pa
     assert {name for name in files if "/" not in name} == model
     assert not any(token.encode() in content for content in files.values())
     assert files["model.safetensors"] == (run / "model.safetensors").read_bytes()
+    saved = [path for path in run.rglob("*") if path.is_file()]
+    assert any(path.name == "training_args.bin" for path in saved)
+    assert not [path for path in saved if token.encode() in path.read_bytes()]
+    assert trainer.args.hub_token == token
 
 
 def test_failure_in_the_background_is_said(hub, tiny_model, tmp_path, caplog):

@@ -73,7 +73,7 @@ def demo_plan(folder: Path, steps: int, seed: int, prompts: int, samples: int) -
     )
 
 
-def runs_of(plan: Plan) -> list[Run]:
+def demo_runs(plan: Plan) -> list[Run]:
     """The plan's runs, in a layout for users: models and evaluations by name, everything else in `logs/`."""
     folder, runs = Path(plan.output_dir), []
     for name in [*plan.methods, BASE]:
@@ -103,7 +103,7 @@ def run(plan: Plan, settings: dict[str, Any]) -> dict[str, Any]:
     Returns:
         The content of `results.json`.
     """
-    runs, folder = runs_of(plan), Path(plan.output_dir)
+    runs, folder = demo_runs(plan), Path(plan.output_dir)
     check_runs(runs)
     # One thread each: the model is too small to benefit from more.
     share = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from trl_capo.compare.runner import Run, evaluation_options
 from trl_capo.errors import UserError, UserErrors
-from trl_capo.evaluation.options import check_numbers, make_parser
+from trl_capo.evaluation.options import check_sampling, make_parser
 from trl_capo.files import check_names
 from trl_capo.methods import METHODS
 from trl_capo.recipe import check_recipe, read_yaml
@@ -185,6 +185,6 @@ def _options(path: str, plan: Plan) -> Iterator[str]:
     parser.error = refuse
     try:
         args = parser.parse_args(["model", *evaluation_options(["benchmark"], plan.evaluate)])
-        check_numbers(args)
+        check_sampling(args)
     except (UserError, ValueError) as error:
         yield str(error) if path in str(error) else f"{path}: evaluate: {error}"

@@ -16,6 +16,7 @@ from trl_capo.data.conversations import drop_unparsable_gold, to_conversations
 from trl_capo.data.files import read_dataset
 from trl_capo.data.prepare import deduplicate, train_and_validation, within_budget, without_questions_of
 from trl_capo.errors import UserError
+from trl_capo.ranks import agree
 
 
 VALIDATION = "validation"
@@ -211,7 +212,6 @@ def load_data(script_args, data_args, mixture, training_args, model_args) -> tup
     differ: math-verify gives up on a gold answer after a few seconds.
     """
     from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
     from transformers import AutoTokenizer
 
     from trl_capo.models.chat_templates import with_defaults
@@ -228,8 +228,7 @@ def load_data(script_args, data_args, mixture, training_args, model_args) -> tup
         model = model_path(model_args.model_name_or_path)
         tokenizer = AutoTokenizer.from_pretrained(model, revision=model_args.model_revision)
         tokenizer = with_defaults(tokenizer, training_args.chat_template_kwargs)
-    state = PartialState()
-    with state.main_process_first():
+    with PartialState().main_process_first():
         splits = load_splits(
             script_args.dataset_name, script_args.dataset_config, data_args, script_args.dataset_streaming, mixture
         )
@@ -241,10 +240,9 @@ def load_data(script_args, data_args, mixture, training_args, model_args) -> tup
             part: prepare(part_rows, data_args, tokenizer, part, print)["train"] for part, part_rows in rows.items()
         }
         return prepared["train"], prepared.get("eval")
-    shared: list[Any] = [None]
-    if state.is_main_process:
-        shared = [{part: prepare(part_rows, data_args, tokenizer, part, print) for part, part_rows in rows.items()}]
-    kept = broadcast_object_list(shared)[0] if state.num_processes > 1 else shared[0]
+    kept = agree(
+        lambda: {part: prepare(part_rows, data_args, tokenizer, part, print) for part, part_rows in rows.items()}
+    )
     train = rows["train"].select(kept["train"]["train"])
     if not evaluates:
         return train, None

@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_numbers(args: argparse.Namespace) -> None:
+def check_sampling(args: argparse.Namespace) -> None:
     """Refuse numbers that no evaluation can use.
 
     Raises:

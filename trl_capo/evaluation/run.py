@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from trl_capo.models.messages import question_of
 from trl_capo.models.prompts import check_lengths, tokenize
 from trl_capo.models.source import model_path
 from trl_capo.progress import report_progress
+from trl_capo.ranks import agree
 
 
 PROMPTS_PER_PART = 32  # at most; a part is saved, or lost if the run is killed, as a whole
@@ -69,9 +71,7 @@ def evaluate_all(
     for model in models:
         check_model(model, data, sampling.get("max_new_tokens"), sampling.get("chat_template_kwargs"))
     for model, folder in zip(models, folders, strict=True):
-        if state.is_main_process:
-            remember(folder, settings_of(model, data, sampling), state.print)
-        state.wait_for_everyone()
+        agree(partial(remember, folder, settings_of(model, data, sampling), state.print))
         evaluate(model, folder, data, state, **sampling)
     return folders
 
@@ -171,8 +171,7 @@ def evaluate(
         state.print(f"{folder / FILE_NAME} already exists: nothing was sampled.")
     else:
         mine = _missing_parts(folder, data, num_samples, state)[state.process_index :: state.num_processes]
-        if state.is_main_process:
-            merged(model_path(model), folder / "merged")
+        agree(lambda: merged(model_path(model), folder / "merged"))
         state.wait_for_everyone()  # no process writes before all have looked
         total = sum(stop - start for _, start, stop in mine) * num_samples
         if mine:
@@ -185,11 +184,13 @@ def evaluate(
                 write_part(folder, name, start, graded_table(name, start, rows, samples, normalize_operators))
             close()
     state.wait_for_everyone()
-    if state.is_main_process:
-        merge_parts(folder)
-        shutil.rmtree(folder / "merged", ignore_errors=True)  # as large as the model, and quick to recreate
-        write_summary(model, folder)
-    state.wait_for_everyone()
+    agree(lambda: _finish(model, folder))
+
+
+def _finish(model: str, folder: Path) -> None:
+    merge_parts(folder)
+    shutil.rmtree(folder / "merged", ignore_errors=True)  # as large as the model, and quick to recreate
+    write_summary(model, folder)
 
 
 def _limit(benchmark: str, max_new_tokens: int | None) -> int:

@@ -130,14 +130,6 @@ class CAPOConfig(GroupAdvantageConfig):
             )
         if not (self.tau > 0 and math.isfinite(self.tau)):
             raise UserError(f"tau must be positive and finite, got {self.tau}.")
-        for name, choices in (
-            ("tau_unit", ("nats", "gap")),
-            ("pair_normalization", NORMALIZATIONS),
-            ("pair_scope", ("group", "batch")),
-            ("auxiliary_rewards", ("add", "ignore")),
-        ):
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         if self.pair_scope == "batch" and self.pair_normalization != "sum":
             raise UserError(
                 f"pair_scope='batch' needs pair_normalization='sum', got {self.pair_normalization!r}: the other "

@@ -110,8 +110,6 @@ class CDEConfig(GroupAdvantageConfig):
     signed_rewards: bool = field(default=False, metadata={"help": "Rewards are +1 and -1. If not, r becomes 2r - 1."})
 
     def __post_init__(self):
-        if self.bonus_schedule not in SCHEDULES:
-            raise UserError(f"bonus_schedule must be one of {', '.join(SCHEDULES)}, got {self.bonus_schedule!r}.")
         if self.bonus_stairs < 2:
             raise UserError(f"bonus_stairs must be at least 2, got {self.bonus_stairs}.")
         if self.bonus_scale < 0:

@@ -13,7 +13,7 @@ from trl_capo.preflight.checks import (
     reward_list,
     reward_names,
 )
-from trl_capo.preflight.rewards import check_numbers, repeated_names
+from trl_capo.preflight.rewards import check_one_each, repeated_names
 from trl_capo.preflight.schedule import FilledConfig, check_enough_prompts, schedule
 
 
@@ -30,7 +30,7 @@ class Method(Protocol):
     def needs_correct(cls, args) -> bool: ...
 
 
-def check_recipe(
+def check_run(
     method_class: type[Method],
     args: FilledConfig,
     reward_funcs,
@@ -64,7 +64,7 @@ def check_recipe(
     if environment_factory is None:  # an environment brings its own prompts, and perhaps a reward
         check_data(reward_funcs, train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_enough_prompts(args, train_dataset, eval_dataset)
-        check_numbers(len(functions), reward_processing_classes, args.reward_weights)
+        check_one_each(len(functions), reward_processing_classes, args.reward_weights)
         label, needed = getattr(args, "correctness_reward", None), method_class.needs_correct(args)
         calibrated = find_correctness_reward(names, label, needed=needed) is not None
     for name in repeated_names(names):

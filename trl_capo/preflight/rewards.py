@@ -61,7 +61,7 @@ def repeated_names(names: list[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
 
 
-def check_numbers(num_functions: int, processing_classes, weights: list[float] | None) -> None:
+def check_one_each(num_functions: int, processing_classes, weights: list[float] | None) -> None:
     """Refuses processing classes or weights that are not one per reward function.
 
     Raises:

@@ -3,7 +3,7 @@
 from trl_capo.preflight.checks import check_launch, check_output_dir, reward_list
 from trl_capo.preflight.model import check_engine, check_model, check_others
 from trl_capo.preflight.prompts import check_prompts
-from trl_capo.preflight.recipe import Method, check_recipe
+from trl_capo.preflight.recipe import Method, check_run
 from trl_capo.preflight.schedule import FilledConfig
 
 
@@ -27,7 +27,7 @@ def check_trainer(
         ValueError: One line that says what to change.
     """
     check_launch(args.world_size)
-    check_recipe(method_class, args, reward_funcs, **given)
+    check_run(method_class, args, reward_funcs, **given)
     check_output_dir(args.output_dir)
     check_engine(args, engine)
     model = check_model(model)

@@ -102,6 +102,7 @@ def keep_mixed(args: argparse.Namespace) -> None:
     from trl_capo.evaluation.mixed import check_bounds, write_mixed
     from trl_capo.evaluation.run import folder_names, patient_state
     from trl_capo.preflight.checks import check_output_dir
+    from trl_capo.ranks import agree
     from trl_capo.scripts import evaluate
 
     check_bounds(args.lowest, args.highest, args.num_samples)
@@ -112,9 +113,7 @@ def keep_mixed(args: argparse.Namespace) -> None:
     with state.main_process_first():
         rows = reader(args)(args.name).select_columns(["prompt", "solution"])
     rows = rows.select(range(min(args.num_prompts or len(rows), len(rows))))
-    if state.is_main_process:
-        rows.to_parquet(str(questions))
-    state.wait_for_everyone()
+    agree(lambda: rows.to_parquet(str(questions)))
     sampling = ("num_samples", "max_new_tokens", "batch_size", "engine", "seed", "output_dir")
     options = [f"--{name}={getattr(args, name)}" for name in sampling]
     if args.chat_template_kwargs is not None:

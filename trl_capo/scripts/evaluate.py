@@ -10,7 +10,7 @@ Each model gets a folder in `--output_dir` with `samples.parquet` (one row per c
 import sys
 
 from trl_capo.cli import main as cli_main
-from trl_capo.evaluation.options import check_numbers, make_parser
+from trl_capo.evaluation.options import check_sampling, make_parser
 
 
 COLUMNS = ("prompt_column", "solution_column", "system_prompt", "prompt_template")
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     from trl_capo.extras import require
     from trl_capo.models.chat_templates import read_kwargs
 
-    check_numbers(args)
+    check_sampling(args)
     args.chat_template_kwargs = read_kwargs(args.chat_template_kwargs) or None
     if args.engine == "vllm":
         require("vllm")

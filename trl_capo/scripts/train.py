@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     trainer_class = trainer_of(method)
     if dry_run:
         from trl_capo.planning.dry_run import describe
-        from trl_capo.preflight.recipe import check_recipe as check_run
+        from trl_capo.preflight.recipe import check_run
 
         check_run(trainer_class, training_args, reward_funcs, train_dataset, eval_dataset)
         rows, longest = (train_dataset, eval_dataset), data_args.max_prompt_tokens
@@ -67,10 +67,10 @@ def main(argv: list[str] | None = None) -> int:
 
     from trl import get_peft_config, get_quantization_config
 
-    from trl_capo.compare.progress import RunProgress
     from trl_capo.preflight.model import naming_target_modules
     from trl_capo.publish.push import push_trained
     from trl_capo.publish.record import write_reproduction
+    from trl_capo.trainer.progress import RunProgress
     from trl_capo.trainer.resume import checkpoint_to_resume
 
     resume_from = checkpoint_to_resume(training_args)

@@ -38,6 +38,11 @@ class FastGRPOConfig(FilledConfig):
 
     def __post_init__(self):
         check_numbers(vars(self))
+        for option in fields(self):
+            value, choices = getattr(self, option.name), option.metadata.get("choices")
+            ours = option.name not in GRPOConfig.__dataclass_fields__  # TRL takes more than its command line offers
+            if ours and choices and value not in (*choices, option.default):
+                raise UserError(f"{option.name} must be one of {', '.join(map(str, choices))}, got {value!r}.")
         set_by_user = self.generation_batch_size, self.steps_per_generation
         if self.greater_is_better is None:
             self.greater_is_better = default_direction(self.metric_for_best_model)
@@ -46,9 +51,6 @@ class FastGRPOConfig(FilledConfig):
         except ValueError:
             check_batches(self, *set_by_user)  # names the options that the user set; other errors stay TRL's
             raise
-
-    def __getstate__(self):
-        return without_secrets(self).__dict__  # transformers pickles the arguments next to the model
 
     def to_dict(self):
         return redact(super().to_dict())  # what trackers record
@@ -159,13 +161,6 @@ class GroupAdvantageConfig(FastGRPOConfig):
     )
 
     def __post_init__(self):
-        for name, choices in (
-            ("ref_model_dtype", (None, "bfloat16", "float16", "float32")),
-            ("mean_logps_from", ("policy", "sampler")),
-        ):
-            if getattr(self, name) not in choices:
-                allowed = ", ".join(map(str, choices))
-                raise UserError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
         for name in ("ref_ppl_low", "ref_ppl_high"):
             threshold = getattr(self, name)
             if not (threshold >= 1 and math.isfinite(threshold)):

@@ -1,11 +1,14 @@
 """TRL's `GRPOTrainer` with accurate model cards, and uploads of only what belongs on the Hub."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
+import torch
 from huggingface_hub.errors import HTTPError
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -67,7 +70,8 @@ class PublishingGRPOTrainer(GRPOTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves as transformers does, with a card, so that `trl-capo push` can upload the folder later."""
-        super().save_model(output_dir, _internal_call)
+        with _pickles_no_secrets():
+            super().save_model(output_dir, _internal_call)
         folder = output_dir or self.args.output_dir
         if not _internal_call and Path(folder).resolve() != Path(self.args.output_dir).resolve():
             self._complete_card(folder)
@@ -113,13 +117,20 @@ class PublishingGRPOTrainer(GRPOTrainer):
             check_private(cast(str, self.hub_model_id), token or self.args.hub_token)
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        with guarded_uploads(self.args.hub_private_repo):
+        with guarded_uploads(self.args.hub_private_repo), _pickles_no_secrets():
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _save(self, *args, **kwargs):
-        # transformers pickles the arguments next to the model and uploads them with a checkpoint.
-        own, self.args = self.args, without_secrets(self.args)
-        try:
-            super()._save(*args, **kwargs)
-        finally:
-            self.args = own
+
+@contextmanager
+def _pickles_no_secrets() -> Iterator[None]:
+    """transformers pickles its arguments next to the model, and they reach the Hub with a checkpoint."""
+    save = torch.save
+
+    def save_clean(content, *args, **kwargs):
+        return save(without_secrets(content) if isinstance(content, TrainingArguments) else content, *args, **kwargs)
+
+    torch.save = save_clean  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.save = save

@@ -26,12 +26,12 @@ from trl_capo.errors import UserError
 from trl_capo.files import write_json
 from trl_capo.preflight.checks import check_same_checkpoint, steps_between_generations
 from trl_capo.publish.card import forget_calibration
+from trl_capo.ranks import agree
 from trl_capo.trainer.checkpoints import begin_run, remove_old_checkpoints
 from trl_capo.trainer.finite import FiniteGRPOTrainer
 from trl_capo.trainer.manifest import MANIFEST, STATE_FILE, Checkpoint, Run, checkpoint_step, write_manifest
 from trl_capo.trainer.resume import (
     StreamPosition,
-    agree,
     check_best,
     checkpoint_named,
     newest_checkpoint,

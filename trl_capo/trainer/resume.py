@@ -4,15 +4,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 from trl_capo.errors import UserError
+from trl_capo.ranks import agree
 from trl_capo.trainer.checkpoints import Search, check_checkpoint_of, chosen_checkpoint, find_checkpoint
 from trl_capo.trainer.manifest import Checkpoint, Run
 from trl_capo.trainer.resume_options import changed_options, kind_of_optimizer
 
 
-Answer = TypeVar("Answer")
 # Options that decide how many prompts a step takes, and so where in the data a resumed run starts.
 LAYOUT = (
     "per_device_train_batch_size",
@@ -21,25 +20,6 @@ LAYOUT = (
     "num_iterations",
     "num_generations",
 )
-
-
-def agree(find: Callable[[], Answer]) -> Answer:
-    """Gives every process the result or error of `find` on the first process. Files of many GB are read once."""
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    state = PartialState()
-    found: list[Any] = [None]
-    if state.is_main_process:
-        try:
-            found = [find()]
-        except UserError as error:
-            found = [error]
-    if state.num_processes > 1:
-        broadcast_object_list(found)
-    if isinstance(found[0], UserError):
-        raise found[0]
-    return found[0]
 
 
 def newest_checkpoint(output_dir: str, say: Callable[[str], None]) -> tuple[str | None, Search]:

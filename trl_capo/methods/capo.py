@@ -88,9 +88,6 @@ class CAPOTrainer(GroupAdvantageTrainer):
         lowest = labels.masked_fill(~valid, torch.inf).amin(dim=1, keepdim=True)
         return valid & (highest > lowest)  # graded labels may differ where no answer is wrong
 
-    def _rows_with_advantage(self, groups: RolloutGroups) -> Tensor:
-        return self._rows_needing_logps(groups)
-
     def _compute_advantages(self, groups: RolloutGroups) -> Tensor:
         args = self.args
         labels = self._labels(groups)

@@ -154,6 +154,3 @@ class CDETrainer(GroupAdvantageTrainer):
         rewards = groups.rewards if args.signed_rewards else 2 * groups.rewards - 1
         rewards = curious_rewards(rewards, groups.mean_logps, omega, args.bonus_cap, args.bonus_scale)
         return reward_only_advantages(rewards, valid=groups.valid, scale_rewards=args.scale_rewards)
-
-    def _rows_with_advantage(self, groups: RolloutGroups) -> Tensor:
-        return groups.valid

@@ -11,6 +11,7 @@ its slice. Groups may straddle ranks. Last, the generation is cut into micro-bat
 (`trl_capo.trainer.fast_step`).
 """
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +34,7 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
 
     Used as it is, it is GRPO with calibration metrics. Hooks for a method, all optional: `_compute_advantages`,
     `_unmasked_advantages`, `_setup_method`, `needs_ref`, `_rows_needing_logps`, `_rows_needing_ref`,
-    `_rows_with_advantage`, `_sequence_statistics`, `_token_advantages`, `_choose_prompts`, `_logps_from_logits`,
+    `_sequence_statistics`, `_token_advantages`, `_choose_prompts`, `_logps_from_logits`,
     `_calibration_arrays`, `_calibration_metrics`, `_method_state`, `_load_method_state`. The mask of
     `args.ref_ppl_mask` is not among them: the trainer updates, applies, logs and saves it for every method.
 
@@ -114,6 +115,7 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
         if advantages is not None:
             self._refuse_other_aggregations()
             self._check_shape(advantages, groups)
+            self._check_judged(advantages, groups)
         elif self.mask.active:  # it drops from TRL's own
             advantages = self.accelerator.gather(output["advantages"]).view(groups.valid.shape)
         if advantages is not None:
@@ -154,6 +156,16 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
             raise UserError(
                 f"{type(self).__name__}._compute_advantages must return one advantage a completion, shape "
                 f"{tuple(groups.rewards.shape)}, got {tuple(advantages.shape)}."
+            )
+
+    def _check_judged(self, advantages: Tensor, groups: RolloutGroups) -> None:
+        if math.isnan(self.mask.thresholds[0]) or groups.ref_mean_logps is None:
+            return
+        judgeable = groups.valid & groups.correct.isfinite()
+        if (judgeable & groups.ref_mean_logps.isnan() & (advantages != 0)).any():
+            raise UserError(
+                f"{type(self).__name__}._compute_advantages gives an advantage to a completion that has no reference "
+                "perplexity for the mask: let _rows_needing_logps name all completions that may have an advantage."
             )
 
     def _check_finite(self, advantages: Tensor) -> None:

@@ -39,7 +39,7 @@ RewardFunctions = Callable | str | PreTrainedModel | list[Callable | str | PreTr
 class GroupScoringTrainer(FastGRPOTrainer):
     """`FastGRPOTrainer` that shows a generation as `RolloutGroups`, with a reference where one is read.
 
-    Hooks: `needs_ref`, `_rows_needing_logps`, `_rows_needing_ref`, `_rows_with_advantage`, `_sequence_statistics`.
+    Hooks: `needs_ref`, `_rows_needing_logps`, `_rows_needing_ref`, `_sequence_statistics`.
     """
 
     args: GroupAdvantageConfig
@@ -141,10 +141,6 @@ class GroupScoringTrainer(FastGRPOTrainer):
         """Completions whose reference log-probs the method reads, shape (P, G), the same on every rank."""
         return groups.mixed & groups.valid
 
-    def _rows_with_advantage(self, groups: RolloutGroups) -> Tensor:
-        """Completions that may have an advantage for the mask to drop, shape (P, G), the same on every rank."""
-        return groups.valid & groups.varied
-
     def _sequence_statistics(self, per_token_logps: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """More numbers a completion, each of shape (B,), from its log-probs and mask (B, T); end up in `extras`."""
         return {}
@@ -202,7 +198,8 @@ class GroupScoringTrainer(FastGRPOTrainer):
         rows = self._rows_needing_ref(groups) if self.needs_ref(self.args) else torch.zeros_like(groups.valid)
         if self.mask.active:
             learns = self.mask.estimating and self.model.training
-            rows = rows | (groups.valid if learns else self._rows_with_advantage(groups))
+            may_have_advantage = groups.varied | self._rows_needing_logps(groups)
+            rows = rows | (groups.valid if learns else groups.valid & may_have_advantage)
         return rows
 
     def _with_scores(

@@ -1,11 +1,18 @@
 """What a method of one's own cannot forget: the mask, the label and the checks are the seam's work."""
 
+import ast
+import inspect
+import textwrap
+
 import pytest
 import torch
+from trl import GRPOTrainer
 
 from tests.helpers import config_kwargs, parity_reward, prompt_dataset
+from tests.trainer.runs import largest_change, parameters
 from trl_capo import GroupAdvantageConfig, GroupAdvantageTrainer
 from trl_capo.methods.grpo import GRPO
+from trl_capo.trainer.repack import LOSSES
 
 
 KEEPS_ALL = dict(ref_ppl_mask=True, ref_ppl_low=1.0, ref_ppl_high=1e30)
@@ -69,3 +76,74 @@ def test_an_advantage_that_the_mask_cannot_judge_is_refused(tiny_model, tmp_path
     assert advantages_of(Careless, tiny_model, tmp_path, no_reward).tolist() == [1.0] * 8
     with pytest.raises(ValueError, match="no reference perplexity .* _rows_needing_logps"):
         advantages_of(Careless, tiny_model, tmp_path, no_reward, **KEEPS_ALL)
+
+
+# The loss ------------------------------------------------------------------------------------------------------------
+
+
+class Regularised:
+    """Every row has a gradient, whatever its advantage."""
+
+    def _compute_loss(self, model, inputs):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        logps, *_ = self._get_per_token_logps_and_entropies(model, ids, mask, inputs["completion_ids"].size(1))
+        return super()._compute_loss(model, inputs) + 0.1 * (logps * inputs["completion_mask"]).square().mean()
+
+
+class RegularisedGRPO(Regularised, GRPO):
+    pass
+
+
+class RegularisedInPublic(GRPO):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return Regularised._compute_loss(self, model, inputs)
+
+
+class Observing(GRPO):
+    _loss_allows_repacking = True
+
+    def _compute_loss(self, model, inputs):
+        return super()._compute_loss(model, inputs)
+
+
+class RegularisedObserver(Regularised, Observing):
+    pass
+
+
+@pytest.mark.parametrize("trainer_class", [RegularisedGRPO, RegularisedObserver])
+def test_rows_without_advantage_matter_in_a_loss_of_its_own(tiny_model, tmp_path, trainer_class):
+    options = dict(optim="sgd", learning_rate=0.05, max_steps=3)
+    trained = []
+    for repack in (True, False):
+        half_mixed = by_position("half_mixed", [1, 0, 1, 0, 1, 1, 1, 1])
+        trainer = make(trainer_class, tiny_model, tmp_path, half_mixed, repack=repack, **options)
+        start = parameters(trainer)
+        trainer.train()
+        trained.append(parameters(trainer))
+    assert largest_change(start, trained[0]) >= 1e-3
+    assert largest_change(*trained) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "line"),
+    [
+        (RegularisedGRPO, "batches stay as TRL makes them, for Regularised has a loss of its own"),
+        (RegularisedInPublic, "batches stay as TRL makes them, for RegularisedInPublic has a loss of its own"),
+        (RegularisedObserver, "batches stay as TRL makes them, for Regularised has a loss of its own"),
+        (Observing, None),
+        (GRPO, None),
+    ],
+)
+def test_a_loss_of_its_own_is_not_repacked_unless_it_allows_it(tiny_model, tmp_path, capsys, trainer_class, line):
+    trainer = make(trainer_class, tiny_model, tmp_path)
+    out = capsys.readouterr().out
+    assert trainer._repacking.prune == ("repack:" not in out) == (line is None) and (line or "") in out
+    assert bool(trainer_class.known_losses()) == (trainer_class is GRPO)
+
+
+def test_the_losses_are_those_of_trl():
+    code = ast.parse(textwrap.dedent(inspect.getsource(GRPOTrainer._compute_loss)))
+    compared = [node for node in ast.walk(code) if isinstance(node, ast.Compare) and "loss_type" in ast.unparse(node)]
+    constants = [part.value for node in compared for part in ast.walk(node) if isinstance(part, ast.Constant)]
+    assert set(LOSSES) == set(constants)

@@ -14,9 +14,9 @@ from torch import Tensor
 from trl_capo.errors import UserError
 from trl_capo.rewards import AccuracyReward
 from trl_capo.trainer.config import FastGRPOConfig
-from trl_capo.trainer.losses import known_losses
 from trl_capo.trainer.passes import ShortPassesGRPOTrainer, in_eval_mode
 from trl_capo.trainer.repack import (
+    LOSSES,
     Batch,
     Repacking,
     choose_rows,
@@ -34,8 +34,9 @@ from trl_capo.trainer.repack import (
 class FastGRPOTrainer(ShortPassesGRPOTrainer):
     """Stock GRPO, faster: the same parameters as TRL's trainer. Takes the same arguments.
 
-    What may be dropped and moved is decided by TRL's `loss_type`. So a subclass with a `_compute_loss` of its own sets
-    `args.repack = False` in `_setup` if rows without advantage matter in it, or which rows share a micro-batch.
+    What may be dropped and moved is decided by TRL's `loss_type`. So batches stay as they are in a subclass with a
+    loss of its own (`_compute_loss` or `compute_loss`), unless that class also sets `_loss_allows_repacking = True`:
+    rows without advantage have no gradient in it, and it does not matter which rows share a micro-batch.
 
     Hooks: `_setup`, `_after_scoring`, `_logps_from_logits` with `_reads_logits`.
     """
@@ -56,7 +57,13 @@ class FastGRPOTrainer(ShortPassesGRPOTrainer):
     @classmethod
     def known_losses(cls) -> list[str]:
         """The values of `loss_type` that the trainer takes; empty if they are not known."""
-        return known_losses(cls)
+        return [] if cls._own_losses() else sorted(LOSSES)
+
+    @classmethod
+    def _own_losses(cls) -> list[type]:
+        """Classes with a loss that are neither TRL's nor ours."""
+        foreign = [k for k in cls.__mro__ if k.__module__.partition(".")[0] not in ("trl_capo", "trl", "transformers")]
+        return [kind for kind in foreign if {"_compute_loss", "compute_loss"} & vars(kind).keys()]
 
     def _refuse_what_needs_fused_logits(self) -> None:
         unfit = {
@@ -180,7 +187,9 @@ class FastGRPOTrainer(ShortPassesGRPOTrainer):
         if not args.repack:
             return Repacking(trim=False, sort=False, prune=False)
         model = self.accelerator.unwrap_model(self.model)
+        unsure = [kind for kind in self._own_losses() if not vars(kind).get("_loss_allows_repacking")]
         repacking = what_is_exact(
+            own_loss=unsure[0].__name__ if unsure else None,
             loss_type=self.loss_type,
             beta=self.beta,
             top_entropy_quantile=self.top_entropy_quantile,

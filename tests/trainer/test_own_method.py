@@ -8,7 +8,7 @@ import pytest
 import torch
 from trl import GRPOTrainer
 
-from tests.helpers import config_kwargs, parity_reward, prompt_dataset
+from tests.helpers import config_kwargs, length_reward, parity_reward, prompt_dataset
 from tests.trainer.runs import largest_change, parameters
 from trl_capo import GroupAdvantageConfig, GroupAdvantageTrainer
 from trl_capo.methods.grpo import GRPO
@@ -147,3 +147,50 @@ def test_the_losses_are_those_of_trl():
     compared = [node for node in ast.walk(code) if isinstance(node, ast.Compare) and "loss_type" in ast.unparse(node)]
     constants = [part.value for node in compared for part in ast.walk(node) if isinstance(part, ast.Constant)]
     assert set(LOSSES) == set(constants)
+
+
+# The label -----------------------------------------------------------------------------------------------------------
+
+
+class ReadsCorrect(GroupAdvantageTrainer):
+    def _compute_advantages(self, groups):
+        return groups.correct.nan_to_num(nan=0.0) - 0.5
+
+
+class AddsCorrect(GroupAdvantageTrainer):
+    def _unmasked_advantages(self, groups):
+        return groups.correct.nan_to_num(nan=0.0) - 0.5
+
+
+class Mixed(ReadsCorrect, GRPO):
+    pass
+
+
+class NeedsNone(ReadsCorrect):
+    @classmethod
+    def needs_correct(cls, args):
+        return False
+
+
+TWO_REWARDS = [parity_reward, length_reward]
+
+
+@pytest.mark.parametrize("trainer_class", [ReadsCorrect, AddsCorrect, Mixed])
+def test_a_method_that_may_read_a_label_must_have_one(tiny_model, tmp_path, trainer_class):
+    with pytest.raises(ValueError, match="With several reward functions, set correctness_reward"):
+        make(trainer_class, tiny_model, tmp_path, TWO_REWARDS)
+    make(trainer_class, tiny_model, tmp_path, TWO_REWARDS, correctness_reward="parity_reward")
+
+
+def test_a_method_that_reads_no_label_says_so_and_the_mask_needs_one_all_the_same(tiny_model, tmp_path):
+    make(NeedsNone, tiny_model, tmp_path, TWO_REWARDS)
+    with pytest.raises(ValueError, match="With several reward functions, set correctness_reward"):
+        make(NeedsNone, tiny_model, tmp_path, TWO_REWARDS, **KEEPS_ALL)
+
+
+@pytest.mark.parametrize("trainer_class", [ReadsCorrect, Mixed])
+def test_a_method_with_its_own_advantages_refuses_another_aggregation_at_the_start(
+    tiny_model, tmp_path, trainer_class
+):
+    with pytest.raises(ValueError, match="set it to 'sum_then_normalize'"):
+        make(trainer_class, tiny_model, tmp_path, multi_objective_aggregation="normalize_then_sum")

@@ -53,7 +53,6 @@ class CAPOTrainer(GroupAdvantageTrainer):
     config_class = CAPOConfig
     _tag_names = ["trl", "trl-capo", "capo"]
     _name = "CAPO"
-    _replaces_advantages = True
     _paper = {
         "title": "Calibration-Aware Policy Optimization",
         "id": "2604.12632",

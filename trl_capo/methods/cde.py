@@ -132,8 +132,11 @@ class CDETrainer(GroupAdvantageTrainer):
     config_class = CDEConfig
     _tag_names = ["trl", "trl-capo", "cde"]
     _name = "CDE"
-    _replaces_advantages = True
     _paper = {"title": "CDE: Curiosity-Driven Exploration for Efficient RL in LLMs", "id": "2509.09675"}
+
+    @classmethod
+    def needs_correct(cls, args: CDEConfig) -> bool:  # type: ignore[override]
+        return False
 
     def _setup_method(self) -> None:
         if len(self.reward_funcs) > 1 and not self.args.signed_rewards:

@@ -123,7 +123,6 @@ class CoDaPOTrainer(GroupAdvantageTrainer):
     config_class = CoDaPOConfig
     _tag_names = ["trl", "trl-capo", "codapo"]
     _name = "CoDaPO"
-    _replaces_advantages = True
     _paper = {"title": "CoDaPO: Confidence and Difficulty-Adaptive Policy Optimization", "id": "2606.07950"}
 
     def _setup_method(self) -> None:

@@ -45,7 +45,6 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
 
     _tag_names = ["trl", "trl-capo", "grpo"]
     _logs: dict[str, Any]
-    _replaces_advantages = False  # whether `_compute_advantages` starts from the weighted sum of the rewards
 
     def __init_subclass__(cls, **kwargs):
         """A method is called as its class unless it has a `_name`, and credits no paper unless it has a `_paper`."""
@@ -57,7 +56,7 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
     def _setup(self) -> None:
         super()._setup()
         self._idle_watch = IdleWatch()
-        if self._replaces_advantages:
+        if self._defines("_compute_advantages"):
             self._refuse_other_aggregations()
         self._setup_method()
 
@@ -69,8 +68,13 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
             )
 
     @classmethod
+    def _defines(cls, hook: str) -> bool:
+        """Whether a method defines a hook of this class, in itself or in any parent."""
+        return any(hook in vars(kind) for kind in cls.__mro__ if kind is not GroupAdvantageTrainer)
+
+    @classmethod
     def needs_correct(cls, args: GroupAdvantageConfig) -> bool:
-        return cls._replaces_advantages or super().needs_correct(args)
+        return cls._defines("_compute_advantages") or cls._defines("_unmasked_advantages")
 
     # Hooks -----------------------------------------------------------------------------------------------------------
 

@@ -108,7 +108,9 @@ class GroupScoringTrainer(FastGRPOTrainer):
             check_prompts(self.model, self.args, {**self._given, "processing_class": self.processing_class})
         self._given = {}
         self._correctness_index = find_correctness_reward(
-            self.reward_func_names, self.args.correctness_reward, needed=self.needs_correct(self.args)
+            self.reward_func_names,
+            self.args.correctness_reward,
+            needed=self.args.ref_ppl_mask or self.needs_correct(self.args),
         )
         if self._correctness_index is None:
             self.accelerator.print(
@@ -127,8 +129,11 @@ class GroupScoringTrainer(FastGRPOTrainer):
 
     @classmethod
     def needs_correct(cls, args: GroupAdvantageConfig) -> bool:
-        """Whether `groups.correct` is read: if not, the method trains without a label, as TRL does."""
-        return args.ref_ppl_mask
+        """Whether the method reads `groups.correct`, beside the mask; if not, it trains without a label, as TRL does.
+
+        The default is true where advantages are computed from groups.
+        """
+        return False
 
     def _rows_needing_logps(self, groups: RolloutGroups) -> Tensor:
         """Completions whose log-probs the advantages can depend on, shape (P, G), boolean, the same on every rank.

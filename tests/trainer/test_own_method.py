@@ -194,3 +194,66 @@ def test_a_method_with_its_own_advantages_refuses_another_aggregation_at_the_sta
 ):
     with pytest.raises(ValueError, match="set it to 'sum_then_normalize'"):
         make(trainer_class, tiny_model, tmp_path, multi_objective_aggregation="normalize_then_sum")
+
+
+# Advantages a token, and those that the mask cannot drop -------------------------------------------------------------
+
+
+class ByToken(GRPO):
+    """Something for every token, whatever its completion has."""
+
+    def _token_advantages(self, advantages, inputs):
+        return advantages.unsqueeze(1) * inputs["completion_mask"] + inputs["completion_mask"]
+
+
+class KeepsOne(ByToken):
+    def _unmasked_advantages(self, groups):
+        return torch.eye(8)[3].view(2, 4)
+
+
+DROPS_ALL = dict(ref_ppl_mask=True, ref_ppl_low=1e30, ref_ppl_high=1.0)
+pytestmark = pytest.mark.filterwarnings("ignore:ref_ppl_low and ref_ppl_high are")
+
+
+def test_what_the_mask_drops_has_no_advantage_by_token_either(tiny_model, tmp_path):
+    assert advantages_of(ByToken, tiny_model, tmp_path, **DROPS_ALL).abs().max() == 0
+    kept = advantages_of(KeepsOne, tiny_model, tmp_path, **DROPS_ALL).amax(dim=1)
+    assert sorted(kept.tolist()) == [0.0] * 7 + [2.0]
+    assert advantages_of(ByToken, tiny_model, tmp_path, **KEEPS_ALL).abs().sum(dim=1).min() > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.masked_fill(a == 0, torch.nan), r"finite numbers, also at padding, .*, got \(8, 8\) with values"),
+        (lambda a: a[:, :2], r"of shape \(8,\) or \(8, 8\), got \(8, 2\)\."),
+    ],
+)
+def test_advantages_by_token_are_checked(tiny_model, tmp_path, change, message):
+    class Bad(ByToken):
+        def _token_advantages(self, advantages, inputs):
+            return change(super()._token_advantages(advantages, inputs))
+
+    with pytest.raises(ValueError, match=message):
+        advantages_of(Bad, tiny_model, tmp_path, no_reward)
+
+
+def test_what_the_mask_cannot_drop_counts_without_a_mask_too(tiny_model, tmp_path):
+    class Plus(GRPO):
+        def _unmasked_advantages(self, groups):
+            return 10.0
+
+    plain, plus = (advantages_of(kind, tiny_model, tmp_path) for kind in (GRPO, Plus))
+    torch.testing.assert_close(plus, plain + 10)
+
+
+def test_labels_are_named_as_a_cause_of_advantages_that_are_not_finite(tiny_model, tmp_path):
+    class Labels(GroupAdvantageTrainer):
+        def _compute_advantages(self, groups):
+            return groups.correct
+
+    def some_unknown(completions, **kwargs):
+        return [None if i % 2 else 1.0 for i in range(len(completions))]
+
+    with pytest.raises(ValueError, match="not finite.* and correct where a function returned None"):
+        advantages_of(Labels, tiny_model, tmp_path, some_unknown)

@@ -116,19 +116,21 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
             self.mask.update(groups)
         groups = replace(groups, kept=self.mask.kept(groups))
         advantages = self._compute_advantages(groups)
-        if advantages is not None:
+        if advantages is None:  # TRL's own
+            advantages = self.accelerator.gather(output["advantages"]).view(groups.valid.shape)
+        else:
             self._refuse_other_aggregations()
             self._check_shape(advantages, groups)
             self._check_judged(advantages, groups)
-        elif self.mask.active:  # it drops from TRL's own
-            advantages = self.accelerator.gather(output["advantages"]).view(groups.valid.shape)
-        if advantages is not None:
-            advantages = advantages.masked_fill(~groups.kept, 0.0) + self._unmasked_advantages(groups)
-            self._check_finite(advantages)
-            if self.model.training:
-                self._watch_for_idleness(advantages, groups)
-            self._replace_advantages(output, advantages.flatten())
-        output["advantages"] = self._token_advantages(output["advantages"], output)
+        advantages = advantages.masked_fill(~groups.kept, 0.0) + self._unmasked_advantages(groups)
+        self._check_finite(advantages)
+        if self.model.training:
+            self._watch_for_idleness(advantages, groups)
+        self._replace_advantages(output, advantages.flatten())
+        by_token = self._token_advantages(output["advantages"], output)
+        self._check_by_token(by_token, output)
+        dropped = (~groups.kept & (advantages == 0)).flatten()[self._local_slice(len(by_token))]
+        output["advantages"] = by_token.masked_fill(dropped.view(-1, *[1] * (by_token.dim() - 1)), 0.0)
         if self._correctness_index is None:
             return per_token_logps, scored
         arrays = {**self._group_arrays(groups), **self.mask.arrays(groups), **self._calibration_arrays(groups)}
@@ -137,8 +139,10 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
 
     def _watch_for_idleness(self, advantages: Tensor, groups: RolloutGroups) -> None:
         fractions = metrics.group_fractions(groups.correct.cpu().numpy(), valid=groups.valid.cpu().numpy())
-        learns = bool((advantages != 0).any())
-        line = self._idle_watch.update(learns, fractions["frac_all_correct"], fractions["frac_all_wrong"])
+        right_and_wrong = fractions["frac_all_correct"], fractions["frac_all_wrong"]
+        if self._correctness_index is None:
+            right_and_wrong = math.nan, math.nan
+        line = self._idle_watch.update(bool((advantages != 0).any()), *right_and_wrong)
         if line:
             self.accelerator.print(line)
 
@@ -175,9 +179,19 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
     def _check_finite(self, advantages: Tensor) -> None:
         if not advantages.isfinite().all():
             raise UserError(
-                f"{type(self).__name__}._compute_advantages returned an advantage that is not finite. mean_logps is "
-                "NaN where groups.valid is False and outside _rows_needing_logps, ref_mean_logps outside "
-                "_rows_needing_ref: give those completions advantage 0, or let the hooks name them."
+                f"{type(self).__name__} has an advantage that is not finite. In groups, mean_logps is NaN where valid "
+                "is False and outside _rows_needing_logps, ref_mean_logps outside _rows_needing_ref, and rewards, "
+                "rewards_per_func and correct where a function returned None: give those completions advantage 0 in "
+                "_compute_advantages and _unmasked_advantages, or let the hooks name them."
+            )
+
+    def _check_by_token(self, advantages: Tensor, output: Batch) -> None:
+        shapes = output["advantages"].shape, output["completion_mask"].shape
+        if advantages.shape not in shapes or not advantages.isfinite().all():
+            raise UserError(
+                f"{type(self).__name__}._token_advantages must return finite numbers, also at padding, of shape "
+                f"{tuple(shapes[0])} or {tuple(shapes[1])}, got {tuple(advantages.shape)}"
+                f"{'' if advantages.isfinite().all() else ' with values that are not finite'}."
             )
 
     def _replace_advantages(self, output: dict[str, Tensor], advantages: Tensor) -> None:

@@ -173,7 +173,7 @@ def test_a_resumed_run_answers_what_was_kept(tiny_model, tmp_path):
     whole = record(tiny_model, tmp_path, **options)
     whole.train()
     state = json.loads((tmp_path / "checkpoint-1" / "trl_capo_state.json").read_text())
-    assert state["replayed"] == whole.seen[0][1]
+    assert state["method"]["replayed"] == whole.seen[0][1]
     resumed = record(tiny_model, tmp_path, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert resumed.generated == whole.generated[1:]

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import math
 import textwrap
 
 import pytest
@@ -257,3 +258,41 @@ def test_labels_are_named_as_a_cause_of_advantages_that_are_not_finite(tiny_mode
 
     with pytest.raises(ValueError, match="not finite.* and correct where a function returned None"):
         advantages_of(Labels, tiny_model, tmp_path, some_unknown)
+
+
+# State ---------------------------------------------------------------------------------------------------------------
+
+
+class Remembers(GRPO):
+    saved: dict = {}
+
+    def _method_state(self):
+        return self.saved
+
+    def _load_method_state(self, state):
+        self.restored = state
+
+
+def remembering(saved, model, folder, **options):
+    trainer = make(Remembers, model, folder, save_strategy="steps", save_steps=1, **options)
+    trainer.saved = saved
+    return trainer
+
+
+def test_what_a_method_saves_is_restored_as_it_was(tiny_model, tmp_path):
+    names = ("manifest", "within_a_generation", "stream_pass", "ref_ppl_low", "ref_ppl_wrong", "method")
+    saved = {name: [name, 0.1, {"a": None}] for name in names}
+    remembering(saved, tiny_model, tmp_path, **KEEPS_ALL).train()
+    resumed = remembering(saved, tiny_model, tmp_path, max_steps=2, **KEEPS_ALL)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.restored == saved
+
+
+@pytest.mark.parametrize(
+    "value", [math.nan, [1.0, math.inf], (1, 2), {3: 4}, torch.ones(1), f"hf_{'a1B2c3D4' * 5}"], ids=repr
+)
+def test_state_that_a_file_would_change_is_refused(tiny_model, tmp_path, value):
+    trainer = remembering({"fine": 1, "bad": value}, tiny_model, tmp_path)
+    with pytest.raises(ValueError, match="Remembers._method_state: a file does not restore 'bad' as it is"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))

@@ -139,10 +139,11 @@ class CDETrainer(GroupAdvantageTrainer):
         return False
 
     def _setup_method(self) -> None:
-        if len(self.reward_funcs) > 1 and not self.args.signed_rewards:
+        if self.reward_weights.tolist() != [1.0] and not self.args.signed_rewards:
             raise UserError(
-                "CDE maps rewards of 0 and 1 to -1 and 1, and a sum of several is neither: keep one reward function, "
-                "or let right answers have sums above 0 and wrong ones below, and set signed_rewards=True."
+                "CDE maps rewards of 0 and 1 to -1 and 1, and a weighted one or a sum of several is neither: keep one "
+                "reward function, with weight 1, or let right answers have sums above 0 and wrong ones below, and set "
+                "signed_rewards=True."
             )
 
     def _compute_advantages(self, groups: RolloutGroups) -> Tensor:

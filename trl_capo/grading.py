@@ -15,6 +15,11 @@ from typing import Any, NamedTuple
 from trl_capo.workers import Failure
 
 
+def load_math_verify() -> None:
+    """Prepares a worker that grades: the import takes half a second."""
+    import math_verify  # noqa: F401
+
+
 class PairGrade(NamedTuple):
     """The result of grading.
 

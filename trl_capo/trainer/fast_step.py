@@ -38,7 +38,7 @@ class FastGRPOTrainer(ShortPassesGRPOTrainer):
     loss of its own (`_compute_loss` or `compute_loss`), unless that class also sets `_loss_allows_repacking = True`:
     rows without advantage have no gradient in it, and it does not matter which rows share a micro-batch.
 
-    Hooks: `_setup`, `_after_scoring`, `_logps_from_logits` with `_reads_logits`.
+    Hooks: `_after_scoring`, `_logps_from_logits` with `_reads_logits`.
     """
 
     args: FastGRPOConfig
@@ -50,7 +50,7 @@ class FastGRPOTrainer(ShortPassesGRPOTrainer):
 
     def __init__(self, model, reward_funcs=None, args=None, *positional, **kwargs):
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
-        self._setup()
+        self._finish_init()
         self._refuse_what_needs_fused_logits()
         self._repacking = self._choose_repacking()
 
@@ -75,10 +75,10 @@ class FastGRPOTrainer(ShortPassesGRPOTrainer):
             names = ", ".join(name for name, there in unfit.items() if there)
             raise UserError(f"{self._name} takes its loss from plain logits, which does not work with {names}.")
 
-    # Hooks -----------------------------------------------------------------------------------------------------------
+    def _finish_init(self) -> None:
+        """What the layers above add to the constructor; everything of TRL's trainer is there."""
 
-    def _setup(self) -> None:
-        """What a subclass adds to the constructor; everything of TRL's trainer is there."""
+    # Hooks -----------------------------------------------------------------------------------------------------------
 
     def _after_scoring(self, output: Batch) -> tuple[Tensor, Tensor]:
         """Change a generation that TRL has scored, in place.

@@ -33,9 +33,9 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
     """`GRPOTrainer` whose advantages may depend on whole groups. Takes the same arguments.
 
     Used as it is, it is GRPO with calibration metrics. Hooks for a method, all optional: `_compute_advantages`,
-    `_unmasked_advantages`, `_setup_method`, `needs_ref`, `_rows_needing_logps`, `_rows_needing_ref`,
-    `_sequence_statistics`, `_token_advantages`, `_choose_prompts`, `_logps_from_logits`,
-    `_calibration_arrays`, `_calibration_metrics`, `_method_state`, `_load_method_state`. The mask of
+    `_unmasked_advantages`, `_setup_method`, `needs_correct`, `needs_ref`, `_rows_needing_logps`, `_rows_needing_ref`,
+    `_sequence_statistics`, `_token_advantages`, `_choose_prompts`, `generations_per_batch`, `_logps_from_logits` with
+    `_reads_logits`, `_calibration_arrays`, `_calibration_metrics`, `_method_state`, `_load_method_state`. The mask of
     `args.ref_ppl_mask` is not among them: the trainer updates, applies, logs and saves it for every method.
 
     Raises:
@@ -53,8 +53,8 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
             cls._name = cls.__dict__.get("_name", cls.__name__.removesuffix("Trainer"))
             cls._paper = cls.__dict__.get("_paper", {})
 
-    def _setup(self) -> None:
-        super()._setup()
+    def _finish_init(self) -> None:
+        super()._finish_init()
         self._idle_watch = IdleWatch()
         if self._defines("_compute_advantages"):
             self._refuse_other_aggregations()

@@ -39,7 +39,7 @@ RewardFunctions = Callable | str | PreTrainedModel | list[Callable | str | PreTr
 class GroupScoringTrainer(FastGRPOTrainer):
     """`FastGRPOTrainer` that shows a generation as `RolloutGroups`, with a reference where one is read.
 
-    Hooks: `needs_ref`, `_rows_needing_logps`, `_rows_needing_ref`, `_sequence_statistics`.
+    Hooks: `needs_ref`, `needs_correct`, `_rows_needing_logps`, `_rows_needing_ref`, `_sequence_statistics`.
     """
 
     args: GroupAdvantageConfig
@@ -102,7 +102,7 @@ class GroupScoringTrainer(FastGRPOTrainer):
         finally:
             config.beta = beta
 
-    def _setup(self) -> None:
+    def _finish_init(self) -> None:
         self.beta = self.args.beta = self._beta_of_the_loss
         if self._given:
             check_prompts(self.model, self.args, {**self._given, "processing_class": self.processing_class})

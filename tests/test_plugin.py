@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+import trl_capo
 from trl_capo import RolloutGroups, cli
 from trl_capo.compare.plan import read_plan
 from trl_capo.errors import UserError
@@ -79,6 +80,15 @@ def test_its_advantages_are_those_of_its_formula(folder):
     trainer.args = trainer_class.config_class("unused", advantage_scale=2.0, use_cpu=True, bf16=False)
     expected = torch.tensor([[2.0, -1.0, -1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     torch.testing.assert_close(trainer._compute_advantages(groups), expected)
+
+
+def test_the_page_lists_the_hooks_of_the_trainer(page):
+    trainer = trl_capo.GroupAdvantageTrainer
+    listed = trainer.__doc__.split("all optional:")[1].split("The mask of")[0]
+    rows = "".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    hooks = re.findall(r"`(\w+)`", listed)
+    assert {*hooks} == {"_compute_advantages", *re.findall(r"`(\w+)`", rows)}
+    assert all(hasattr(trainer, hook) for hook in hooks)
 
 
 def write_mistakes(folder) -> None:

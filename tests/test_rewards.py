@@ -1,6 +1,8 @@
 """The pooled accuracy reward: TRL's results on anything, and nothing that a completion does stops the run."""
 
 import copy
+import functools
+import importlib
 import logging
 import math
 import os
@@ -139,6 +141,17 @@ def test_what_a_worker_raises_is_raised(reward, monkeypatch):
     with pytest.raises(TypeError, match="pickle"):
         reward(as_completions([""]), [threading.Lock()])
     assert graded(reward, PAIRS[:2])[0] == [1.0, 0.0]
+
+
+def test_a_failed_preparation_shows_what_failed_and_a_pool_loads_what_it_is_given():
+    fails = functools.partial(importlib.import_module, "nothing_there")
+    missing = workers.DeadlinePool(fails, num_workers=1, prepare=fails)
+    with pytest.raises(ModuleNotFoundError, match="nothing_there"):
+        missing.results([()])
+    missing.stop()
+    plain = workers.DeadlinePool(eval, num_workers=1)
+    assert plain.results([("'math_verify' in __import__('sys').modules",)]) == [False]
+    plain.stop()
 
 
 def test_a_pair_is_graded_once(reward, submitted):

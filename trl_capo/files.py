@@ -26,7 +26,12 @@ def write_json(path: Path, content: Any) -> None:
         path: The file to write. A run that is killed during the write keeps the old file.
         content: Dictionaries, lists, text and numbers.
     """
-    write_text(path, json.dumps(_clean(content), indent=1, allow_nan=False) + "\n")
+    write_text(path, json_text(content))
+
+
+def json_text(content: Any) -> str:
+    """What `write_json` writes."""
+    return json.dumps(_clean(content), indent=1, allow_nan=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:

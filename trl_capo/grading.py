@@ -15,6 +15,11 @@ from typing import Any, NamedTuple
 from trl_capo.workers import Failure
 
 
+def load_math_verify() -> None:
+    """Prepares a worker that grades: the import takes half a second."""
+    import math_verify  # noqa: F401
+
+
 class PairGrade(NamedTuple):
     """The result of grading.
 
@@ -54,11 +59,6 @@ def grade_pair(text: str, solution: str, normalize_operators: bool = False) -> P
         return PairGrade(float(equal(gold, answer)) if gold else None, gold, answer)
     except TimeoutException:
         return PairGrade(None, gold, answer, Failure.TIMEOUT)
-
-
-def load_math_verify() -> None:
-    """Imports math-verify, which takes half a second, before the deadline of a first item."""
-    import math_verify  # noqa: F401
 
 
 def parse_gold(solution: str) -> list[Any]:

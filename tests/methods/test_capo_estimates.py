@@ -71,7 +71,7 @@ def test_state_is_saved_beside_the_checkpoint(tiny_model, tmp_path):
     trainer._gap_scale.min_gaps = 8
     trainer.train()
     state = json.loads((tmp_path / "checkpoint-3" / "trl_capo_state.json").read_text())
-    assert state["tau"] == trainer.tau
+    assert state["method"]["tau"] == trainer.tau
     assert (state["ref_ppl_low"], state["ref_ppl_high"]) == trainer.mask.thresholds
     resumed = make_trainer(tiny_model, tmp_path, max_steps=5, save_steps=3, **options)
     resumed._gap_scale.min_gaps = 8

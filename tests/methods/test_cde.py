@@ -97,6 +97,18 @@ def test_a_sum_of_rewards_is_neither_0_and_1_nor_signed(tiny_model, tmp_path):
         config = CDEConfig(**config_kwargs(tmp_path, correctness_reward="parity_reward", **options))
         return CDETrainer(tiny_model, [parity_reward, length_reward], config, prompt_dataset())
 
-    with pytest.raises(ValueError, match="Keep one reward function, or make the sums positive for right answers"):
+    with pytest.raises(ValueError, match="Keep one reward function with weight 1, or make the sums positive"):
         make()
     make(signed_rewards=True)
+
+
+def test_a_weighted_reward_is_neither_0_and_1_nor_signed(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="a weighted reward .* Keep one reward function with weight 1"):
+        make_trainer(tiny_model, tmp_path, reward_weights=[2.0])
+    make_trainer(tiny_model, tmp_path, reward_weights=[1.0])
+    make_trainer(tiny_model, tmp_path, reward_weights=[2.0], signed_rewards=True)
+
+
+def test_signed_sums_need_no_label(tiny_model, tmp_path):
+    config = CDEConfig(**config_kwargs(tmp_path, signed_rewards=True))
+    CDETrainer(tiny_model, [parity_reward, length_reward], config, prompt_dataset())

@@ -154,6 +154,17 @@ def test_kept_prompts_refill_the_batch_in_the_released_order(tiny_model, tmp_pat
     assert found == [str(number) for number in chosen for _ in range(4)]
 
 
+def test_a_second_training_starts_with_a_first_generation(tiny_model, tmp_path):
+    trainer = record(tiny_model, tmp_path, max_steps=3)
+    trainer.train()
+    assert trainer._replayed is not None
+    trainer.seen, trainer.generated = [], []
+    trainer.train()
+    assert [kept is not None for _, kept in trainer.seen] == [True, False, True]
+    rows = [[[token for token in row if token] for row in rows] for rows in trainer.generated]
+    assert len({tuple(row) for row in rows[0]}) == len({*numbered(trainer.seen[0][0])}) == 4
+
+
 def test_a_stream_cannot_be_replayed(tiny_model, tmp_path):
     stream = prompt_dataset(16).to_iterable_dataset()
     with pytest.raises(ValueError, match="cannot read a streamed dataset twice"):
@@ -173,7 +184,7 @@ def test_a_resumed_run_answers_what_was_kept(tiny_model, tmp_path):
     whole = record(tiny_model, tmp_path, **options)
     whole.train()
     state = json.loads((tmp_path / "checkpoint-1" / "trl_capo_state.json").read_text())
-    assert state["replayed"] == whole.seen[0][1]
+    assert state["method"]["replayed"] == whole.seen[0][1]
     resumed = record(tiny_model, tmp_path, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert resumed.generated == whole.generated[1:]

@@ -231,7 +231,7 @@ def test_killed_and_resumed_run_ends_where_the_uninterrupted_one_does(tiny_model
         json.loads((folder / "checkpoint-30" / "trl_capo_state.json").read_text())
         for folder in (tmp_path / "whole", killed)
     ]
-    assert states[0] == states[1] and states[0]["tau"] > 0
+    assert states[0] == states[1] and states[0]["method"]["tau"] > 0
 
 
 def test_half_written_checkpoints_are_passed_over(tmp_path):

@@ -3,7 +3,8 @@
 import pytest
 
 from tests.helpers import config_kwargs, prompt_dataset
-from trl_capo import CAPOConfig, CAPOTrainer
+from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig
+from trl_capo.methods.grpo import GRPO
 from trl_capo.trainer.idle import IdleWatch
 
 
@@ -24,6 +25,25 @@ def test_capo_without_a_mixed_group(tiny_model, tmp_path, capsys, monkeypatch, r
 
     args = CAPOConfig(**config_kwargs(tmp_path, ref_ppl_mask=False, max_completion_length=2, max_steps=7))
     CAPOTrainer(tiny_model, constant, args, prompt_dataset()).train()
+    printed = capsys.readouterr().out
+    assert printed.count("Nothing was learnt in the last 3 generations") == 1 and told in printed
+
+
+@pytest.mark.parametrize(
+    ("num_rewards", "told"),
+    [(1, "all wrong for 100% of the prompts. Choose easier prompts"), (2, "was 0. Look at the means and deviations")],
+)
+def test_trls_own_advantages_with_and_without_a_label(tiny_model, tmp_path, capsys, monkeypatch, num_rewards, told):
+    monkeypatch.setattr("trl_capo.trainer.group_advantage.IdleWatch", lambda: IdleWatch(patience=3))
+
+    def constant(completions, **kwargs):
+        return [0.0] * len(completions)
+
+    def second(completions, **kwargs):
+        return [0.0] * len(completions)
+
+    args = GroupAdvantageConfig(**config_kwargs(tmp_path, max_completion_length=2, max_steps=4))
+    GRPO(tiny_model, [constant, second][:num_rewards], args, prompt_dataset()).train()
     printed = capsys.readouterr().out
     assert printed.count("Nothing was learnt in the last 3 generations") == 1 and told in printed
 

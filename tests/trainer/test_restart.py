@@ -93,7 +93,7 @@ def test_state_file_is_json(tiny_model, tmp_path):
     config = CAPOConfig(**config_kwargs(tmp_path, save_strategy="steps", save_steps=1))
     CAPOTrainer(tiny_model, parity_reward, config, prompt_dataset()).train()
     state = json.loads((tmp_path / "checkpoint-1" / "trl_capo_state.json").read_text())
-    assert state["tau"] == 0.6 and (state["ref_ppl_low"], state["ref_ppl_high"]) == (1.05, 2.5)
+    assert state["method"]["tau"] == 0.6 and (state["ref_ppl_low"], state["ref_ppl_high"]) == (1.05, 2.5)
 
 
 def test_a_finished_run_keeps_its_best_model(tiny_model, tmp_path):

@@ -53,7 +53,6 @@ class CAPOTrainer(GroupAdvantageTrainer):
     config_class = CAPOConfig
     _tag_names = ["trl", "trl-capo", "capo"]
     _name = "CAPO"
-    _replaces_advantages = True
     _paper = {
         "title": "Calibration-Aware Policy Optimization",
         "id": "2604.12632",
@@ -87,9 +86,6 @@ class CAPOTrainer(GroupAdvantageTrainer):
         highest = labels.masked_fill(~valid, -torch.inf).amax(dim=1, keepdim=True)
         lowest = labels.masked_fill(~valid, torch.inf).amin(dim=1, keepdim=True)
         return valid & (highest > lowest)  # graded labels may differ although no answer is wrong
-
-    def _rows_with_advantage(self, groups: RolloutGroups) -> Tensor:
-        return self._rows_needing_logps(groups)
 
     def _compute_advantages(self, groups: RolloutGroups) -> Tensor:
         args = self.args

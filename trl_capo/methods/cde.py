@@ -130,15 +130,18 @@ class CDETrainer(GroupAdvantageTrainer):
     config_class = CDEConfig
     _tag_names = ["trl", "trl-capo", "cde"]
     _name = "CDE"
-    _replaces_advantages = True
     _paper = {"title": "CDE: Curiosity-Driven Exploration for Efficient RL in LLMs", "id": "2509.09675"}
 
+    @classmethod
+    def needs_correct(cls, args: CDEConfig) -> bool:  # type: ignore[override]
+        return False
+
     def _setup_method(self) -> None:
-        if len(self.reward_funcs) > 1 and not self.args.signed_rewards:
+        if self.reward_weights.tolist() != [1.0] and not self.args.signed_rewards:
             raise UserError(
-                "CDE maps rewards of 0 and 1 to -1 and 1, which does not work for a sum of several rewards. Keep one "
-                "reward function, or make the sums positive for right answers and negative for wrong ones and set "
-                "signed_rewards=True."
+                "CDE maps rewards of 0 and 1 to -1 and 1, which does not work for a weighted reward or a sum of "
+                "several. Keep one reward function with weight 1, or make the sums positive for right answers and "
+                "negative for wrong ones and set signed_rewards=True."
             )
 
     def _compute_advantages(self, groups: RolloutGroups) -> Tensor:
@@ -153,6 +156,3 @@ class CDETrainer(GroupAdvantageTrainer):
         rewards = groups.rewards if args.signed_rewards else 2 * groups.rewards - 1
         rewards = curious_rewards(rewards, groups.mean_logps, omega, args.bonus_cap, args.bonus_scale)
         return reward_only_advantages(rewards, valid=groups.valid, scale_rewards=args.scale_rewards)
-
-    def _rows_with_advantage(self, groups: RolloutGroups) -> Tensor:
-        return groups.valid

@@ -126,14 +126,17 @@ class CoDaPOTrainer(GroupAdvantageTrainer):
     config_class = CoDaPOConfig
     _tag_names = ["trl", "trl-capo", "codapo"]
     _name = "CoDaPO"
-    _replaces_advantages = True
     _paper = {"title": "CoDaPO: Confidence and Difficulty-Adaptive Policy Optimization", "id": "2606.07950"}
+    _batch: tuple[dict, ...] | list[dict] = ()  # the prompts of the first generation
+    _replayed: list[int] | None = None  # which of them the second one answers, while that is to come
 
     def _setup_method(self) -> None:
         if self.args.replay and isinstance(self.train_dataset, IterableDataset):
             raise UserError("replay=True cannot read a streamed dataset twice: load the dataset, or set replay=False.")
-        self._batch: list[dict] = []  # the prompts of the first generation
-        self._replayed: list[int] | None = None  # which of them to answer in the second generation, if it is next
+
+    def train(self, *args, **kwargs):
+        self._batch, self._replayed = (), None  # an earlier training may have ended between the two
+        return super().train(*args, **kwargs)
 
     @staticmethod
     def generations_per_batch(args: CoDaPOConfig) -> int:  # type: ignore[override]

@@ -65,7 +65,8 @@ def check_run(
         check_data(reward_funcs, train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_enough_prompts(args, train_dataset, eval_dataset)
         check_one_each(len(functions), reward_processing_classes, args.reward_weights)
-        label, needed = getattr(args, "correctness_reward", None), method_class.needs_correct(args)
+        label = getattr(args, "correctness_reward", None)
+        needed = getattr(args, "ref_ppl_mask", False) or method_class.needs_correct(args)
         calibrated = find_correctness_reward(names, label, needed=needed) is not None
     for name in repeated_names(names):
         warnings.warn(

@@ -14,9 +14,9 @@ from torch import Tensor
 from trl_capo.errors import UserError
 from trl_capo.rewards import AccuracyReward
 from trl_capo.trainer.config import FastGRPOConfig
-from trl_capo.trainer.losses import known_losses
 from trl_capo.trainer.passes import ShortPassesGRPOTrainer, in_eval_mode
 from trl_capo.trainer.repack import (
+    LOSSES,
     Batch,
     Repacking,
     choose_rows,
@@ -34,11 +34,11 @@ from trl_capo.trainer.repack import (
 class FastGRPOTrainer(ShortPassesGRPOTrainer):
     """Stock GRPO, faster: takes the arguments of TRL's trainer and trains the same parameters.
 
-    TRL's `loss_type` decides which rows may be dropped or moved. A subclass with its own `_compute_loss` must set
-    `args.repack = False` in `_setup` if its loss depends on rows without advantage, or on which rows share a
-    micro-batch.
+    TRL's `loss_type` decides which rows may be dropped or moved. A subclass with a loss of its own (`_compute_loss` or
+    `compute_loss`) gets its batches unchanged, unless it sets `_loss_allows_repacking = True`: rows without advantage
+    have no gradient in its loss, and it does not matter which rows share a micro-batch.
 
-    Hooks: `_setup`, `_after_scoring`, `_logps_from_logits` with `_reads_logits`.
+    Hooks: `_after_scoring`, `_logps_from_logits` with `_reads_logits`.
     """
 
     args: FastGRPOConfig
@@ -50,14 +50,20 @@ class FastGRPOTrainer(ShortPassesGRPOTrainer):
 
     def __init__(self, model, reward_funcs=None, args=None, *positional, **kwargs):
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
-        self._setup()
+        self._finish_init()
         self._refuse_what_needs_fused_logits()
         self._repacking = self._choose_repacking()
 
     @classmethod
     def known_losses(cls) -> list[str]:
         """The values of `loss_type` that the trainer accepts; empty if unknown."""
-        return known_losses(cls)
+        return [] if cls._own_losses() else sorted(LOSSES)
+
+    @classmethod
+    def _own_losses(cls) -> list[type]:
+        """Classes with a loss that are neither TRL's nor ours."""
+        foreign = [k for k in cls.__mro__ if k.__module__.partition(".")[0] not in ("trl_capo", "trl", "transformers")]
+        return [kind for kind in foreign if {"_compute_loss", "compute_loss"} & vars(kind).keys()]
 
     def _refuse_what_needs_fused_logits(self) -> None:
         unfit = {
@@ -69,10 +75,10 @@ class FastGRPOTrainer(ShortPassesGRPOTrainer):
             names = ", ".join(name for name, used in unfit.items() if used)
             raise UserError(f"{self._name} computes its loss from plain logits, which does not work with {names}.")
 
-    # Hooks -----------------------------------------------------------------------------------------------------------
+    def _finish_init(self) -> None:
+        """What the layers above add to the constructor. TRL's trainer is already set up."""
 
-    def _setup(self) -> None:
-        """What a subclass adds to the constructor. TRL's trainer is already set up."""
+    # Hooks -----------------------------------------------------------------------------------------------------------
 
     def _after_scoring(self, output: Batch) -> tuple[Tensor, Tensor]:
         """Changes a generation that TRL has scored, in place.
@@ -181,7 +187,9 @@ class FastGRPOTrainer(ShortPassesGRPOTrainer):
         if not args.repack:
             return Repacking(trim=False, sort=False, prune=False)
         model = self.accelerator.unwrap_model(self.model)
+        unsure = [kind for kind in self._own_losses() if not vars(kind).get("_loss_allows_repacking")]
         repacking = what_is_exact(
+            own_loss=unsure[0].__name__ if unsure else None,
             loss_type=self.loss_type,
             beta=self.beta,
             top_entropy_quantile=self.top_entropy_quantile,

@@ -1,7 +1,6 @@
 """Finds weights that are not finite before they are saved, and stops at the step that would spoil them."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from accelerate.utils import gather_object
@@ -19,9 +18,21 @@ class FiniteGRPOTrainer(PublishingGRPOTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         # Called before each optimizer step, whether gradients are clipped or not.
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        step, scaler = self.state.global_step + 1, self.accelerator.scaler
-        check_gradient_norm(norm, step, self.args, scaler, self._last_checkpoint)
+        self._check_gradient_norm(norm)
         return norm
+
+    def _check_gradient_norm(self, norm: "torch.Tensor | float | None") -> None:
+        if norm is None or math.isfinite(float(norm)):
+            return
+        scaler = self.accelerator.scaler
+        # With float16, a step whose scaled gradient overflows is skipped and the scale halved. That is no fault until
+        # the scale is below 1.
+        if self.args.fp16 and (scaler is None or not scaler.is_enabled() or scaler.get_scale() >= 1):
+            return
+        raise UserError(
+            f"step {self.state.global_step + 1}: the gradient norm is {float(norm)}, so training stops before it "
+            f"spoils the weights. {self._advice()}"
+        )
 
     def _generate_and_score_completions(self, inputs):
         self._check_parameters()  # sampling from bad weights would crash with a vaguer error
@@ -32,74 +43,33 @@ class FiniteGRPOTrainer(PublishingGRPOTrainer):
                 raise
             raise UserError(
                 f"step {self.state.global_step}: the weights are finite, but the probabilities of the next token are "
-                f"not, so nothing can be sampled. {_advice(self.args)} {_where(self._last_checkpoint())}"
+                f"not, so nothing can be sampled. {self._advice()}"
             ) from error
 
     def _check_parameters(self, on_all_ranks: bool = True) -> None:
         weights = self.state.global_step, _state_of(self.model)
         bad = first_not_finite(self.model) if weights != self._found_finite else None
         self._found_finite = weights if bad is None else None
-        # Gather even if this rank has already checked these weights: another may not have.
-        gather = gather_object if on_all_ranks else None
-        check_parameters(bad, self.state.global_step, self.args, self._last_checkpoint, gather)
+        # Gathered also where this rank had read its weights before: another may not have.
+        found = [name for name in (gather_object([bad]) if on_all_ranks else [bad]) if name]
+        if found:
+            raise UserError(
+                f"step {self.state.global_step}: {found[0]} holds values that are not finite, so nothing is saved. "
+                f"{self._advice()}"
+            )
 
-    def _last_checkpoint(self) -> str | None:
-        # This reads whole checkpoints, so only one process does it; the other processes' messages omit it.
-        return last_complete_checkpoint(self.args.output_dir) if self.is_world_process_zero() else ""
+    def _advice(self) -> str:
+        clip = "" if self.args.max_grad_norm else " or set max_grad_norm above 0"
+        what = f"Lower learning_rate (now {self.args.learning_rate:g}){clip}, and check the reward functions."
+        if not self.is_world_process_zero():  # whole checkpoints are read for it, so only by one process
+            return f"{what} The main process names the last finite checkpoint."
+        last = last_complete_checkpoint(self.args.output_dir)
+        return f"{what} " + (f"The last finite checkpoint is {last}." if last else "There is no earlier checkpoint.")
 
 
 def _state_of(model: torch.nn.Module) -> int:
     """A number that changes when a parameter is replaced or changed in place."""
     return hash(tuple((id(parameter), parameter._version) for parameter in model.parameters()))
-
-
-def check_gradient_norm(norm, step: int, args, scaler, last: Callable[[], str | None]) -> None:
-    """Stops a training whose gradient is not finite, before the optimizer uses it.
-
-    With float16, a step whose scaled gradient overflows is skipped and the scale is halved. That is normal until the
-    scale falls below 1.
-
-    Args:
-        norm: Norm of the gradients over all ranks, a number or a tensor; None if unknown.
-        step: The optimizer step, counted from 1.
-        args: The training's configuration.
-        scaler: The gradient scaler, or None.
-        last: Returns the newest checkpoint, None if there is none, or "" if this process does not look.
-
-    Raises:
-        UserError: Names the step and what to change.
-    """
-    if norm is None or math.isfinite(norm.item() if isinstance(norm, torch.Tensor) else norm):
-        return
-    if args.fp16 and (scaler is None or not scaler.is_enabled() or scaler.get_scale() >= 1):
-        return
-    raise UserError(
-        f"step {step}: the gradient norm is {float(norm)}, so training stops before it spoils the weights. "
-        f"{_advice(args)} {_where(last())}"
-    )
-
-
-def check_parameters(
-    bad: str | None, step: int, args, last: Callable[[], str | None], gather: Callable | None = None
-) -> None:
-    """Refuses weights with NaN or infinity.
-
-    Args:
-        bad: The first such parameter on this rank, from `first_not_finite`.
-        step: Optimizer steps so far.
-        args: The training's configuration.
-        last: Returns the newest checkpoint, None if there is none, or "" if this process does not look.
-        gather: Concatenates the ranks' lists; None checks this rank alone.
-
-    Raises:
-        UserError: Names the first such parameter, the step and what to change.
-    """
-    found = [name for name in gather([bad]) if name] if gather else [bad] if bad else []
-    if found:
-        raise UserError(
-            f"step {step}: {found[0]} has values that are not finite, so nothing is saved. {_advice(args)} "
-            f"{_where(last())}"
-        )
 
 
 @torch.no_grad()
@@ -125,14 +95,3 @@ def first_not_finite(model: torch.nn.Module) -> str | None:
         return None
     finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()  # the only wait for the device
     return next((name for name, is_finite in zip(names, finite, strict=True) if not is_finite), None)
-
-
-def _advice(args) -> str:
-    clip = "" if args.max_grad_norm else " or set max_grad_norm above 0"
-    return f"Lower learning_rate (now {args.learning_rate:g}){clip}, and check the reward functions."
-
-
-def _where(last: str | None) -> str:
-    if last == "":
-        return "The main process names the last finite checkpoint."
-    return f"The last finite checkpoint is {last}." if last else "There is no earlier checkpoint."

@@ -11,6 +11,7 @@ rank keeps its slice. Groups may straddle ranks. Finally, the generation is cut 
 (`trl_capo.trainer.fast_step`).
 """
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -32,9 +33,9 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
     """`GRPOTrainer` whose advantages may depend on whole groups. Takes the same arguments.
 
     Used directly, it is GRPO with calibration metrics. Hooks for a method, all optional: `_compute_advantages`,
-    `_unmasked_advantages`, `_setup_method`, `needs_ref`, `_rows_needing_logps`, `_rows_needing_ref`,
-    `_rows_with_advantage`, `_sequence_statistics`, `_token_advantages`, `_choose_prompts`, `_logps_from_logits`,
-    `_calibration_arrays`, `_calibration_metrics`, `_method_state`, `_load_method_state`. The mask of
+    `_unmasked_advantages`, `_setup_method`, `needs_correct`, `needs_ref`, `_rows_needing_logps`, `_rows_needing_ref`,
+    `_sequence_statistics`, `_token_advantages`, `_choose_prompts`, `generations_per_batch`, `_logps_from_logits` with
+    `_reads_logits`, `_calibration_arrays`, `_calibration_metrics`, `_method_state`, `_load_method_state`. The mask of
     `args.ref_ppl_mask` is not a hook: the trainer updates, applies, logs and saves it for every method.
 
     Raises:
@@ -44,7 +45,6 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
 
     _tag_names = ["trl", "trl-capo", "grpo"]
     _logs: dict[str, Any]
-    _replaces_advantages = False  # whether `_compute_advantages` starts from the weighted sum of the rewards
 
     def __init_subclass__(cls, **kwargs):
         """A method is named after its class unless it sets `_name`, and cites no paper unless it sets `_paper`."""
@@ -53,10 +53,10 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
             cls._name = cls.__dict__.get("_name", cls.__name__.removesuffix("Trainer"))
             cls._paper = cls.__dict__.get("_paper", {})
 
-    def _setup(self) -> None:
-        super()._setup()
+    def _finish_init(self) -> None:
+        super()._finish_init()
         self._idle_watch = IdleWatch()
-        if self._replaces_advantages:
+        if self._defines("_compute_advantages"):
             self._refuse_other_aggregations()
         self._setup_method()
 
@@ -68,8 +68,13 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
             )
 
     @classmethod
+    def _defines(cls, hook: str) -> bool:
+        """Whether a method defines a hook of this class, in itself or in any parent."""
+        return any(hook in vars(kind) for kind in cls.__mro__ if kind is not GroupAdvantageTrainer)
+
+    @classmethod
     def needs_correct(cls, args: GroupAdvantageConfig) -> bool:
-        return cls._replaces_advantages or super().needs_correct(args)
+        return cls._defines("_compute_advantages") or cls._defines("_unmasked_advantages")
 
     # Hooks -----------------------------------------------------------------------------------------------------------
 
@@ -111,18 +116,21 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
             self.mask.update(groups)
         groups = replace(groups, kept=self.mask.kept(groups))
         advantages = self._compute_advantages(groups)
-        if advantages is not None:
+        if advantages is None:  # TRL's own
+            advantages = self.accelerator.gather(output["advantages"]).view(groups.valid.shape)
+        else:
             self._refuse_other_aggregations()
             self._check_shape(advantages, groups)
-        elif self.mask.active:  # the mask drops from TRL's own
-            advantages = self.accelerator.gather(output["advantages"]).view(groups.valid.shape)
-        if advantages is not None:
-            advantages = advantages.masked_fill(~groups.kept, 0.0) + self._unmasked_advantages(groups)
-            self._check_finite(advantages)
-            if self.model.training:
-                self._watch_for_idleness(advantages, groups)
-            self._replace_advantages(output, advantages.flatten())
-        output["advantages"] = self._token_advantages(output["advantages"], output)
+            self._check_judged(advantages, groups)
+        advantages = advantages.masked_fill(~groups.kept, 0.0) + self._unmasked_advantages(groups)
+        self._check_finite(advantages)
+        if self.model.training:
+            self._watch_for_idleness(advantages, groups)
+        self._replace_advantages(output, advantages.flatten())
+        by_token = self._token_advantages(output["advantages"], output)
+        self._check_by_token(by_token, output)
+        dropped = (~groups.kept & (advantages == 0)).flatten()[self._local_slice(len(by_token))]
+        output["advantages"] = by_token.masked_fill(dropped.view(-1, *[1] * (by_token.dim() - 1)), 0.0)
         if self._correctness_index is None:
             return per_token_logps, scored
         arrays = {**self._group_arrays(groups), **self.mask.arrays(groups), **self._calibration_arrays(groups)}
@@ -131,8 +139,10 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
 
     def _watch_for_idleness(self, advantages: Tensor, groups: RolloutGroups) -> None:
         fractions = metrics.group_fractions(groups.correct.cpu().numpy(), valid=groups.valid.cpu().numpy())
-        learns = bool((advantages != 0).any())
-        line = self._idle_watch.update(learns, fractions["frac_all_correct"], fractions["frac_all_wrong"])
+        right_and_wrong = fractions["frac_all_correct"], fractions["frac_all_wrong"]
+        if self._correctness_index is None:
+            right_and_wrong = math.nan, math.nan
+        line = self._idle_watch.update(bool((advantages != 0).any()), *right_and_wrong)
         if line:
             self.accelerator.print(line)
 
@@ -156,12 +166,32 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
                 f"{tuple(groups.rewards.shape)}, got {tuple(advantages.shape)}."
             )
 
+    def _check_judged(self, advantages: Tensor, groups: RolloutGroups) -> None:
+        if math.isnan(self.mask.thresholds[0]) or groups.ref_mean_logps is None:
+            return
+        judgeable = groups.valid & groups.correct.isfinite()
+        if (judgeable & groups.ref_mean_logps.isnan() & (advantages != 0)).any():
+            raise UserError(
+                f"{type(self).__name__}._compute_advantages gives an advantage to a completion that has no reference "
+                "perplexity for the mask: let _rows_needing_logps name all completions that may have an advantage."
+            )
+
     def _check_finite(self, advantages: Tensor) -> None:
         if not advantages.isfinite().all():
             raise UserError(
-                f"{type(self).__name__}._compute_advantages returned an advantage that is not finite. mean_logps is "
-                "NaN where groups.valid is False and outside _rows_needing_logps, ref_mean_logps outside "
-                "_rows_needing_ref. Give those completions advantage 0, or include them in these hooks."
+                f"{type(self).__name__} has an advantage that is not finite. In groups, mean_logps is NaN where valid "
+                "is False and outside _rows_needing_logps, ref_mean_logps outside _rows_needing_ref, and rewards, "
+                "rewards_per_func and correct where a function returned None: give those completions advantage 0 in "
+                "_compute_advantages and _unmasked_advantages, or let the hooks name them."
+            )
+
+    def _check_by_token(self, advantages: Tensor, output: Batch) -> None:
+        shapes = output["advantages"].shape, output["completion_mask"].shape
+        if advantages.shape not in shapes or not advantages.isfinite().all():
+            raise UserError(
+                f"{type(self).__name__}._token_advantages must return finite numbers, also at padding, of shape "
+                f"{tuple(shapes[0])} or {tuple(shapes[1])}, got {tuple(advantages.shape)}"
+                f"{'' if advantages.isfinite().all() else ' with values that are not finite'}."
             )
 
     def _replace_advantages(self, output: dict[str, Tensor], advantages: Tensor) -> None:

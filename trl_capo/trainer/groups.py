@@ -44,11 +44,12 @@ class RolloutGroups:
 
     @property
     def varied(self) -> Tensor:
-        """Groups whose scorable completions do not all have the same reward, shape (P, 1), boolean."""
-        scorable = self.rewards.isfinite()
-        highest = self.rewards.masked_fill(~scorable, -torch.inf).amax(dim=1, keepdim=True)
-        lowest = self.rewards.masked_fill(~scorable, torch.inf).amin(dim=1, keepdim=True)
-        return highest > lowest
+        """Groups whose scorable completions differ in their reward or in a function's, shape (P, 1), boolean."""
+        rewards = torch.cat([self.rewards.unsqueeze(2), self.rewards_per_func], dim=2)
+        scorable = rewards.isfinite()
+        highest = rewards.masked_fill(~scorable, -torch.inf).amax(dim=1)
+        lowest = rewards.masked_fill(~scorable, torch.inf).amin(dim=1)
+        return (highest > lowest).any(dim=1, keepdim=True)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Reports once that a run has nothing to learn from: all advantages have been 0 for many generations."""
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -22,7 +23,7 @@ class IdleWatch:
         Args:
             learns: Whether any of its advantages is not 0.
             all_correct: Share of its prompts with only right answers.
-            all_wrong: Share of its prompts with only wrong answers.
+            all_wrong: Share of its prompts with only wrong answers. Both are NaN without a label.
 
         Example:
             >>> watch = IdleWatch(patience=2)
@@ -36,13 +37,13 @@ class IdleWatch:
             return None
         self.has_spoken = True
         right, wrong = (sum(values) / len(values) for values in zip(*self.fractions, strict=True))
+        idle = f"⚠️ Nothing was learnt in the last {self.patience} generations: every advantage was 0."
+        if math.isnan(wrong):
+            return f"{idle} Check the means and deviations of the rewards; set correctness_reward to see more."
         if wrong >= max(right, 0.5):
             advice = "Choose easier prompts, or check that max_completion_length is long enough and answers are parsed"
         elif right >= 0.5:
             advice = "Choose harder prompts"
         else:
             advice = "Check capo/frac_mixed, capo/frac_masked_* and capo/frac_unscorable"
-        return (
-            f"⚠️ Nothing was learnt in the last {self.patience} generations: every advantage was 0. Answers were all "
-            f"right for {right:.0%} and all wrong for {wrong:.0%} of the prompts. {advice}."
-        )
+        return f"{idle} Answers were all right for {right:.0%} and all wrong for {wrong:.0%} of the prompts. {advice}."

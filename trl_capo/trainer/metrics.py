@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,9 +29,9 @@ class CalibrationLogging(Base):
     _num_eval_prompts: int | None = None
     _eval_prefix = "eval"
 
-    @property
+    @cached_property
     def _window(self) -> dict[str, dict[str, list[np.ndarray]]]:
-        return self.__dict__.setdefault("_windows", {"train": defaultdict(list), "eval": defaultdict(list)})
+        return {"train": defaultdict(list), "eval": defaultdict(list)}
 
     def _remember(self, arrays: dict[str, np.ndarray]) -> None:
         """Adds a generation to the window; each array starts with the prompt axis."""

@@ -31,6 +31,7 @@ Batch = dict[str, Tensor]  # tensors of B rows, or without dimensions; `repack` 
 # divides by its token count.
 SUMS_OVER_TOKENS = ("dapo", "cispo", "vespo")
 MEANS_OVER_ROWS = ("grpo", "sapo", "luspo", "dr_grpo")
+LOSSES = (*SUMS_OVER_TOKENS, *MEANS_OVER_ROWS, "bnpo")
 
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
 
@@ -54,6 +55,7 @@ def what_is_exact(
     aux_loss: bool,
     is_vlm: bool,
     padding_matters: bool,
+    own_loss: str | None = None,
 ) -> Repacking:
     """Everything that leaves the gradient of TRL's loss unchanged.
 
@@ -62,6 +64,8 @@ def what_is_exact(
         ...               is_vlm=False, padding_matters=False)
         Repacking(trim=True, sort=True, prune=False, reason='rows without advantage still carry the KL term')
     """
+    if own_loss is not None:
+        return Repacking(False, False, False, f"{own_loss} has a loss of its own (see _loss_allows_repacking)")
     if is_vlm:
         return Repacking(False, False, False, "a vision-language batch does not have one row of images per completion")
     if padding_matters:

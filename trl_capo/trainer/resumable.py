@@ -38,7 +38,7 @@ from trl_capo.trainer.resume import (
     what_differs,
 )
 from trl_capo.trainer.resume_options import changed_options, hyperparameters, recorded_options, restore_hyperparameters
-from trl_capo.trainer.state_values import read_state, truth, whole_number
+from trl_capo.trainer.state_values import check_state, read_state, truth, whole_number
 
 
 REFERENCE_DIR = "reference"
@@ -62,17 +62,21 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
         return 1
 
     def _method_state(self) -> dict:
-        """State besides the model that must survive a restart, as JSON. Must be equal on every rank."""
+        """State besides the model that must survive a restart: JSON, finite, no secrets, equal on every rank."""
         return {}
 
     def _load_method_state(self, state: dict) -> None:
         """Restores what `_method_state` returned when the checkpoint was written."""
 
     def _all_state(self) -> dict:
-        return self._method_state()
+        state = check_state(self._method_state(), type(self).__name__)
+        return {"method": state} if state else {}
 
     def _load_all_state(self, state: dict) -> None:
-        self._load_method_state(state)
+        method = state.get("method", state)  # beside the others in checkpoints of earlier versions
+        if not isinstance(method, dict):
+            raise UserError(f"method must be a JSON object, got {type(method).__name__}")
+        self._load_method_state(method)
 
     # Training --------------------------------------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ RewardFunctions = Callable | str | PreTrainedModel | list[Callable | str | PreTr
 class GroupScoringTrainer(FastGRPOTrainer):
     """`FastGRPOTrainer` that presents a generation as `RolloutGroups`, with a reference if one is needed.
 
-    Hooks: `needs_ref`, `_rows_needing_logps`, `_rows_needing_ref`, `_rows_with_advantage`, `_sequence_statistics`.
+    Hooks: `needs_ref`, `needs_correct`, `_rows_needing_logps`, `_rows_needing_ref`, `_sequence_statistics`.
     """
 
     args: GroupAdvantageConfig
@@ -102,13 +102,15 @@ class GroupScoringTrainer(FastGRPOTrainer):
         finally:
             config.beta = beta
 
-    def _setup(self) -> None:
+    def _finish_init(self) -> None:
         self.beta = self.args.beta = self._beta_of_the_loss
         if self._given:
             check_prompts(self.model, self.args, {**self._given, "processing_class": self.processing_class})
         self._given = {}
         self._correctness_index = find_correctness_reward(
-            self.reward_func_names, self.args.correctness_reward, needed=self.needs_correct(self.args)
+            self.reward_func_names,
+            self.args.correctness_reward,
+            needed=self.args.ref_ppl_mask or self.needs_correct(self.args),
         )
         if self._correctness_index is None:
             self.accelerator.print(
@@ -127,8 +129,11 @@ class GroupScoringTrainer(FastGRPOTrainer):
 
     @classmethod
     def needs_correct(cls, args: GroupAdvantageConfig) -> bool:
-        """Whether `groups.correct` is read. If not, the method can train without a label, as TRL does."""
-        return args.ref_ppl_mask
+        """Whether the method itself reads `groups.correct`. If not, it can train without a label, as TRL does.
+
+        The default is true where advantages are computed from groups.
+        """
+        return False
 
     def _rows_needing_logps(self, groups: RolloutGroups) -> Tensor:
         """Completions whose log-probs the advantages can depend on, shape (P, G), boolean, the same on every rank.
@@ -140,10 +145,6 @@ class GroupScoringTrainer(FastGRPOTrainer):
     def _rows_needing_ref(self, groups: RolloutGroups) -> Tensor:
         """Completions whose reference log-probs the method reads, shape (P, G), the same on every rank."""
         return groups.mixed & groups.valid
-
-    def _rows_with_advantage(self, groups: RolloutGroups) -> Tensor:
-        """Completions that may have an advantage, which the mask could drop, shape (P, G), the same on every rank."""
-        return groups.valid & groups.varied
 
     def _sequence_statistics(self, per_token_logps: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Extra numbers per completion, each of shape (B,), from log-probs and mask (B, T). Stored in `extras`."""
@@ -202,7 +203,8 @@ class GroupScoringTrainer(FastGRPOTrainer):
         rows = self._rows_needing_ref(groups) if self.needs_ref(self.args) else torch.zeros_like(groups.valid)
         if self.mask.active:
             learns = self.mask.estimating and self.model.training
-            rows = rows | (groups.valid if learns else self._rows_with_advantage(groups))
+            may_have_advantage = groups.varied | self._rows_needing_logps(groups)
+            rows = rows | (groups.valid if learns else groups.valid & may_have_advantage)
         return rows
 
     def _with_scores(

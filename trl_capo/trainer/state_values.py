@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_capo.errors import UserError
+from trl_capo.files import json_text
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
@@ -20,6 +21,25 @@ def read_state(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error}. Resume from another checkpoint.") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} must hold a JSON object, got {type(state).__name__}. Resume from another checkpoint.")
+    return state
+
+
+def check_state(state: dict[str, Any], method: str) -> dict[str, Any]:
+    """The state of a method, if a file restores each of its values as it is.
+
+    Raises:
+        UserError: A value is not finite or no JSON, or its text looks like a secret, which a file holds as stars.
+    """
+    for key, value in state.items():
+        try:
+            restored = json.loads(json_text({key: value}))
+        except (TypeError, ValueError):
+            restored = None
+        if restored != {key: value}:
+            raise UserError(
+                f"{method}._method_state: a file does not restore {key!r} as it is. Use None, finite numbers, text "
+                "without secrets, lists, and dictionaries with text as keys."
+            )
     return state
 
 

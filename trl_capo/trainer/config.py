@@ -18,7 +18,7 @@ from trl_capo.redact import is_secret_name, redact
 
 @dataclass
 class FastGRPOConfig(FilledConfig):
-    """Configuration of `FastGRPOTrainer`: TRL's `GRPOConfig` with the same defaults, and one more option.
+    """Configuration of `FastGRPOTrainer`: TRL's `GRPOConfig` with the same defaults, and two more options.
 
     Parameters:
         repack (`bool`, *optional*, defaults to `True`):
@@ -26,6 +26,10 @@ class FastGRPOConfig(FilledConfig):
             gradient as it is (see `trl_capo.trainer.repack`); otherwise one line says what is not done and why. Passes
             without gradient then take up to twice `per_device_train_batch_size` rows. With `torch_compile`, set
             `pad_to_multiple_of` too, so that there are few widths.
+        generation (`str`, *optional*, defaults to `"trl"`):
+            What decodes where TRL generates with transformers: `"trl"`, the whole batch until the last completion
+            ends, or `"compact"`, which reads a prompt once for all its completions and drops finished ones from the
+            batch. The distribution is the same, the random numbers are not (see `trl_capo.trainer.generation`).
     """
 
     repack: bool = field(
@@ -35,8 +39,17 @@ class FastGRPOConfig(FilledConfig):
             "leaves the gradient as it is."
         },
     )
+    generation: str = field(
+        default="trl",
+        metadata={
+            "help": "What decodes without vLLM: 'trl', the whole batch until the last completion ends, or 'compact', "
+            "which reads a prompt once for all its completions and drops finished ones. Same distribution.",
+            "choices": ["trl", "compact"],
+        },
+    )
 
     def __post_init__(self):
+        _check_choice("generation", self.generation, ("trl", "compact"))
         check_numbers(vars(self))
         set_by_user = self.generation_batch_size, self.steps_per_generation
         if self.greater_is_better is None:
@@ -155,13 +168,8 @@ class GroupAdvantageConfig(FastGRPOConfig):
     )
 
     def __post_init__(self):
-        for name, choices in (
-            ("ref_model_dtype", (None, "bfloat16", "float16", "float32")),
-            ("mean_logps_from", ("policy", "sampler")),
-        ):
-            if getattr(self, name) not in choices:
-                allowed = ", ".join(map(str, choices))
-                raise UserError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        _check_choice("ref_model_dtype", self.ref_model_dtype, (None, "bfloat16", "float16", "float32"))
+        _check_choice("mean_logps_from", self.mean_logps_from, ("policy", "sampler"))
         for name in ("ref_ppl_low", "ref_ppl_high"):
             threshold = getattr(self, name)
             if not (threshold >= 1 and math.isfinite(threshold)):
@@ -205,6 +213,11 @@ class GroupAdvantageConfig(FastGRPOConfig):
                 UserWarning,
                 stacklevel=4,
             )
+
+
+def _check_choice(name: str, value: object, choices: tuple) -> None:
+    if value not in choices:
+        raise UserError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}.")
 
 
 def without_secrets(args: TrainingArguments) -> TrainingArguments:

@@ -69,7 +69,8 @@ def one_host(tiny_model, tmp_path_factory, repository) -> list[dict]:
     """What the ranks of one launcher with two processes saw, by job of `worker.py`; DDP."""
     folder = tmp_path_factory.mktemp("one-host")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += worker(repository, tiny_model, folder, "two_ranks", "fast_step_ddp", "layouts_ddp", "manifest")
+    jobs = ("two_ranks", "fast_step_ddp", "layouts_ddp", "compact_ddp", "manifest")
+    command += worker(repository, tiny_model, folder, *jobs)
     launch([command], environment_of(repository))
     return what_ranks_saw(folder)
 
@@ -79,7 +80,7 @@ def two_hosts(tiny_model, tmp_path_factory, repository) -> list[dict]:
     """What the ranks of two launchers with one process each saw; DDP, then FSDP2. Each has a folder of its own."""
     folder = tmp_path_factory.mktemp("two-hosts")
     port = free_port()
-    jobs = ("layouts_ddp", "resume", "layouts_fsdp2", "fast_step_fsdp2")
+    jobs = ("layouts_ddp", "resume", "layouts_fsdp2", "fast_step_fsdp2", "compact_fsdp2")
     commands = [
         host_command(repository, rank, "127.0.0.1", port) + worker(repository, tiny_model, folder, *jobs)
         for rank in range(2)

@@ -14,7 +14,7 @@ import sys
 import accelerate.state
 from accelerate.utils import DistributedType
 
-from tests.distributed import fast_step, layouts, two_ranks
+from tests.distributed import compact, fast_step, layouts, two_ranks
 
 
 JOBS = {
@@ -23,6 +23,8 @@ JOBS = {
     "fast_step_fsdp2": lambda model, folder: fast_step.run_all(fast_step.FSDP2, model, folder),
     "layouts_ddp": lambda model, folder: layouts.run_all(layouts.TRAININGS, model, folder),
     "layouts_fsdp2": lambda model, folder: layouts.run_all(layouts.FSDP2, model, folder),
+    "compact_ddp": compact.run,
+    "compact_fsdp2": compact.run,
     "manifest": layouts.manifest,
     "resume": layouts.resume,
 }

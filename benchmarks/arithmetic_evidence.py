@@ -1,4 +1,4 @@
-"""Tables and figures of `docs/evidence.md` from the runs of `arithmetic_study.py`; nothing is trained here.
+"""Make the tables and figures of `docs/evidence.md` from the runs of `arithmetic_study.py`, without training.
 
     python benchmarks/arithmetic_evidence.py
     python benchmarks/arithmetic_evidence.py --report slips    # runs/slips.html, a page on one seed
@@ -6,8 +6,8 @@
 Writes `docs/figures/evidence_*.png`, `benchmarks/results/arithmetic_study/tables.json`, and the tables between the
 `<!-- table: name -->` marks of `docs/evidence.md`. Every interval is the 95% crossed bootstrap over seeds and prompts
 of `trl_capo.calibration.bootstrap`. It is paired: two methods are compared on the seeds that both have, with the same
-prompts and the same random numbers. Without a split, a number is the plain mean of the splits. What is one number a
-seed (entropy, pooled AUC) varies over seeds only.
+prompts and the same random numbers. A number without a split is the plain mean over the splits. Numbers that exist
+once per seed (entropy, pooled AUC) vary over seeds only.
 """
 
 import argparse
@@ -47,9 +47,9 @@ from trl_capo.evaluation.samples import SampleSet
 
 
 ROOT = Path(__file__).parent.parent
-COMPARISON = RESULTS.parent / "compare"  # what `trl-capo compare recipes/arithmetic/compare.yaml` wrote
-LOOKS = (range(20, 25), range(25, 30))  # its seeds: those that were planned, and those that were added
-MAPPED = ("slips_flat", "clean")  # with few seeds: only in the table of regimes
+COMPARISON = RESULTS.parent / "compare"  # written by `trl-capo compare recipes/arithmetic/compare.yaml`
+LOOKS = (range(20, 25), range(25, 30))  # its seeds: the planned ones and the added ones
+MAPPED = ("slips_flat", "clean")  # worlds with few seeds, only in the table of regimes
 NAMES = {
     "base": "base",
     "grpo": "GRPO",
@@ -70,9 +70,9 @@ NAMES = {
     "capo_graded": "CAPO, graded rewards",
 }
 COLORS = {"base": "#7f7f7f", "grpo": "#d55e00", "capo": "#0072b2", "capo_no_mask": "#56b4e9", "grpo_mask": "#e69f00"}
-COUNTS = (1, 2, 4, 8, 16)  # answers that are voted over
-PRECISIONS = (0.8, 0.9)  # asked of the questions that are answered at all
-VOTE_TAU = 0.15  # CAPO's in the world of slips: its loss takes s / tau for the log-odds of being right
+COUNTS = (1, 2, 4, 8, 16)  # numbers of answers in a vote
+PRECISIONS = (0.8, 0.9)  # required among the answered questions
+VOTE_TAU = 0.15  # CAPO's tau in the world of slips; its loss treats s / tau as the log-odds of being right
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class Runs:
     """The runs of one method in one world, by training seed.
 
     Attributes:
-        numbers: What each seed's JSON says.
-        arrays: What each seed's NPZ holds.
+        numbers: Content of each seed's JSON file.
+        arrays: Content of each seed's NPZ file.
     """
 
     numbers: dict[int, dict]
@@ -93,7 +93,7 @@ class Runs:
 
     @property
     def temperatures(self) -> list[tuple[float, int | str]]:
-        """Temperatures of the samples at the end, from the coldest, and the key of each."""
+        """Temperatures of the samples at the end, coldest first, each with its key."""
         keys = [key for key in next(iter(self.numbers.values()))["checkpoints"] if key.startswith("T")]
         return sorted([(1.0, self.steps[-1]), *((float(key[1:]), key) for key in keys)])
 
@@ -101,7 +101,7 @@ class Runs:
         return Runs({s: self.numbers[s] for s in seeds}, {s: self.arrays[s] for s in seeds})
 
     def by_prompt(self, name: str, step: int | str, splits=tuple(TEST_SPLITS)) -> np.ndarray:
-        """An array of every seed, splits one after the other: `right`, `auc` (S, P); `correct`, ... (S, P, .)."""
+        """An array with every seed and the splits concatenated: `right`, `auc` (S, P); `correct`, ... (S, P, .)."""
         return np.stack(
             [np.concatenate([a[f"{step}/{split}/{name}"] for split in splits]) for a in self.arrays.values()]
         )
@@ -111,11 +111,11 @@ class Runs:
         return self.by_prompt("right", step, (split,)) / NUM_SAMPLES
 
     def auc(self, step: int | str, split: str) -> np.ndarray:
-        """AUC inside each prompt, (S, P), NaN where it is undefined."""
+        """AUC within each prompt, (S, P); NaN where it is undefined."""
         return self.by_prompt("auc", step, (split,))
 
     def summary(self, name: str, step: int | str, split: str) -> np.ndarray:
-        """A number of the evaluation of each seed, (S, 1)."""
+        """A number from each seed's evaluation, (S, 1)."""
         return np.array([[numbers["checkpoints"][str(step)][split][name]] for numbers in self.numbers.values()])
 
     def samples(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -124,12 +124,12 @@ class Runs:
         return correct, self.by_prompt("mean_logps", self.steps[-1]), self.by_prompt("answers", self.steps[-1])
 
     def logged(self, name: str) -> float:
-        """A number logged in the last window of training, averaged over seeds; NaN if it is not logged."""
+        """A number from the last logging window of training, averaged over seeds; NaN if it was not logged."""
         return nanmean([n["training"][-1].get(name, np.nan) for n in self.numbers.values() if n["training"]])
 
 
 def load(world: str) -> dict[str, Runs]:
-    """The finished runs of a world, by method in the order of `NAMES`."""
+    """Load the finished runs of a world, by method in the order of `NAMES`."""
     runs = {}
     for method in NAMES:
         folder = result_path(world, method, 0, False).parent
@@ -145,27 +145,27 @@ def _seed(path: Path) -> int:
 
 
 def both(runs: Runs, baseline: Runs) -> tuple[Runs, Runs]:
-    """Two methods, with the seeds that both have."""
+    """Restrict two methods to the seeds that both have."""
     seeds = [seed for seed in runs.numbers if seed in baseline.numbers]
     return runs.only(seeds), baseline.only(seeds)
 
 
 def over_splits(numbers: Callable[[str], np.ndarray], splits=tuple(TEST_SPLITS)) -> tuple[np.ndarray, np.ndarray]:
-    """Means over seeds and prompts, averaged over splits, and their replicates.
+    """Means over seeds and prompts, averaged over splits, and their bootstrap replicates.
 
     Args:
-        numbers: What is measured on a split, shape (..., S, P).
-        splits: Which splits.
+        numbers: Returns the measurements on a split, shape (..., S, P).
+        splits: The splits.
 
     Returns:
-        Shapes (...) and (B, ...). The splits of a replicate have the same draw of seeds.
+        Means, shape (...), and replicates, shape (B, ...). All splits of a replicate use the same draw of seeds.
     """
     measured = np.mean([mean_over_seeds_and_prompts(numbers(split)) for split in splits], axis=0)
     return measured, np.mean([bootstrap_means(numbers(split)) for split in splits], axis=0)
 
 
 def value(numbers: Callable[[str], np.ndarray], splits=tuple(TEST_SPLITS)) -> float:
-    """The mean alone."""
+    """The mean over seeds and prompts, averaged over splits, without replicates."""
     return float(np.mean([mean_over_seeds_and_prompts(numbers(split)) for split in splits]))
 
 
@@ -177,18 +177,18 @@ def difference(
 
 
 def against(runs: Runs, baseline: Runs, splits=tuple(TEST_SPLITS)) -> dict[str, Estimate]:
-    """A method minus another at the end of training.
+    """One method minus another at the end of training.
 
-    `auc_within` compares the means over the prompts that are mixed for the one and for the other. Training changes
-    which these are, so `auc_common` compares them on the prompts that are mixed for both.
+    `auc_within` compares means over the prompts that are mixed for each method. Training changes which prompts are
+    mixed, so `auc_common` compares both methods on the prompts that are mixed for both.
     """
     runs, baseline = both(runs, baseline)
     step, step_b = runs.steps[-1], baseline.steps[-1]
 
-    def where_both(of: Runs, at: int) -> Callable[[str], np.ndarray]:
+    def where_both(method_runs: Runs, at: int) -> Callable[[str], np.ndarray]:
         def auc(split: str) -> np.ndarray:
             undefined = np.isnan(runs.auc(step, split)) | np.isnan(baseline.auc(step_b, split))
-            return np.where(undefined, np.nan, of.auc(at, split))
+            return np.where(undefined, np.nan, method_runs.auc(at, split))
 
         return auc
 
@@ -209,9 +209,9 @@ def against(runs: Runs, baseline: Runs, splits=tuple(TEST_SPLITS)) -> dict[str, 
 def at_matched_accuracy(
     runs: Runs, baseline: Runs, base: Runs, splits=tuple(TEST_SPLITS)
 ) -> dict[str, float | Estimate]:
-    """AUC on both learning curves at one accuracy, the lower of the two that are reached at the end.
+    """AUC on both learning curves at the same accuracy: the lower of their two final accuracies.
 
-    The curve of a method starts at the base and goes through its checkpoints, over the prompts that all of them share.
+    A method's curve starts at the base and goes through its checkpoints, on the prompts that all of them share.
     """
     seeds = [seed for seed in base.numbers if seed in runs.numbers and seed in baseline.numbers]
     curves = [
@@ -221,8 +221,8 @@ def at_matched_accuracy(
     def points(split: str) -> np.ndarray:
         return np.array(
             [
-                [[of.accuracy(at, split)[:, :CURVE_PROMPTS] for of, at in curve] for curve in curves],
-                [[of.auc(at, split)[:, :CURVE_PROMPTS] for of, at in curve] for curve in curves],
+                [[model.accuracy(at, split)[:, :CURVE_PROMPTS] for model, at in curve] for curve in curves],
+                [[model.auc(at, split)[:, :CURVE_PROMPTS] for model, at in curve] for curve in curves],
             ]
         )  # accuracy and AUC, (2, methods, checkpoints, S, P)
 
@@ -239,19 +239,21 @@ def at_matched_accuracy(
 
 
 def at_matched_temperature(runs: Runs, baseline: Runs, splits=tuple(TEST_SPLITS)) -> Estimate:
-    """AUC of a method sampled as hot or cold as makes it as accurate as the baseline at temperature 1, minus its AUC.
+    """AUC of a method at the temperature where it is as accurate as the baseline at 1, minus the baseline's AUC.
 
-    A hotter sampler makes more errors, and improbable ones, which are easily told from right answers: entropy buys AUC
-    with accuracy. This compares two models at one price. NaN if more than 5% of the replicates leave the temperatures
-    that were sampled.
+    A hotter sampler makes more errors, and improbable ones, which are easy to tell from right answers: entropy buys
+    AUC with accuracy. This compares two models at the same accuracy. NaN if more than 5% of the replicates leave the
+    sampled temperatures.
     """
     runs, baseline = both(runs, baseline)
-    ends = [(runs, key) for _, key in reversed(runs.temperatures)]  # ever colder, ever more accurate
+    ends = [(runs, key) for _, key in reversed(runs.temperatures)]  # hottest and least accurate first
     ends.append((baseline, baseline.steps[-1]))
 
     def points(split: str) -> np.ndarray:
-        accuracy = [of.accuracy(at, split)[:, :CURVE_PROMPTS] for of, at in ends]
-        return np.array([accuracy, [of.auc(at, split)[:, :CURVE_PROMPTS] for of, at in ends]])  # (2, K + 1, S, P)
+        accuracy = [model.accuracy(at, split)[:, :CURVE_PROMPTS] for model, at in ends]
+        return np.array(
+            [accuracy, [model.auc(at, split)[:, :CURVE_PROMPTS] for model, at in ends]]
+        )  # (2, K + 1, S, P)
 
     def gap(accuracy: np.ndarray, auc: np.ndarray) -> float:
         if not accuracy[0] <= accuracy[-1] <= accuracy[-2]:
@@ -266,7 +268,7 @@ def at_matched_temperature(runs: Runs, baseline: Runs, splits=tuple(TEST_SPLITS)
 
 
 def auc_at(level: float, accuracy: np.ndarray, auc: np.ndarray) -> float:
-    """AUC where a curve first reaches an accuracy, interpolated between its points, (K,) each; else at its end."""
+    """AUC where a curve of points, (K,) each, first reaches an accuracy, interpolated; otherwise at its end."""
     if accuracy.max() < level:
         return float(auc[-1])
     after = int(np.argmax(accuracy >= level))
@@ -287,7 +289,7 @@ SELECTORS = {
 
 
 def selected(runs: Runs) -> dict[str, dict[int, np.ndarray]]:
-    """Accuracy of each selector for each number of samples, on disjoint sets of them, by seed and prompt (S, P)."""
+    """Accuracy of each selector for each number of samples, over disjoint sets of them, by seed and prompt (S, P)."""
     correct, logps, answers = runs.samples()
     result = {name: {count: np.zeros(correct.shape[:2]) for count in COUNTS} for name in SELECTORS}
     for at in tqdm(list(np.ndindex(correct.shape[:2])), desc="Voting", unit="prompt"):
@@ -306,7 +308,7 @@ def is_right(choice: Selection, votes: list, correct: np.ndarray) -> int:
 
 
 def questions(runs: Runs) -> tuple[np.ndarray, np.ndarray]:
-    """Whether the answer that Perplexity Consistency chooses of 16 is right, and its confidence, (S, P) each."""
+    """Whether the answer that Perplexity Consistency chooses from 16 is right, and its confidence, (S, P) each."""
     correct, logps, answers = runs.samples()
     right, confidence = np.zeros(correct.shape[:2]), np.zeros(correct.shape[:2])
     for at in np.ndindex(right.shape):
@@ -317,10 +319,10 @@ def questions(runs: Runs) -> tuple[np.ndarray, np.ndarray]:
 
 
 def precision_differences(tables: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, dict[str, Estimate]]:
-    """Precision of the surest half and of the surest 80%, of each method and CAPO minus GRPO, by coverage.
+    """Precision of the most confident 50% and 80%, for each method and for CAPO minus GRPO, by coverage.
 
     Args:
-        tables: Correctness and confidence of each method, shape (S, P) or (S, P, N): N rows a prompt.
+        tables: Correctness and confidence of each method, shape (S, P), or (S, P, N) with N rows per prompt.
     """
     coverages = (0.5, 0.8)
     sorted_tables = {}
@@ -331,7 +333,11 @@ def precision_differences(tables: dict[str, tuple[np.ndarray, np.ndarray]]) -> d
 
     def statistic(seeds: np.ndarray, prompts: np.ndarray) -> list[list[float]]:
         return [
-            np.average([surest(right, prompts[of], coverages) for right, of in by_seed], axis=0, weights=seeds)
+            np.average(
+                [precision_of_top(right, prompts[prompt_of_row], coverages) for right, prompt_of_row in by_seed],
+                axis=0,
+                weights=seeds,
+            )
             for by_seed in sorted_tables.values()
         ]
 
@@ -348,8 +354,8 @@ def precision_differences(tables: dict[str, tuple[np.ndarray, np.ndarray]]) -> d
     return result
 
 
-def surest(right: np.ndarray, counts: np.ndarray, coverages: tuple[float, ...]) -> list[float]:
-    """Precision of the surest shares of rows that are sorted by confidence and count several times, (M,) each."""
+def precision_of_top(right: np.ndarray, counts: np.ndarray, coverages: tuple[float, ...]) -> list[float]:
+    """Precision of the most confident shares of rows, which are sorted by confidence and have counts, (M,) each."""
     covered, hits = np.cumsum(counts), np.cumsum(counts * right)
     ends = [np.searchsorted(covered, coverage * covered[-1]) for coverage in coverages]
     return [hits[end] / covered[end] for end in ends]
@@ -358,18 +364,18 @@ def surest(right: np.ndarray, counts: np.ndarray, coverages: tuple[float, ...]) 
 def abstention(
     tables: dict[str, tuple[np.ndarray, np.ndarray]], precisions: tuple[float, ...]
 ) -> dict[float, dict[str, tuple[Estimate, Estimate]]]:
-    """Answer only above a threshold that promised a precision on other questions: is it kept, how much is answered?
+    """Answer only above a threshold chosen on other questions: is its precision kept, and at what coverage?
 
-    The threshold is the lowest confidence at which the surest questions of the odd prompts are right that often; it is
-    applied to the even ones, and the other way round. With no such threshold nothing is answered.
+    The threshold is the lowest confidence at which the most confident questions of the odd prompts have the precision.
+    It is applied to the even prompts, and the other way round. Without such a threshold, nothing is answered.
 
     Args:
         tables: Correctness and confidence of each method, shape (S, P).
-        precisions: What is asked for.
+        precisions: The required precisions.
 
     Returns:
-        By precision and method: the precision of what was answered, and the share of questions that was. A seed that
-        answers nothing has no precision, and the estimate leaves it out.
+        By precision and method: the precision of the answered questions, and their share. A seed that answers nothing
+        has no precision, and the estimate leaves it out.
     """
     result = {}
     for asked in precisions:
@@ -393,7 +399,7 @@ def abstention(
 
 
 def threshold(right: np.ndarray, confidence: np.ndarray, precision: float) -> float:
-    """The lowest confidence from which on so many are right; infinity if there is none. Shapes (P,)."""
+    """The lowest confidence at or above which the precision is reached, or infinity. Shapes (P,)."""
     order = np.argsort(-confidence, kind="stable")
     precise = np.cumsum(right[order]) / np.arange(1, len(right) + 1) >= precision
     last_of_ties = np.append(confidence[order][1:] < confidence[order][:-1], True)
@@ -414,18 +420,18 @@ def main_table(runs: dict[str, Runs]) -> str:
     rows = []
     for split in TEST_SPLITS:
         for method in [m for m in MAIN if m in runs]:
-            of, step = runs[method], runs[method].steps[-1]
+            method_runs, step = runs[method], runs[method].steps[-1]
             cells = [
-                value(lambda s, of=of, step=step: of.accuracy(step, s), (split,)),
-                value(lambda s, of=of, step=step: of.auc(step, s), (split,)),
+                value(lambda s, method_runs=method_runs, step=step: method_runs.accuracy(step, s), (split,)),
+                value(lambda s, method_runs=method_runs, step=step: method_runs.auc(step, s), (split,)),
                 *(
-                    of.summary(name, step, split).mean()
+                    method_runs.summary(name, step, split).mean()
                     for name in ("auc_pooled", "perplexity_consistency", "entropy")
                 ),
             ]
             gaps = ["", ""]
             if method not in ("base", "grpo"):
-                gap = against(of, runs["grpo"], (split,))
+                gap = against(method_runs, runs["grpo"], (split,))
                 gaps = [signed(gap["auc_within"]), signed(gap["accuracy"])]
             name = f"{NAMES[method]} (`{method}`)"
             rows.append([split if method == "base" else "", name, *(f"{cell:.3f}" for cell in cells), *gaps])
@@ -434,7 +440,7 @@ def main_table(runs: dict[str, Runs]) -> str:
 
 
 def looks_table(num_resamples: int = 20_000) -> str:
-    """AUC within of each rival minus CAPO's, of the planned and of the added seeds alone; p by Holm."""
+    """AUC within of each rival minus CAPO's, for the planned and the added seeds separately, with Holm's p-values."""
     runs = np.load(COMPARISON / "comparison.npz")
     rivals = [
         m for m in dict.fromkeys(name.split("/")[0].rsplit("-", 1)[0] for name in runs) if m not in ("base", "capo")
@@ -457,15 +463,15 @@ def looks_table(num_resamples: int = 20_000) -> str:
 
 
 def pairs_table(runs: dict[str, Runs], pairs: list[tuple[str, str]]) -> str:
-    """One method minus another at the end, all splits."""
+    """One method minus another at the end of training, over all splits."""
     rows = []
     for method, baseline in pairs:
         if method not in runs or baseline not in runs:
             continue
-        of = runs[method]
-        gap = against(of, runs[baseline])
-        masked = [of.logged(f"capo/frac_masked_{kind}") for kind in ("correct", "wrong")]
-        tau = of.logged("capo/tau")
+        method_runs = runs[method]
+        gap = against(method_runs, runs[baseline])
+        masked = [method_runs.logged(f"capo/frac_masked_{kind}") for kind in ("correct", "wrong")]
+        tau = method_runs.logged("capo/tau")
         rows.append(
             [
                 f"{NAMES[method]} (`{method}`)",
@@ -473,7 +479,7 @@ def pairs_table(runs: dict[str, Runs], pairs: list[tuple[str, str]]) -> str:
                 "" if np.isnan(tau) or "grpo" in method else f"{tau:.2f}",
                 "" if np.isnan(masked).any() else f"{masked[0]:.1%} / {masked[1]:.1%}",
                 *(signed(gap[name]) for name in ("auc_within", "auc_common", "accuracy", "auc_pooled", "entropy")),
-                len(both(of, runs[baseline])[0].numbers),
+                len(both(method_runs, runs[baseline])[0].numbers),
             ]
         )
     header = ["method", "minus", "tau", "masked right / wrong", "AUC within", "on prompts mixed for both", "accuracy"]
@@ -481,19 +487,19 @@ def pairs_table(runs: dict[str, Runs], pairs: list[tuple[str, str]]) -> str:
 
 
 def fall_table(runs: dict[str, Runs]) -> str:
-    """AUC within of each checkpoint minus that of the base, over the prompts of the curve: does training harm it?"""
+    """AUC within of each checkpoint minus the base's, on the prompts of the curves: does training harm it?"""
     rows = []
     for method in [m for m in MAIN if m in runs and m != "base"]:
-        of, base = both(runs[method], runs["base"])
-        for step in of.steps:
+        method_runs, base = both(runs[method], runs["base"])
+        for step in method_runs.steps:
             gaps = [
                 difference(
-                    lambda s, of=of, step=step, name=name: getattr(of, name)(step, s)[:, :CURVE_PROMPTS],
+                    lambda s, m=method_runs, step=step, name=name: getattr(m, name)(step, s)[:, :CURVE_PROMPTS],
                     lambda s, base=base, name=name: getattr(base, name)(0, s)[:, :CURVE_PROMPTS],
                 )
                 for name in ("auc", "accuracy")
             ]
-            rows.append([NAMES[method] if step == of.steps[0] else "", step, *map(signed, gaps)])
+            rows.append([NAMES[method] if step == method_runs.steps[0] else "", step, *map(signed, gaps)])
     return table(["method", "step", "AUC within minus base", "accuracy minus base"], rows)
 
 
@@ -512,17 +518,17 @@ def temperature_table(runs: dict[str, Runs]) -> str:
     for method, other in (("base", "grpo"), ("grpo", "capo"), ("capo", "grpo"), ("capo_no_mask", "grpo")):
         if method not in runs:
             continue
-        of = runs[method]
-        for temperature, key in of.temperatures:
+        method_runs = runs[method]
+        for temperature, key in method_runs.temperatures:
             cells = [
-                value(lambda s, of=of, key=key: of.accuracy(key, s)[:, :CURVE_PROMPTS]),
-                value(lambda s, of=of, key=key: of.auc(key, s)[:, :CURVE_PROMPTS]),
+                value(lambda s, method_runs=method_runs, key=key: method_runs.accuracy(key, s)[:, :CURVE_PROMPTS]),
+                value(lambda s, method_runs=method_runs, key=key: method_runs.auc(key, s)[:, :CURVE_PROMPTS]),
             ]
             gap = ""
             if temperature == 1:
-                lead = at_matched_temperature(of, runs[other])
+                lead = at_matched_temperature(method_runs, runs[other])
                 gap = f"{'not reached' if np.isnan(lead.value) else signed(lead)} ({NAMES[other]})"
-            name = NAMES[method] if key == of.temperatures[0][1] else ""
+            name = NAMES[method] if key == method_runs.temperatures[0][1] else ""
             rows.append([name, temperature, *(f"{cell:.3f}" for cell in cells), gap])
     header = ["model", "temperature", "accuracy", "AUC within"]
     return table([*header, "AUC within, at the temperature where it is as accurate as the other at 1"], rows)
@@ -542,9 +548,9 @@ def selection_table(votes: dict[str, dict]) -> str:
 def precision_table(samples: dict[str, dict], chosen: dict[str, dict]) -> str:
     rows = []
     for name, tables in (("single samples, by s", samples), ("questions, PC@16 answers", chosen)):
-        for coverage, of in tables.items():
-            cells = [str(of[method]) for method in ("base", "grpo", "capo")]
-            rows.append([name if coverage == "50%" else "", coverage, *cells, signed(of["capo - grpo"])])
+        for coverage, estimates in tables.items():
+            cells = [str(estimates[method]) for method in ("base", "grpo", "capo")]
+            rows.append([name if coverage == "50%" else "", coverage, *cells, signed(estimates["capo - grpo"])])
     return table(["what is answered", "surest", "base", "GRPO", "CAPO", "CAPO minus GRPO"], rows)
 
 
@@ -566,33 +572,35 @@ def tuned(world: str) -> dict[str, dict[int, list[float]]]:
         }
         names = ("accuracy", "auc_within", "auc_pooled", "entropy")
         found[setting] = {
-            seed: [nanmean([of[name] for of in at.values()]) for name in names] for seed, at in last.items()
+            seed: [nanmean([numbers[name] for numbers in at.values()]) for name in names] for seed, at in last.items()
         }
     return found
 
 
 def chosen_settings(world: str) -> tuple[str, str]:
-    """GRPO's and CAPO's settings of the study, among those that were run with every tuning seed.
+    """GRPO's and CAPO's settings in the study, chosen from those that were run with every tuning seed.
 
-    GRPO's is the most accurate. CAPO's has the highest AUC within of those at most two points less accurate.
+    GRPO's is the most accurate. CAPO's has the highest AUC within among those at most two points less accurate.
     """
     by_seed = tuned(world)
     seeds = max(map(len, by_seed.values()))
-    means = {setting: np.mean(list(of.values()), axis=0) for setting, of in by_seed.items() if len(of) == seeds}
+    means = {
+        setting: np.mean(list(found.values()), axis=0) for setting, found in by_seed.items() if len(found) == seeds
+    }
     grpo = max((setting for setting in means if setting.startswith("grpo")), key=lambda setting: means[setting][0])
     capo = [s for s in means if s.startswith("capo") and means[s][0] >= means[grpo][0] - 0.02]
     return grpo, max(capo, key=lambda setting: means[setting][1])
 
 
 def chosen_alike(world: str) -> dict[str, str]:
-    """The setting of each method for the comparison: CAPO's rule for all, from the first tuning seed alone.
+    """Each method's setting for the comparison: CAPO's rule for all methods, on the first tuning seed alone.
 
-    Methods whose settings were not all run have none yet. If all are more than two points less accurate than GRPO, it
-    is the most accurate.
+    A method has no setting until all its settings were run. If all of them are more than two points less accurate than
+    GRPO, the most accurate one is chosen.
     """
     by_seed = tuned(world)
-    first = min(seed for of in by_seed.values() for seed in of)
-    found = {setting: of[first] for setting, of in by_seed.items() if first in of}
+    first = min(seed for runs in by_seed.values() for seed in runs)
+    found = {setting: runs[first] for setting, runs in by_seed.items() if first in runs}
     floor = max(numbers[0] for setting, numbers in found.items() if setting.startswith("grpo")) - 0.02
     chosen = {}
     for method in dict.fromkeys(setting.split()[0] for setting in TUNING[world]):
@@ -608,18 +616,18 @@ def chosen_alike(world: str) -> dict[str, str]:
 
 
 def tuning_table(world: str) -> str:
-    """All settings; bold: chosen for the study or for the comparison."""
+    """All settings; those chosen for the study or the comparison are bold."""
     chosen = [*chosen_settings(world), *chosen_alike(world).values()]
     rows = [
         [f"**{setting}**" if setting in chosen else setting, seed, *(f"{number:.3f}" for number in numbers)]
-        for setting, of in tuned(world).items()
-        for seed, numbers in of.items()
+        for setting, runs in tuned(world).items()
+        for seed, numbers in runs.items()
     ]
     return table(["setting", "seed", "accuracy", "AUC within", "AUC pooled", "entropy"], rows)
 
 
 def regime_table(worlds: dict[str, dict[str, Runs]]) -> str:
-    """Each world in a row: what GRPO does to the base's AUC, and what CAPO adds."""
+    """One row per world: how GRPO changes the base's AUC, and what CAPO adds."""
     rows = []
     for world, runs in worlds.items():
         base, grpo, capo = runs["base"], runs["grpo"], runs["capo"]
@@ -652,7 +660,7 @@ def regime_table(worlds: dict[str, dict[str, Runs]]) -> str:
 
 
 def median_gap(base: Runs) -> float:
-    """Median distance in mean log-prob between a right and a wrong answer of the base to one prompt."""
+    """Median gap in mean log-prob between a right and a wrong answer of the base to the same prompt."""
     correct, logps, _ = base.samples()
     pairs = [
         np.abs(np.subtract.outer(logps[at][correct[at] == 1], logps[at][correct[at] == 0])).ravel()
@@ -662,14 +670,14 @@ def median_gap(base: Runs) -> float:
 
 
 def draw_curves(worlds: dict[str, dict[str, Runs]], path: Path) -> None:
-    """Accuracy and AUC along training, mean and range of the seeds, and the one against the other."""
+    """Draw accuracy and AUC during training, with mean and range over seeds, and AUC against accuracy."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(len(worlds), 3, figsize=(13, 3.6 * len(worlds)), layout="constrained", squeeze=False)
     for (world, runs), row in zip(worlds.items(), axes, strict=True):
         for method in [m for m in MAIN if m in runs and m != "base"]:
-            of, base = both(runs[method], runs["base"])
-            points = [(base, 0), *((of, step) for step in of.steps)]
+            method_runs, base = both(runs[method], runs["base"])
+            points = [(base, 0), *((method_runs, step) for step in method_runs.steps)]
             steps = [step for _, step in points]
             accuracy, auc = (
                 np.mean(
@@ -699,17 +707,17 @@ def draw_curves(worlds: dict[str, dict[str, Runs]], path: Path) -> None:
 
 
 def draw_uses(runs: dict[str, Runs], votes: dict, chosen: dict, path: Path) -> None:
-    """What the confidence buys: votes against N, precision-coverage of samples and of questions."""
+    """Draw the uses of confidence: votes against N, and precision against coverage of samples and questions."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained", squeeze=False)
-    for method, of in runs.items():
+    for method, method_runs in runs.items():
         style = dict(color=COLORS[method], linewidth=2)
         for name, line in (("Perplexity Consistency", "-"), ("majority vote", ":"), ("surest answer", "--")):
             label = f"{NAMES[method]}, {name}" if method == "capo" else NAMES[method] if line == "-" else None
             accuracy = [mean_over_seeds_and_prompts(votes[method][name][count]) for count in COUNTS]
             axes[0, 0].plot(COUNTS, accuracy, linestyle=line, label=label, **style)
-        for axis, (right, confidence) in ((axes[0, 1], of.samples()[:2]), (axes[0, 2], chosen[method])):
+        for axis, (right, confidence) in ((axes[0, 1], method_runs.samples()[:2]), (axes[0, 2], chosen[method])):
             curves = [precision_coverage(r, c) for r, c in zip(right, confidence, strict=True)]
             coverage = curves[0][0]
             points = np.unique(np.linspace(len(coverage) // 50, len(coverage) - 1, 300).astype(int))
@@ -746,7 +754,7 @@ PAIRS = [
 
 
 def world_tables(world: str, runs: dict[str, Runs], figures: Path) -> dict[str, str]:
-    """Everything about one world."""
+    """All tables of one world; also draws its figure."""
     tables = {
         "pairs": pairs_table(runs, PAIRS),
         "main": main_table(runs),
@@ -758,9 +766,9 @@ def world_tables(world: str, runs: dict[str, Runs], figures: Path) -> dict[str, 
         tables["tuning"] = tuning_table(world)
     seeds = [seed for seed in runs["base"].numbers if seed in runs["grpo"].numbers and seed in runs["capo"].numbers]
     users = {method: runs[method].only(seeds) for method in ("base", "grpo", "capo")}
-    votes = {method: selected(of) for method, of in users.items()}
-    chosen = {method: questions(of) for method, of in users.items()}
-    samples = {method: of.samples()[:2] for method, of in users.items()}
+    votes = {method: selected(method_runs) for method, method_runs in users.items()}
+    chosen = {method: questions(method_runs) for method, method_runs in users.items()}
+    samples = {method: method_runs.samples()[:2] for method, method_runs in users.items()}
     tables["selection"] = selection_table(votes)
     tables["precision"] = precision_table(precision_differences(samples), precision_differences(chosen))
     tables["abstention"] = abstention_table(abstention(chosen, PRECISIONS))
@@ -768,18 +776,18 @@ def world_tables(world: str, runs: dict[str, Runs], figures: Path) -> dict[str, 
     return tables
 
 
-def sample_sets(of: Runs, seed: int) -> list[SampleSet]:
-    """The samples at the end of a run, without their texts, which the study does not keep."""
+def sample_sets(runs: Runs, seed: int) -> list[SampleSet]:
+    """The final samples of a run, without their texts, which the study does not keep."""
     import pyarrow as pa
 
     sets = []
     for split in TEST_SPLITS:
-        arrays = {name: of.arrays[seed][f"{of.steps[-1]}/{split}/{name}"] for name in ("mean_logps", "answers")}
+        arrays = {name: runs.arrays[seed][f"{runs.steps[-1]}/{split}/{name}"] for name in ("mean_logps", "answers")}
         prompt_ids, samples = np.indices(arrays["answers"].shape).reshape(2, -1)
         columns = dict(
             prompt_id=prompt_ids,
             sample=samples,
-            correct=np.unpackbits(of.arrays[seed][f"{of.steps[-1]}/{split}/correct"]).astype(float),
+            correct=np.unpackbits(runs.arrays[seed][f"{runs.steps[-1]}/{split}/correct"]).astype(float),
             mean_logp=arrays["mean_logps"].ravel().astype(float),
             answer=[None if answer < 0 else str(answer) for answer in arrays["answers"].ravel()],
         )
@@ -788,12 +796,16 @@ def sample_sets(of: Runs, seed: int) -> list[SampleSet]:
 
 
 def write_page(world: str, seed: int = 0) -> None:
-    """Base, GRPO and CAPO of one seed on the page that `trl-capo report` makes."""
+    """Write a `trl-capo report` page with base, GRPO and CAPO of one seed."""
     from trl_capo.report.page import write_report
 
-    runs = {NAMES[name]: of for name, of in load(world).items() if name in ("base", "grpo", "capo")}
-    histories = {name: of.numbers[seed]["training"] for name, of in runs.items() if of.numbers[seed]["training"]}
-    sets = {name: sample_sets(of, seed) for name, of in runs.items()}
+    runs = {NAMES[name]: method_runs for name, method_runs in load(world).items() if name in ("base", "grpo", "capo")}
+    histories = {
+        name: method_runs.numbers[seed]["training"]
+        for name, method_runs in runs.items()
+        if method_runs.numbers[seed]["training"]
+    }
+    sets = {name: sample_sets(method_runs, seed) for name, method_runs in runs.items()}
     print(write_report(sets, ROOT / "runs" / f"{world}.html", histories=histories))
 
 
@@ -810,12 +822,12 @@ def main() -> None:
     worlds = {world: runs for world in WORLDS if {"base", "grpo", "capo"} <= set(runs := load(world))}
     if not worlds:
         raise SystemExit(
-            "no world has runs of base, grpo and capo yet. Make them first, e.g.: "
+            "no world has runs of base, grpo and capo yet. Make them first, for example: "
             "python benchmarks/arithmetic_study.py --world slips --methods base grpo capo"
         )
     tables, shown = {}, {world: runs for world, runs in worlds.items() if world not in MAPPED}
     for world, runs in shown.items():
-        print(f"{world}:", {method: len(of.numbers) for method, of in runs.items()})
+        print(f"{world}:", {method: len(method_runs.numbers) for method, method_runs in runs.items()})
         tables |= {f"{world} {name}": content for name, content in world_tables(world, runs, figures).items()}
     tables["regimes"] = regime_table(worlds)
     tables["rivals"] = (COMPARISON / "comparison.md").read_text().strip()
@@ -826,7 +838,7 @@ def main() -> None:
 
 
 def write_tables(document: Path, tables: dict[str, str]) -> None:
-    """Puts each table that the document asks for between its marks."""
+    """Put each table between the document's marks for it."""
     text = document.read_text()
     for name in re.findall(r"<!-- table: (.*) -->", text):
         between = re.compile(f"({re.escape(f'<!-- table: {name} -->')}\n).*?(<!-- end -->)", re.DOTALL)

@@ -1,12 +1,12 @@
-"""Does CAPO do what it says? Every method of the study, on the arithmetic world, with several seeds.
+"""Does CAPO do what it claims? Runs every method of the study on the arithmetic world, with several seeds.
 
     python benchmarks/arithmetic_study.py --world slips --methods grpo capo --seeds 0 1 2 3 4
     python benchmarks/arithmetic_study.py --world slips --tune        # the runs from which the settings were chosen
 
 A run trains one method from one base with one seed and, at regular checkpoints, samples held-out prompts 16 times.
 Each finished run leaves `<world>/<method>-<seed>.json` (numbers) and `.npz` (outcomes of every prompt) in
-`benchmarks/results/arithmetic_study/` and is not repeated: stopped, the same command goes on. Several machines share
-the work with `--shard 0/2` and `--shard 1/2`. No run is started that would end after `--minutes`.
+`benchmarks/results/arithmetic_study/` and is not repeated. Rerun the same command to resume. To share the work between
+machines, use `--shard 0/2` and `--shard 1/2`. No run starts if it would end after `--minutes`.
 
 `python benchmarks/arithmetic_evidence.py` makes the tables and figures of `docs/evidence.md` from these files.
 """
@@ -30,29 +30,29 @@ from tqdm import tqdm
 
 
 RESULTS = Path(__file__).parent / "results" / "arithmetic_study"
-LONGEST_RUN = 400  # seconds; until a longer one was seen
+LONGEST_RUN = 400  # seconds that a run is assumed to take, until a longer one is recorded
 NUM_SAMPLES = 16
-# Of the samples, besides 1, at the end of training; log-probs are always those at 1. The base is only cooled: training
-# does that to it too.
+# Sampling temperatures, besides 1, at the end of training; log-probs are always those at 1. The base is only sampled
+# colder, because training makes it colder too.
 TEMPERATURES = (0.7, 1.3)
 BASE_TEMPERATURES = (0.3, 0.5, 0.7)
-TEST_SPLITS = {"test_2": 500, "test_3": 500, "test_4": 500}  # prompts of each
-CURVE_PROMPTS = 250  # the first of these, for checkpoints before the last and for other temperatures
+TEST_SPLITS = {"test_2": 500, "test_3": 500, "test_4": 500}  # prompts per split
+CURVE_PROMPTS = 250  # the first prompts per split, used for earlier checkpoints and for other temperatures
 TUNING_SPLITS = {"validation_2": 300, "validation_3": 300, "validation_4": 300}
 
 
 @dataclass(frozen=True)
 class World:
-    """Where a run starts, how long it goes, and the settings that were chosen for it.
+    """Where a run starts, how long it takes, and the settings that were chosen for it.
 
     Attributes:
-        base: Which base model, a key of `base_path`.
-        sharpness: Factor on its logits; 1 leaves it as it is.
-        learning_rate: Of every method.
-        tau: CAPO's, in nats.
-        steps: Optimizer steps.
-        checkpoints: Steps between evaluations of the methods in `MAIN`; the others are evaluated at the end.
-        schedule: Of the learning rate.
+        base: The base model, a key of `base_path`.
+        sharpness: Factor on the base's logits; 1 leaves them unchanged.
+        learning_rate: Learning rate of every method.
+        tau: CAPO's tau, in nats.
+        steps: Number of optimizer steps.
+        checkpoints: Steps between evaluations of the methods in `MAIN`; the others are evaluated only at the end.
+        schedule: Learning rate schedule.
     """
 
     base: str = "slips"
@@ -67,16 +67,16 @@ class World:
 WORLDS = {
     "slips": World(),
     "flat": World("flat", tau=0.4),
-    # As in the paper the rate stays constant; and longer: does entropy run away?
+    # A constant learning rate, as in the paper, and a longer run: does entropy explode?
     "slips_constant": World(learning_rate=1e-4, schedule="constant", steps=200, checkpoints=40),
-    # Only to map where CAPO pays: the first base as flat as the second, the second as sharp as it was before.
+    # Only to map where CAPO helps: the first base as flat as the second, the second as sharp as before flattening.
     "slips_flat": World("slips", 0.5, tau=0.4),
     "clean": World("flat", 2.0),
 }
 
 MASK = dict(ref_ppl_mask=True, ref_ppl_quantiles=[0.05, 0.95])
-# The paper calls its thresholds 1.05 and 2.5 quartiles. The log-normal distribution of log-perplexity through them has
-# 1.25 and 2.1, the paper's second pair, at the quantiles .51 and .72.
+# The paper calls its thresholds 1.05 and 2.5 quartiles. In the log-normal distribution of log-perplexity through them,
+# 1.25 and 2.1, the paper's second pair, are the quantiles .51 and .72.
 PAPER_MASK = dict(ref_ppl_mask=True, ref_ppl_quantiles=[0.25, 0.75])
 PAPER_MASK_2 = dict(ref_ppl_mask=True, ref_ppl_quantiles=[0.51, 0.72])
 NO_MASK = dict(ref_ppl_mask=False)
@@ -85,7 +85,7 @@ CAPO = dict(pair_normalization="group")
 
 
 def methods(world: str) -> dict[str, tuple[str, dict]]:
-    """The methods of the study: which of `trl-capo train`, and what it changes in the options that all share."""
+    """The methods of the study: each one's method in `trl-capo train`, and its changes to the shared options."""
     tau = WORLDS[world].tau
     capo = CAPO | MASK | dict(tau=tau)
     return {
@@ -110,10 +110,10 @@ def methods(world: str) -> dict[str, tuple[str, dict]]:
 
 MAIN = ("base", "grpo", "capo", "capo_no_mask", "grpo_mask")  # whole learning curves, and single samples at the end
 
-# GSPO's four mini-batches a generation: as many generations, four times the steps.
+# GSPO has four mini-batches per generation: the same number of generations, four times the steps.
 GSPO = STD | dict(per_device_train_batch_size=64, max_steps=480)
 
-# What was tried before the study, on the validation split, with other seeds; of the rivals before the comparison.
+# Settings tried on the validation split with other seeds: before the study or, for the rivals, before the comparison.
 TUNING = {
     "slips": {
         "grpo": ("grpo", NO_STD),
@@ -161,26 +161,28 @@ TUNING = {
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--world", choices=WORLDS, required=True, help="which base")
-    parser.add_argument("--tune", action="store_true", help="the grid on the validation split instead of the study")
-    parser.add_argument("--methods", nargs="+", help="which methods (default: all)")
+    parser.add_argument("--world", choices=WORLDS, required=True, help="base and settings")
+    parser.add_argument(
+        "--tune", action="store_true", help="run the grid on the validation split instead of the study"
+    )
+    parser.add_argument("--methods", nargs="+", help="methods to run (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", help="training seeds (default: 0 to 4; to tune, 10 and 11)")
     parser.add_argument("--shard", default="0/1", help="i/n: the i-th of n equal parts (default: all)")
     parser.add_argument("--minutes", type=float, default=90, help="start no run that would end later (default: 90)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="parallel runs (default: one per core)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core a run: this model is too small for more to help
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core per run, because this model is too small to use more
     if args.tune and args.world not in TUNING:
-        raise SystemExit(f"nothing was tuned in the world {args.world!r}; its settings are those of another.")
+        raise SystemExit(f"--tune: world {args.world!r} has no tuning grid; its settings come from another world.")
     names = args.methods or list(TUNING[args.world] if args.tune else ["base", *methods(args.world)])
     seeds = args.seeds or ([10, 11] if args.tune else range(5))
     part, parts = map(int, args.shard.split("/"))
-    # By seeds: stopped early, all methods have equally many, and what is compared ran on the same machine.
+    # Share by seed: if stopped early, all methods have equally many runs, and compared runs used the same machine.
     seeds = [seed for index, seed in enumerate(seeds) if index % parts == part]
     wanted = [(args.world, method, seed, args.tune) for seed in seeds for method in names]
     jobs = [job for job in wanted if not is_done(*job)]
@@ -200,26 +202,26 @@ def main(argv: list[str] | None = None) -> None:
 def result_path(world: str, method: str, seed: int, tune: bool) -> Path:
     if tune:
         world += "_tuning"
-    elif method == "base":  # that of another world, if it is the same
+    elif method == "base":  # worlds with the same base share its evaluation
         start = (WORLDS[world].base, WORLDS[world].sharpness)
-        world = next(name for name, of in WORLDS.items() if (of.base, of.sharpness) == start)
+        world = next(name for name, other in WORLDS.items() if (other.base, other.sharpness) == start)
     return RESULTS / world / f"{method.replace(' ', '_')}-{seed}.json"
 
 
 def is_done(world: str, method: str, seed: int, tune: bool) -> bool:
-    """Whether the run is there; one with other options would be taken for it, so that is an error."""
+    """Whether the run is finished. A run with other options could be mistaken for it, so that is an error."""
     path = result_path(world, method, seed, tune)
     if not path.exists():
         return False
-    recorded = json.loads(path.read_text())["options"]  # of the first runs only what is their own
+    recorded = json.loads(path.read_text())["options"]  # the first runs recorded only their own options
     wanted = {} if method == "base" else options_of(world, method, seed, tune)
     if recorded != {name: wanted.get(name) for name in recorded}:
-        raise SystemExit(f"{path} is of other options than {method!r} has now: delete it to run it again.")
+        raise SystemExit(f"{path} was run with other options than {method!r} has now. Delete it to run it again.")
     return True
 
 
 def options_of(world: str, method: str, seed: int, tune: bool) -> dict:
-    """Options of a run: those of `trl-capo demo`, what the world changes, what the method changes."""
+    """Options of a run: those of `trl-capo demo`, then the world's changes, then the method's."""
     from trl_capo.compare import demo
 
     options = demo.SHARED | demo.OWN["grpo"]
@@ -236,7 +238,7 @@ def options_of(world: str, method: str, seed: int, tune: bool) -> dict:
 
 
 def run(world: str, method: str, seed: int, tune: bool, deadline: float) -> bool:
-    """Train, evaluate at every checkpoint, save; False if there is no time left for it."""
+    """Train, evaluate at every checkpoint, and save. Returns False if there is not enough time left."""
     import torch
     from quiet import be_quiet
 
@@ -267,12 +269,12 @@ def run(world: str, method: str, seed: int, tune: bool, deadline: float) -> bool
         arrays = {step: arrays for step, (_, arrays) in evaluations.items()}
         with replacing(path.with_suffix(".npz")) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **_compact(method, arrays))
-    write_text(path, json.dumps(summary, indent=1))  # last: it says that the run is complete
+    write_text(path, json.dumps(summary, indent=1))  # last, because it marks the run as complete
     return True
 
 
 def _compact(method: str, arrays: dict[int | str, dict]) -> dict[str, np.ndarray]:
-    """What the evidence needs: per prompt at every checkpoint; single samples only at the end, of the main methods."""
+    """What the evidence needs: prompts at every checkpoint; single samples only of the main methods at the end."""
     compact = {}
     last = max(step for step in arrays if isinstance(step, int))
     for step, by_name in arrays.items():
@@ -294,7 +296,7 @@ def _evaluate_base(world: str, seed: int) -> tuple[dict, list]:
 
 
 def at_temperatures(model, tokenizer, temperatures: tuple[float, ...], seed: int) -> dict[str, tuple[dict, dict]]:
-    """Evaluations of colder and hotter samples, on the prompts of the learning curves."""
+    """Evaluate samples at other temperatures, on the prompts of the learning curves."""
     splits = dict.fromkeys(TEST_SPLITS, CURVE_PROMPTS)
     return {f"T{t}": evaluate(model, tokenizer, splits, seed, t) for t in temperatures}
 
@@ -337,7 +339,7 @@ def _train(world: str, method: str, seed: int, tune: bool) -> tuple[dict, list]:
 
 
 def write_base(world: str, folder: str | Path) -> None:
-    """The base of a world, its logits multiplied by the world's sharpness."""
+    """Save the base of a world, with its logits multiplied by the world's sharpness."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = base_path(WORLDS[world].base)
@@ -378,7 +380,7 @@ def step_credit(completions, prompts, solution, **kwargs) -> list[float]:
 
 
 def evaluate(model, tokenizer, splits: dict[str, int], seed: int, temperature: float = 1.0) -> tuple[dict, dict]:
-    """Held-out prompts x 16 samples: numbers by split, and what happened on each prompt as compact arrays."""
+    """Sample held-out prompts 16 times. Returns numbers by split, and each prompt's outcomes as compact arrays."""
     from trl_capo.calibration.metrics import auc_by_prompt
     from trl_capo.evaluation.sampling import sample_completions
     from trl_capo.evaluation.summary import summarize
@@ -422,9 +424,9 @@ def held_out(split: str, num_prompts: int):
 
 
 def grade_boxes(completions: list[list[str]], solutions: list[str]) -> tuple[list[list[str | None]], np.ndarray]:
-    r"""What `grade_samples` gives, several times faster: a single `\boxed{digits}` is compared as a number.
+    r"""Like `grade_samples`, but several times faster: compares a single `\boxed{digits}` as a number.
 
-    Anything else, no box or several, is left to math-verify.
+    Leaves everything else, such as no box or several, to math-verify.
     """
     from trl_capo.evaluation.grade import grade
 
@@ -443,7 +445,7 @@ def grade_boxes(completions: list[list[str]], solutions: list[str]) -> tuple[lis
 
 
 def _numbered(answers: list[str | None]) -> list[int]:
-    """Answers to one prompt as numbers, in order of appearance; -1 where nothing was extracted."""
+    """Answers to one prompt, numbered in order of appearance; -1 where nothing was extracted."""
     order = list(dict.fromkeys(answer for answer in answers if answer is not None))
     return [-1 if answer is None else order.index(answer) for answer in answers]
 

@@ -1,12 +1,12 @@
-"""Does `trl_capo.planning.cost` predict times? One size measures this machine, the others are predicted.
+"""Does `trl_capo.planning.cost` predict times? Fits this machine's speed on one size and predicts the others.
 
     python benchmarks/cost_model.py
 
-Timed, each by itself, on random tokens in a random Qwen2: a forward pass without gradient, forward and backward with
-and without gradient checkpointing, and generation with a cache. For each, FLOPs per second are fitted on one size and
-length, whose ratio is 1, and the times of the others follow from their FLOPs alone. A time is the processor time of
-one thread, so that others' work does not count, and the least of several repeats. Last, published step times are set
-against the model.
+Times these separately, on random tokens in a random Qwen2: a forward pass without gradient, forward and backward with
+and without gradient checkpointing, and generation with a cache. For each, it fits FLOPs per second on one size and
+length, whose ratio is 1, and predicts the times of the others from their FLOPs alone. A time is the processor time of
+one thread, so that other work on the machine does not count, and the minimum of several repeats. Finally, the script
+compares published step times with the model.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from trl_capo.planning import cost
 
 
 RESULTS = Path(__file__).parent / "results"
-# Hidden size, that of the MLP, layers, heads, heads of keys and values; the vocabulary is 2048.
+# Hidden size, MLP size, layers, heads, key and value heads; the vocabulary is 2048.
 SIZES = {"1M": (128, 352, 4, 4, 2), "3M": (192, 512, 6, 6, 2), "10M": (384, 1024, 6, 6, 2)}
 FITTED = ("3M", 4, 128)
 CASES = [FITTED, ("3M", 4, 32), ("3M", 4, 256), ("1M", 4, 128), ("10M", 4, 128)]
 
-# What others report of a step: completions, GPUs, FLOP/s of one in bfloat16 (its vendor's), seconds, and the tokens
-# of a completion, where the source says so. CAPO's are its whole run over its steps, validation included.
+# Published steps: completions, GPUs, the vendor's bfloat16 FLOP/s of one GPU, seconds, tokens per completion, and
+# whether the source reports them. CAPO's seconds are its whole run divided by its steps, including validation.
 ANCHORS = [
     ("CAPO paper, 1.5B, 8 A100", cost.QWEN_1_5B, 1024, 8, 312e12, 144.0, 700, "assumed"),
     ("CAPO paper, 7B, 8 A100", cost.QWEN_7B, 1024, 8, 312e12, 432.0, 700, "assumed"),
@@ -44,8 +44,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=5, help="of which the least time counts; of generation one")
-    parser.add_argument("--name", default="cost_model", help="results/NAME.json and .md")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="repeats, of which the minimum counts; generation has one"
+    )
+    parser.add_argument("--name", default="cost_model", help="write results/NAME.json and .md")
     return parser
 
 
@@ -84,7 +86,7 @@ def train(model, ids) -> None:
 
 
 def generate(model, ids) -> None:
-    """The first quarter of the tokens is the prompt, the others are generated."""
+    """Take the first quarter of the tokens as the prompt and generate the rest."""
     prompt = ids[:, : ids.size(1) // 4]
     new = ids.size(1) - prompt.size(1)
     model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=True, top_k=0, pad_token_id=0)
@@ -140,10 +142,10 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 
 def anchors() -> list[dict]:
-    """Published steps: the model's FLOPs without padding, two passes without gradient, and what they mean.
+    """Compare published steps with the model, without padding and with two passes without gradient.
 
-    Guessed: with training at 0.4 and generation at 0.05 of the vendor's FLOP/s, and prompts of 150 tokens. It says how
-    far off the model is where nothing was fitted.
+    The guess assumes training at 0.4 and generation at 0.05 of the vendor's FLOP/s, and prompts of 150 tokens. It
+    shows how far off the model is without any fit.
     """
     rows = []
     for name, shape, completions, devices, rate, reported, length, source in ANCHORS:

@@ -1,11 +1,11 @@
-"""Chooses tau of the demo from the comparison of `benchmarks/demo_tau.yaml`.
+"""Choose the demo's tau from the comparison of `benchmarks/demo_tau.yaml`.
 
     trl-capo compare benchmarks/demo_tau.yaml --workers 2
     python benchmarks/demo_tau.py runs/demo-tau/comparison.json
 
-The rule: of the values that on average lose at most one point of accuracy to GRPO, the one with the highest AUC within
-prompts. The committed `benchmarks/results/demo_tau.md` and `.json` come from an earlier command with the same options,
-which sampled the answers of each run with the run's own seed.
+The rule: of the values that lose on average at most one point of accuracy to GRPO, choose the one with the highest AUC
+within prompts. The committed `benchmarks/results/demo_tau.md` and `.json` come from an earlier command with the same
+options, which sampled each run's answers with the run's own seed.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def chosen(rows: list[dict]) -> dict:
     accuracy = next(row["accuracy"] for row in rows if row["method"] == "grpo")
     fit = [row for row in rows if row["method"].startswith("capo") and accuracy - row["accuracy"] <= MOST_LOST]
     if not fit:
-        raise SystemExit(f"every tau loses more than {MOST_LOST} of accuracy to GRPO.")
+        raise SystemExit(f"every tau loses more than {MOST_LOST} accuracy to GRPO.")
     return max(fit, key=lambda row: row["auc_within"])
 
 

@@ -1,24 +1,25 @@
-r"""What grading costs: TRL's accuracy_reward against the one with worker processes, on the same completions.
+r"""What grading costs: compares TRL's accuracy_reward with the one in worker processes, on the same completions.
 
     python benchmarks/grading.py
 
-Two kinds of completions, eight a prompt, half of them wrong: those of the arithmetic world, and 2000 characters of
-text around a LaTeX answer (fractions, roots, polynomials, sets, intervals, matrices); and the latter with one item in
-them that holds math-verify for 11 seconds. Every repeat draws new completions, for sympy remembers old ones; the times
-are medians.
+There are three kinds of completions, eight per prompt, half of them wrong: those of the arithmetic world; 2000
+characters of text around a LaTeX answer (fractions, roots, polynomials, sets, intervals, matrices); and the latter
+with one item that blocks math-verify for 11 seconds. Every repeat draws new completions, because sympy caches old
+ones. The times are medians.
 
     trl        seconds of TRL's function
     pool-N     seconds of a call with N workers, which are already running
-    overlap-N  seconds that `start` and the later call take of a caller who was busy with the GPU in between
+    overlap-N  seconds that `start` and the later call take if the caller uses the GPU in between
 
-The table and `benchmarks/results/grading.json` also say how many pairs were distinct, and whether the rewards and the
-three logged columns were those of TRL. Takes ten minutes on two cores.
+The table and `benchmarks/results/grading.json` also show how many pairs were distinct, and whether the rewards and the
+three logged columns equal TRL's. Takes ten minutes on two cores.
 
     python benchmarks/grading.py --evaluation
 
-What grading an evaluation costs: 10,000 distinct completions of the second kind by `trl_capo.evaluation.grade` and by
-the same function in a loop; then with every hundredth holding math-verify for 10 seconds and a deadline of 2. Into
-`benchmarks/results/grading_evaluation.json`, in five minutes.
+What grading an evaluation costs: grades 10,000 distinct completions of the second kind with
+`trl_capo.evaluation.grade` and with the same function in a loop; then with a deadline of 2 seconds, while every
+hundredth completion blocks math-verify for 10 seconds. Writes `benchmarks/results/grading_evaluation.json` in five
+minutes.
 """
 
 import argparse
@@ -57,11 +58,11 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), help="kinds of completions")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024], help="completions a call")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024], help="completions per call")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="worker processes")
-    parser.add_argument("--repeats", type=int, default=3, help="times each, with other completions")
+    parser.add_argument("--repeats", type=int, default=3, help="repeats, each with other completions")
     parser.add_argument("--evaluation", action="store_true", help="grade an evaluation instead")
-    parser.add_argument("--items", type=int, default=10_000, help="completions of that")
+    parser.add_argument("--items", type=int, default=10_000, help="completions of the evaluation")
     return parser
 
 
@@ -72,7 +73,7 @@ def arithmetic_pairs(rng: random.Random) -> Iterator[Pair]:
 
 
 def latex_pairs(rng: random.Random) -> Iterator[Pair]:
-    """Answers in another form than the gold one, half of them with another number in it."""
+    """Answers in a form that differs from the gold answer's; half of them contain a different number."""
     while True:
         a, b, c = (rng.randint(2, 60) for _ in range(3))
         write = [
@@ -101,7 +102,7 @@ KINDS = {"arithmetic": arithmetic_pairs, "latex": latex_pairs, "latex, one stuck
 
 
 def timed(function, pairs: list[Pair]) -> tuple[float, tuple]:
-    """Seconds of a call, and its rewards and columns."""
+    """The seconds of a call, and its rewards and columns."""
     columns = {}
     completions = [[{"role": "assistant", "content": text}] for text, _ in pairs]
     begin = time.perf_counter()
@@ -110,7 +111,7 @@ def timed(function, pairs: list[Pair]) -> tuple[float, tuple]:
 
 
 def overlapped(reward, pairs: list[Pair]) -> tuple[float, tuple]:
-    """Seconds of `start` and of a call that finds everything graded."""
+    """The seconds of `start` plus those of a call after everything is graded."""
     completions = [[{"role": "assistant", "content": text}] for text, _ in pairs]
     begin = time.perf_counter()
     reward.start(completions, [gold for _, gold in pairs])
@@ -145,7 +146,7 @@ def measure(kind: str, size: int, rewards: dict[int, object], repeats: int) -> d
 
 
 def measure_evaluation(num_items: int) -> dict:
-    """Seconds for distinct completions by the pool and in a loop, and by the pool when one in a hundred hangs."""
+    """The seconds of the pool and of a loop for distinct completions, and of the pool if one in a hundred hangs."""
     pairs, drawn = {}, latex_pairs(random.Random("evaluation"))
     while len(pairs) < num_items:
         pairs[next(drawn)] = None
@@ -166,7 +167,7 @@ def measure_evaluation(num_items: int) -> dict:
         survived = grade.grade(*zip(*hanging, strict=True), deadline=2.0, progress=False)
     with_hanging = time.perf_counter() - begin
 
-    begin = time.perf_counter()  # last: the loop's process would hand sympy's memory on to workers forked from it
+    begin = time.perf_counter()  # last, because workers forked from this process would inherit sympy's cache
     looped = [grade._grade_and_extract(*pair) for pair in pairs]
     loop = time.perf_counter() - begin
     others = np.arange(num_items) % 100 != 0
@@ -204,12 +205,12 @@ def main() -> None:
         print(json.dumps(about, indent=1))
         (RESULTS / "grading_evaluation.json").write_text(json.dumps(about, indent=1) + "\n")
         return
-    timed(trl.rewards.accuracy_reward, list(islice(arithmetic_pairs(random.Random(0)), 64)))  # its imports
+    timed(trl.rewards.accuracy_reward, list(islice(arithmetic_pairs(random.Random(0)), 64)))  # for its imports
     rewards, start_up = {}, {}
     for workers in args.workers:
         rewards[workers] = get_accuracy_reward(num_workers=workers)
         start_up[f"pool-{workers}"] = round(timed(rewards[workers], [("", "$1$")])[0], 3)
-        timed(rewards[workers], list(islice(arithmetic_pairs(random.Random(0)), 64)))  # every worker has had one
+        timed(rewards[workers], list(islice(arithmetic_pairs(random.Random(0)), 64)))  # gives every worker an item
     columns = ["trl", *(f"{name}-{workers}" for workers in args.workers for name in ("pool", "overlap"))]
     print(f"first call, seconds: {start_up}\n\n| kind | completions | distinct | {' | '.join(columns)} | equal |")
     print("|---" * (len(columns) + 4) + "|")

@@ -1,10 +1,10 @@
-"""What the metrics cost: all point metrics of a million samples, and the AUC within prompts against a loop.
+"""What the metrics cost: times all point metrics on a million samples, and compares AUC within prompts with a loop.
 
     python benchmarks/metrics.py
 
-62,500 prompts x 16 samples whose confidence tells something, on one core; medians of three repeats. The loop calls
-scikit-learn's `roc_auc_score` for each mixed prompt, on a part of the prompts, and is scaled up. Prints a table and
-writes `benchmarks/results/metrics.json`.
+Uses 62,500 prompts x 16 samples with informative confidence, on one core, and takes medians of three repeats. The loop
+calls scikit-learn's `roc_auc_score` for each mixed prompt in a part of the prompts; its time is scaled up. Prints a
+table and writes `benchmarks/results/metrics.json`.
 """
 
 import json
@@ -25,7 +25,7 @@ from trl_capo.calibration import metrics
 
 RESULTS = Path(__file__).parent / "results" / "metrics.json"
 NUM_PROMPTS, NUM_SAMPLES = 62_500, 16
-LOOPED = 2_500  # prompts of the loop, which would take a minute for all
+LOOPED = 2_500  # prompts in the loop, which would take a minute for all prompts
 REPEATS = 3
 METRICS = {
     "auc_within": metrics.auc_within,

@@ -1,4 +1,4 @@
-"""Keeps the libraries' own messages and bars away from ours."""
+"""Silence the libraries' own messages and progress bars."""
 
 import logging
 import warnings

@@ -1,23 +1,23 @@
-"""What the trainer's part of a step costs: TRL's GRPO, CAPO done naively, both through the seam, a hand-written floor.
+"""What the trainer's part of a step costs: TRL's GRPO, a naive CAPO, both through the seam, and a hand-written floor.
 
     python benchmarks/step_cost.py --generate
     python benchmarks/step_cost.py --sigma 0 --degenerate 0 --name step_cost_no_waste
     python benchmarks/step_cost.py --sweep --repeats 2 --mean_length 32 --max_length 140 --name step_cost_sweep
     python benchmarks/step_cost.py --device cuda --shape 1.5B --prompts 128 --mean_length 700 --max_length 2048
 
-Every variant trains on the same completions, drawn beforehand, in one process. Each repeat draws others and starts
-with another variant; ratios are taken within a repeat, and reported as median and range. A phase is timed where its
+All variants train on the same completions, drawn beforehand, in one process. Each repeat draws new ones and starts
+with another variant. Ratios are taken within a repeat and reported as median and range. Each phase is timed where its
 work happens: forwards without gradient by hooks on the two models, the loss as a micro-step minus the preparation of
 its inputs, the optimizer by callbacks. On CUDA the device is synchronised at each boundary. Generation and rewards are
-left out: they are the same for all.
+left out, because they are the same for all variants.
 
     grpo_stock   TRL's GRPOTrainer
     capo_naive   CAPO on top of it: policy and reference pass over every row, padded as TRL pads (repack=False)
-    grpo_ours    GroupAdvantageTrainer
+    grpo_ours    GRPO through the seam
     capo_ours    CAPOTrainer
-    floor        CAPO in a plain PyTorch loop over the rows that are needed, packed without any padding
+    floor        CAPO in a plain PyTorch loop over the required rows only, packed without padding
 
-The mask's thresholds are so wide that CAPO pays for its reference and drops nothing by it.
+The mask's thresholds are so wide that CAPO pays for its reference but drops nothing.
 """
 
 import argparse
@@ -50,6 +50,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer
 from trl_capo.methods.advantages import pairwise_logistic_advantages
+from trl_capo.methods.grpo import GRPO
 from trl_capo.trainer.generation import decode_compactly, generating_by
 
 
@@ -57,7 +58,7 @@ RESULTS = Path(__file__).parent / "results"
 VARIANTS = ("grpo_stock", "capo_naive", "grpo_ours", "capo_ours", "floor")
 PHASES = ("old", "reference", "loss", "optimizer")
 TAU = 0.6
-# Qwen2.5's own shapes, and one that a CPU trains in seconds.
+# The shapes of Qwen2.5, and one that a CPU trains in seconds.
 SHAPES = {
     "10M": dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=6, heads=(6, 2), vocab_size=2048),
     "0.5B": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, heads=(14, 2), vocab_size=151936),
@@ -69,33 +70,39 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="bf16 on cuda, float32 on cpu")
-    parser.add_argument("--shape", default="10M", choices=list(SHAPES), help="size of the model, random weights")
-    parser.add_argument("--lora", action="store_true", help="train a LoRA adapter; the reference is the model without")
-    parser.add_argument("--prompts", type=int, default=16, help="prompts a generation")
-    parser.add_argument("--num_generations", type=int, default=8, help="completions a prompt")
-    parser.add_argument("--micro_batch", type=int, default=4, help="rows of TRL's micro-batches")
+    parser.add_argument(
+        "--device", default="cpu", choices=["cpu", "cuda"], help="device: bf16 on cuda, float32 on cpu"
+    )
+    parser.add_argument("--shape", default="10M", choices=list(SHAPES), help="model size, with random weights")
+    parser.add_argument(
+        "--lora", action="store_true", help="train a LoRA adapter; the model without it is the reference"
+    )
+    parser.add_argument("--prompts", type=int, default=16, help="prompts per generation")
+    parser.add_argument("--num_generations", type=int, default=8, help="completions per prompt")
+    parser.add_argument("--micro_batch", type=int, default=4, help="rows in TRL's micro-batches")
     parser.add_argument("--mean_length", type=int, default=64, help="mean completion length, lognormal")
-    parser.add_argument("--sigma", type=float, default=0.7, help="of the logarithm of the lengths")
+    parser.add_argument("--sigma", type=float, default=0.7, help="standard deviation of the log lengths")
     parser.add_argument("--max_length", type=int, default=280, help="longer completions are cut")
     parser.add_argument("--degenerate", type=float, default=0.5, help="share of all-right and all-wrong groups")
     parser.add_argument("--layouts", nargs="+", default=["S=G", "S=2G"], choices=["S=G", "S=2G"])
     parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--generations", type=int, default=1, help="generations of each run")
-    parser.add_argument("--repeats", type=int, default=4, help="runs of each variant, each with other completions")
+    parser.add_argument("--generations", type=int, default=1, help="generations per run")
+    parser.add_argument("--repeats", type=int, default=4, help="runs per variant, each with other completions")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--generate", action="store_true", help="also time generation once, TRL's and the compact one")
     parser.add_argument(
-        "--sweep", action="store_true", help="instead: vary batch, length, group size, sigma, degenerate share; S=2G"
+        "--sweep",
+        action="store_true",
+        help="vary batch, length, group size, sigma and degenerate share instead, with S=2G",
     )
     parser.add_argument("--threads", type=int, default=None, help="torch threads")
-    parser.add_argument("--name", default="step_cost", help="results/NAME.json, .md and .png")
+    parser.add_argument("--name", default="step_cost", help="write results/NAME.json, .md and .png")
     return parser
 
 
 @dataclass
 class Rollouts:
-    """Completions of several generations, drawn once: per generation P * G rows, the G of a prompt in a row."""
+    """Completions of several generations, drawn once. Each has P * G rows; the G rows of a prompt are adjacent."""
 
     prompts: list[str]  # (num_generations_of_the_run * P,)
     completions: list[list[list[int]]]
@@ -103,7 +110,7 @@ class Rollouts:
 
 
 def draw_rollouts(args: argparse.Namespace, vocab_size: int, seed: int) -> Rollouts:
-    # A generator for each, so that a change of one leaves the others as they are.
+    # One generator each, so that changing one does not change the others.
     text, labels, lengths = (np.random.default_rng([seed, stream]) for stream in range(3))
     prompts, generations, rewards = [], [], {}
     for _ in range(args.generations):
@@ -146,7 +153,7 @@ def make_model(args: argparse.Namespace) -> tuple[Qwen2ForCausalLM, PreTrainedTo
 
 
 class NaiveCAPOTrainer(CAPOTrainer):
-    """Every row through the policy and the reference, whether it can matter or not."""
+    """Sends every row through the policy and the reference, whether or not it can matter."""
 
     def _rows_needing_logps(self, groups):
         return groups.valid
@@ -155,7 +162,7 @@ class NaiveCAPOTrainer(CAPOTrainer):
 
 
 class Clock(TrainerCallback):
-    """Seconds of each phase of one run, and what went through the models."""
+    """The seconds of each phase of one run, and the tokens that went through the models."""
 
     def __init__(self, device: str):
         self.seconds = defaultdict(float)
@@ -205,7 +212,7 @@ class Clock(TrainerCallback):
         trainer._ref_mean_logps = marked
 
     def wrap(self, trainer, method: str, key: str, but_not: tuple[str, ...] = ()) -> None:
-        """Adds the time of a trainer's method to `key`, without what meanwhile went to the keys `but_not`."""
+        """Adds the time of a trainer's method to `key`, minus the time that the keys `but_not` gained meanwhile."""
         original = getattr(trainer, method)
 
         def timed(*args, **kwargs):
@@ -237,7 +244,7 @@ def options(args: argparse.Namespace, layout: str, folder: str) -> dict:
         max_steps=args.generations * micro_steps // accumulation,
         max_completion_length=args.max_length,
         loss_type="grpo",
-        optim="sgd",  # AdamW would turn rounding of tiny gradients into steps, and hide an error behind it
+        optim="sgd",  # AdamW would turn rounding errors in tiny gradients into steps and hide a real error
         learning_rate=1.0,
         lr_scheduler_type="constant",
         logging_steps=1,
@@ -257,7 +264,7 @@ def build(args, variant: str, layout: str, folder: str, policy, tokenizer, rollo
     capo = dict(ref_ppl_low=1.0, ref_ppl_high=1e9, scale_rewards="none")
     trainer_class, config = {
         "grpo_stock": lambda: (GRPOTrainer, GRPOConfig(scale_rewards="none", **common)),
-        "grpo_ours": lambda: (GroupAdvantageTrainer, GroupAdvantageConfig(scale_rewards="none", **common)),
+        "grpo_ours": lambda: (GRPO, GroupAdvantageConfig(scale_rewards="none", **common)),
         "capo_naive": lambda: (NaiveCAPOTrainer, CAPOConfig(repack=False, **capo, **common)),
         "capo_ours": lambda: (CAPOTrainer, CAPOConfig(**capo, **common)),
     }[variant]()
@@ -307,7 +314,7 @@ def run_trainer(args, variant, layout, folder, policy, tokenizer, rollouts) -> t
 
 
 def run_floor(args, layout, policy, rollouts: Rollouts, tokenizer) -> tuple[Clock, dict]:
-    """GRPO's clipped loss with CAPO's advantages, one backward pass for as many tokens as in our micro-batches."""
+    """GRPO's clipped loss with CAPO's advantages; each backward pass has as many tokens as our micro-batches."""
     clock = Clock(args.device)
     policy = policy.to(args.device)
     reference = copy.deepcopy(policy).eval()
@@ -327,7 +334,7 @@ def run_floor(args, layout, policy, rollouts: Rollouts, tokenizer) -> tuple[Cloc
         needed = mixed.nonzero().squeeze(1).tolist()
         order = torch.randperm(len(rows)).tolist()
         windows = [order[i::updates] for i in range(updates)]
-        # The budget of ours: about equally many tokens in each of as many micro-steps.
+        # Our trainer's budget: the same number of micro-steps, with about equally many tokens in each.
         tokens = sum(len(p) + len(c) for p, c in (rows[i] for i in needed))
         budget = max(1, tokens // micro_steps)
         mean_logps, old = torch.zeros(len(rows)), {}
@@ -362,7 +369,7 @@ def run_floor(args, layout, policy, rollouts: Rollouts, tokenizer) -> tuple[Cloc
 
 
 def packs(rows, index: list[int], budget: int) -> Iterator[list[int]]:
-    """Rows, longest first, in packs of at most `budget` tokens (or one row)."""
+    """Packs of at most `budget` tokens (or one row), longest rows first."""
     pack, size = [], 0
     for i in sorted(index, key=lambda i: -len(rows[i][0]) - len(rows[i][1])):
         length = len(rows[i][0]) + len(rows[i][1])
@@ -376,10 +383,10 @@ def packs(rows, index: list[int], budget: int) -> Iterator[list[int]]:
 
 
 def logps_of(model, rows: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
-    """Log-probs of the completion tokens of each row, by one forward over the rows one after the other, unpadded."""
+    """Log-probs of each row's completion tokens, from one forward pass over the concatenated rows, unpadded."""
     ids = torch.tensor([token for prompt, completion in rows for token in prompt + completion], device=model.device)
     positions = torch.cat([torch.arange(len(prompt) + len(completion)) for prompt, completion in rows])
-    # Positions that start again tell transformers where a row ends: attention stays inside it.
+    # Where positions restart, transformers knows that a row ends, so attention stays within rows.
     outputs = model.model(ids[None], position_ids=positions[None].to(model.device), use_cache=False)
     hidden, end, logps = outputs.last_hidden_state[0], 0, []
     for prompt, completion in rows:
@@ -390,7 +397,7 @@ def logps_of(model, rows: list[tuple[list[int], list[int]]]) -> list[torch.Tenso
 
 
 def forward_flops(config: Qwen2Config, tokens: int, squares: int) -> float:
-    """Of one forward: 2 a weight and token, and 4 x hidden x width a token and layer for attention (not causal)."""
+    """One forward pass: 2 per weight and token, plus 4 x hidden x width per token and layer for (full) attention."""
     head_dim = config.hidden_size // config.num_attention_heads
     attention = config.hidden_size * (2 * config.hidden_size + 2 * config.num_key_value_heads * head_dim)
     layer = attention + 3 * config.hidden_size * config.intermediate_size
@@ -407,7 +414,7 @@ def total_flops(args, config: Qwen2Config, tokens: dict[str, int]) -> float:
 
 
 def measure(args: argparse.Namespace, layout: str, model, tokenizer, bar: tqdm) -> dict:
-    """All variants of one layout: seconds a generation, work, and how far their parameters are apart."""
+    """All variants of one layout: seconds per generation, work, and how much their parameters differ."""
     start = {name: value.clone() for name, value in model.state_dict().items()}
     variants = [variant for variant in args.variants if not (variant == "floor" and args.lora)]
     runs = defaultdict(list)
@@ -436,7 +443,7 @@ def measure(args: argparse.Namespace, layout: str, model, tokenizer, bar: tqdm) 
                 runs[variant].append(row_of(case, model.config, clock, rollouts))
                 bar.update()
             same = [("grpo_ours", "grpo_stock"), ("capo_ours", "capo_naive")]
-            if layout == "S=G":  # with two updates, the floor draws other rows for each
+            if layout == "S=G":  # with two updates, the floor assigns other rows to each
                 same.append(("floor", "capo_ours"))
             for ours, theirs in same:
                 if not warm_up and ours in parameters and theirs in parameters:
@@ -448,7 +455,7 @@ def measure(args: argparse.Namespace, layout: str, model, tokenizer, bar: tqdm) 
 
 
 def row_of(args, config: Qwen2Config, clock: Clock, rollouts: Rollouts) -> dict[str, float]:
-    """One run: seconds and work a generation."""
+    """One run: seconds and work per generation."""
     row = {phase: clock.seconds[phase] / args.generations for phase in PHASES}
     row["phases"] = sum(row.values())
     row["step"] = clock.seconds["step"] / args.generations
@@ -466,23 +473,23 @@ def row_of(args, config: Qwen2Config, clock: Clock, rollouts: Rollouts) -> dict[
 
 
 def summarize(variant: str, rows: list[dict], runs: dict[str, list[dict]]) -> dict:
-    """Medians over the repeats; ratios with their range."""
+    """Medians over the repeats, and ratios with their range."""
     summary = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
     if "parameters_differ_by" in summary:
         summary["parameters_differ_by"] = max(row["parameters_differ_by"] for row in rows)
-    for of in ("grpo_stock", "floor"):
-        if of not in runs or variant == of or (of == "floor" and not variant.startswith("capo")):
+    for baseline in ("grpo_stock", "floor"):
+        if baseline not in runs or variant == baseline or (baseline == "floor" and not variant.startswith("capo")):
             continue
         for key in ("phases", "teraflops"):
-            if key in rows[0] and key in runs[of][0]:
-                ratios = [row[key] / other[key] for row, other in zip(rows, runs[of], strict=True)]
-                summary[f"{key}_over_{of}"] = statistics.median(ratios)
-                summary[f"{key}_over_{of}_range"] = [min(ratios), max(ratios)]
+            if key in rows[0] and key in runs[baseline][0]:
+                ratios = [row[key] / other[key] for row, other in zip(rows, runs[baseline], strict=True)]
+                summary[f"{key}_over_{baseline}"] = statistics.median(ratios)
+                summary[f"{key}_over_{baseline}_range"] = [min(ratios), max(ratios)]
     return summary
 
 
 def floor_flops(args, config: Qwen2Config, rollouts: Rollouts) -> float:
-    """CAPO without any waste: policy, reference and loss on the unpadded rows of mixed groups."""
+    """The FLOPs of CAPO without waste: policy, reference and loss on the unpadded rows of mixed groups."""
     passes = 2 + (4 if args.gradient_checkpointing else 3)
     total = 0.0
     for g, completions in enumerate(rollouts.completions):
@@ -534,7 +541,7 @@ def seconds_of_generation(args, model, tokenizer, context) -> float:
 
 
 def sweep(args: argparse.Namespace, model, tokenizer) -> list[dict]:
-    """One thing varied at a time, the rest as given; stock and ours only."""
+    """Vary one setting at a time and keep the others; only stock and our trainers."""
     values = {
         "prompts": (8, 16, 32),
         "mean_length": (16, 32, 64),

@@ -14,12 +14,10 @@ All variants share base, prompts, reward, options and seeds; only the trainer di
     capo_uniform   CAPO as in the demo, with compact generation
     capo_all       the same, with chosen prompts
 
-The target of a seed is the validation accuracy of TRL's GRPO at the end of its run. Evaluations are noisy, so every
-accuracy here is the mean of an evaluation and the two before it, placed at the last of the three. A variant reaches
-the target where the line through these means first does; TRL's GRPO is timed by the same rule. A variant that never
-gets there has no time: the table says how many seeds reached the target, and means are over those, which flatters a
-variant that misses some. Ratios are taken within a seed, and their mean is geometric; intervals are Student's, over
-seeds.
+The target is the validation accuracy of TRL's GRPO at the end of its run, mean over seeds. Evaluations are noisy, so
+every accuracy here is the mean of an evaluation and the two before it, placed at the last of the three. A variant
+reaches the target where its mean curve over the seeds first does, on the line between two evaluations; TRL's GRPO is
+timed by the same rule. Intervals come from resampling the seeds, the same ones for a variant and for TRL's GRPO.
 
 The clock runs while the trainer trains. It stands still during imports, loading and evaluations. Each moment counts
 for one part of a step: generation, rewards, passes (log-probs without gradient), loss (forward and backward),

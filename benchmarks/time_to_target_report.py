@@ -25,29 +25,37 @@ STYLES = {
 }
 
 
-def smooth(values: list[float]) -> np.ndarray:
-    """The mean of each evaluation and the two before it, fewer at the start."""
-    return np.array([np.mean(values[max(0, k + 1 - AVERAGED) : k + 1]) for k in range(len(values))])
+def smooth(values: np.ndarray) -> np.ndarray:
+    """The mean of each evaluation and the two before it, fewer at the start, along the last axis."""
+    return np.stack([values[..., max(0, k + 1 - AVERAGED) : k + 1].mean(-1) for k in range(values.shape[-1])], -1)
 
 
-def at_target(curve: list[dict], target: float) -> dict[str, float] | None:
-    """Step, seconds, tokens and AUC within where the accuracy first reaches the target; None if it never does.
+def curves_of(by_seed: dict[int, dict], seeds: list[int]) -> dict[str, np.ndarray]:
+    """What the runs' evaluations measured, each of shape (seeds, evaluations); accuracy and AUC are smoothed."""
+    names = ("step", "seconds", "tokens", "accuracy", "auc_within")
+    curves = {name: np.array([[point[name] for point in by_seed[seed]["curve"]] for seed in seeds]) for name in names}
+    return curves | {name: smooth(curves[name]) for name in ("accuracy", "auc_within")}
+
+
+def at_target(curves: dict[str, np.ndarray], target: float) -> dict[str, float]:
+    """Step, seconds, tokens and AUC within where the mean accuracy first reaches the target; infinite if never.
 
     Example:
-        >>> start = dict(step=0, seconds=0.0, tokens=0, accuracy=0.0, auc_within=0.5)
-        >>> curve = [start, dict(step=10, seconds=20.0, tokens=80, accuracy=1.0, auc_within=0.5)]
-        >>> at_target(curve, 0.25)  # the mean of both is 0.5: half-way
+        >>> curves = {"step": [[0, 10]], "seconds": [[0, 20]], "tokens": [[0, 80]], "accuracy": [[0.0, 0.5]]}
+        >>> curves = {name: np.array(values, dtype=float) for name, values in curves.items()}
+        >>> at_target(curves | {"auc_within": np.array([[0.5, 0.5]])}, 0.25)  # half-way
         {'step': 5.0, 'seconds': 10.0, 'tokens': 40.0, 'auc_within': 0.5}
     """
-    columns = {name: [point[name] for point in curve] for name in ("step", "seconds", "tokens")}
-    columns["auc_within"] = smooth([point["auc_within"] for point in curve])
-    accuracy = smooth([point["accuracy"] for point in curve])
-    if not (accuracy >= target).any():
-        return None
-    after = int((accuracy >= target).argmax())
+    means = {name: values.mean(axis=0) for name, values in curves.items()}
+    reached = means["accuracy"] >= target
+    if not reached.any():
+        return dict.fromkeys(("step", "seconds", "tokens"), np.inf) | {"auc_within": np.nan}
+    after = int(reached.argmax())
     before = max(after - 1, 0)
-    share = (target - accuracy[before]) / (accuracy[after] - accuracy[before]) if after else 0.0
-    return {name: float(values[before] + share * (values[after] - values[before])) for name, values in columns.items()}
+    rise = means["accuracy"][after] - means["accuracy"][before]
+    share = (target - means["accuracy"][before]) / rise if after else 0.0
+    names = ("step", "seconds", "tokens", "auc_within")
+    return {name: float(means[name][before] + share * (means[name][after] - means[name][before])) for name in names}
 
 
 def over_seeds(values: list[float], log: bool = False) -> Estimate:
@@ -71,21 +79,13 @@ def over_seeds(values: list[float], log: bool = False) -> Estimate:
 
 def numbers_of(runs: dict[str, dict[int, dict]]) -> dict[str, dict]:
     """Every number of the report, by variant, from the runs by variant and seed. What is undefined is NaN."""
-    stock = runs[STOCK]
-    targets = {seed: smooth([point["accuracy"] for point in run["curve"]])[-1] for seed, run in stock.items()}
-    for seed, run in stock.items():
-        if targets[seed] <= run["curve"][0]["accuracy"]:
-            raise SystemExit(f"{STOCK} with seed {seed} ends no better than it began: train longer.")
-    return {variant: row_of(variant, runs, targets) for variant in runs}
+    return {variant: row_of(variant, runs) for variant in runs}
 
 
-def row_of(variant: str, runs: dict[str, dict[int, dict]], targets: dict[int, float]) -> dict:
+def row_of(variant: str, runs: dict[str, dict[int, dict]]) -> dict:
     by_seed, stock = runs[variant], runs[STOCK]
-    there = {seed: at_target(run["curve"], targets[seed]) for seed, run in by_seed.items() if seed in targets}
-    reached = {seed: point for seed, point in there.items() if point}
-    row: dict = {"seeds": list(there), "reached": list(reached)}
-    for name in ("step", "seconds", "tokens", "auc_within"):
-        row[name] = over_seeds([point[name] for point in reached.values()])
+    seeds = [seed for seed in by_seed if seed in stock]
+    row: dict = {"seeds": seeds, **until_target(curves_of(by_seed, seeds), curves_of(stock, seeds))}
     lasts = [run["curve"][-1] for run in by_seed.values()]
     row["with_advantage"] = over_seeds([last["with_advantage"] / last["completions"] for last in lasts])
     steps = next(iter(by_seed.values()))["options"]["max_steps"]
@@ -94,13 +94,7 @@ def row_of(variant: str, runs: dict[str, dict[int, dict]], targets: dict[int, fl
         row[f"final_{name}"] = over_seeds([final(run, name) for run in by_seed.values()])
 
     # Comparisons, each within a seed.
-    others = {} if variant == STOCK else {seed: at_target(stock[seed]["curve"], targets[seed]) for seed in reached}
-    for name in ("seconds", "tokens"):
-        ratios = [reached[seed][name] / other[name] for seed, other in others.items()]
-        row[f"{name}_over_stock"] = over_seeds(ratios, log=True)
-    gaps = [reached[seed]["auc_within"] - other["auc_within"] for seed, other in others.items()]
-    row["auc_within_minus_stock"] = over_seeds(gaps)
-    pairs = [(run, stock[seed]) for seed, run in by_seed.items() if seed in stock and variant != STOCK]
+    pairs = [(by_seed[seed], stock[seed]) for seed in seeds if variant != STOCK]
     ratios = [sum(run["parts"].values()) / sum(other["parts"].values()) for run, other in pairs]
     row["step_over_stock"] = over_seeds(ratios, log=True)
     uniform = runs.get(UNIFORM.get(variant, ""), {})
@@ -109,6 +103,35 @@ def row_of(variant: str, runs: dict[str, dict[int, dict]], targets: dict[int, fl
         row[f"final_{name}_minus_stock"] = over_seeds([final(a, name) - final(b, name) for a, b in pairs])
         row[f"final_{name}_minus_uniform"] = over_seeds([final(a, name) - final(b, name) for a, b in even])
     return row
+
+
+def until_target(
+    curves: dict[str, np.ndarray], stock: dict[str, np.ndarray], draws: int = 2000
+) -> dict[str, Estimate]:
+    """Where a variant's mean curve reaches the target, and over where stock's does, with intervals from the seeds."""
+
+    def numbers(seeds: np.ndarray) -> dict[str, float]:
+        of_stock = {name: values[seeds] for name, values in stock.items()}
+        target = of_stock["accuracy"].mean(axis=0)[-1]
+        there = at_target({name: values[seeds] for name, values in curves.items()}, target)
+        others = at_target(of_stock, target)
+        ratios = {f"{name}_over_stock": there[name] / others[name] for name in ("seconds", "tokens")}
+        return there | ratios | {"auc_within_minus_stock": there["auc_within"] - others["auc_within"]}
+
+    every = np.arange(len(stock["accuracy"]))
+    if stock["accuracy"].mean(axis=0)[-1] <= stock["accuracy"].mean(axis=0)[0]:
+        raise SystemExit(f"{STOCK} ends no better than it began: train longer.")
+    rng = np.random.default_rng(0)
+    resampled = [numbers(rng.choice(every, len(every))) for _ in range(draws if len(every) > 1 else 0)]
+    found = {}
+    for name, value in numbers(every).items():
+        values = np.array([numbers[name] for numbers in resampled])
+        # A draw that never gets there has infinite seconds, and no AUC there.
+        ends = (
+            np.quantile(values[~np.isnan(values)], [0.025, 0.975], method="nearest") if len(values) else [np.nan] * 2
+        )
+        found[name] = Estimate(value, *map(float, ends))
+    return found
 
 
 def final(run: dict, name: str) -> float:
@@ -151,22 +174,20 @@ def to_markdown(rows: dict[str, dict], source: dict) -> str:
         "",
         f"Runs of {source['dates'][0]} to {source['dates'][-1]} on {'; '.join(source['hardware'])}, with "
         f"{'; '.join(source['versions'])}. Highest load of the machine: {source['highest_load']:.1f}. The target is "
-        "the validation accuracy at which TRL's GRPO ends up, seed by seed; `benchmarks/time_to_target.py` says how "
-        "it is measured. A mean is over the seeds that reach the target, which flatters a variant that misses some; "
-        "intervals are 95%.",
+        "the mean validation accuracy at which TRL's GRPO ends up; `benchmarks/time_to_target.py` says how it is "
+        "measured. Intervals are 95%.",
         "",
         "## Until the target",
         "",
     ]
     cells = {}
     for variant, row in rows.items():
-        cells[variant] = [f"{len(row['reached'])} of {len(row['seeds'])}"]
         step, seconds, tokens = (row[name].value for name in ("step", "seconds", "tokens"))
-        means = (f"{step:.0f}", f"{seconds:.1f}", f"{tokens:,.0f}") if row["reached"] else ("not reached", "", "")
-        cells[variant] += [means[0], means[1], show(row["seconds_over_stock"], ".2f")]
+        means = (f"{step:.0f}", f"{seconds:.1f}", f"{tokens:,.0f}") if np.isfinite(step) else ("not reached", "", "")
+        cells[variant] = [str(len(row["seeds"])), means[0], means[1], show(row["seconds_over_stock"], ".2f")]
         cells[variant] += [means[2], show(row["tokens_over_stock"], ".2f")]
         cells[variant] += [show(row["auc_within"]), show(row["auc_within_minus_stock"], "+.3f")]
-    columns = ["seeds that reach it", "steps", "seconds", "over stock", "tokens", "over stock"]
+    columns = ["seeds", "steps", "seconds", "over stock", "tokens", "over stock"]
     lines += table([*columns, "AUC within there", "minus stock"], cells)
     lines += ["", "## After all steps, on the test splits", ""]
     cells = {}
@@ -192,7 +213,7 @@ def table(columns: list[str], cells: dict[str, list[str]]) -> list[str]:
 
 
 def show(number: Estimate, form: str = ".3f") -> str:
-    if np.isnan(number.value):
+    if not np.isfinite(number.value):
         return ""
     if np.isnan(number.low):
         return format(number.value, form)
@@ -205,16 +226,15 @@ def draw(runs: dict[str, dict[int, dict]], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for variant, by_seed in runs.items():
-        curves = [run["curve"] for run in by_seed.values()]
-        seconds = np.mean([[point["seconds"] for point in curve] for curve in curves], axis=0)
+        curves = curves_of(by_seed, list(by_seed))
         for axis, name in zip(axes, ("accuracy", "auc_within"), strict=True):
-            smoothed = np.array([smooth([point[name] for point in curve]) for curve in curves])
-            means = [over_seeds(values) for values in smoothed.T]
+            means = [over_seeds(values) for values in curves[name].T]
+            seconds = curves["seconds"].mean(axis=0)
             axis.plot(seconds, [mean.value for mean in means], label=variant, **STYLES[variant])
             low, high = [mean.low for mean in means], [mean.high for mean in means]
             axis.fill_between(seconds, low, high, color=STYLES[variant]["color"], alpha=0.1, linewidth=0)
-    targets = [smooth([point["accuracy"] for point in run["curve"]])[-1] for run in runs[STOCK].values()]
-    axes[0].axhline(np.mean(targets), color="grey", linewidth=0.8, label="target, mean over seeds")
+    target = curves_of(runs[STOCK], list(runs[STOCK]))["accuracy"].mean(axis=0)[-1]
+    axes[0].axhline(target, color="grey", linewidth=0.8, label="target")
     axes[0].set_ylabel(f"validation accuracy, mean of {AVERAGED} evaluations")
     axes[1].set_ylabel(f"validation AUC within, mean of {AVERAGED} evaluations")
     for axis in axes:

@@ -23,9 +23,9 @@ def test_a_folder_is_of_one_run(tmp_path):
     before = (tmp_path / "run" / "settings.json").stat().st_mtime_ns
     remember_settings(tmp_path / "run", {"seed": 0, "names": ("a", "b")}, "a demo")
     assert (tmp_path / "run" / "settings.json").stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="holds a demo with another seed: 0. Repeat that"):
+    with pytest.raises(ValueError, match="already contains a demo with seed=0. Rerun with these settings"):
         remember_settings(tmp_path / "run", {"seed": 1, "names": ["a", "b"]}, "a demo")
-    with pytest.raises(ValueError, match="another names: "):
+    with pytest.raises(ValueError, match="with names=.'a', 'b'.. "):
         remember_settings(tmp_path / "run", {"seed": 0}, "a demo")
 
 

@@ -12,7 +12,7 @@ PACKAGE = Path(trl_capo.__file__).parent
 
 # From the ground up: a room may import from its own floor and from those before it.
 FLOORS = [
-    ("errors", "extras", "files", "imports", "markdown", "redact", "processes", "progress", "__init__"),
+    ("errors", "extras", "files", "imports", "markdown", "redact", "processes", "progress", "ranks", "__init__"),
     ("cli", "workers"),
     ("calibration",),
     ("grading", "models", "rewards"),

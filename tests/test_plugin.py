@@ -100,8 +100,8 @@ def write_mistakes(folder) -> None:
         ("leave_one_out", "method must be one of capo, .*, or package.module:Trainer, got 'leave_one_out'"),
         (":LeaveOneOutTrainer", "method must be one of capo"),
         ("broken:Trainer", "importing 'broken' failed: ZeroDivisionError: division by zero .*broken.py, line 1"),
-        ("mistakes:factor", "'mistakes:factor' is no trainer: derive it from trl_capo.GroupAdvantageTrainer"),
-        ("mistakes:Plain", "is no trainer"),
+        ("mistakes:factor", "'mistakes:factor' is not a trainer: derive it from trl_capo.GroupAdvantageTrainer"),
+        ("mistakes:Plain", "is not a trainer"),
         ("mistakes:NoOptions", "has no config_class: set it to a dataclass derived from"),
     ],
 )

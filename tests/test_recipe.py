@@ -29,8 +29,8 @@ def test_a_source_that_cannot_be_followed_refuses_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "must hold one `key: value` a line, got nothing"),
-        ("- tau", "must hold one `key: value` a line, got list"),
+        ("", "must contain one `key: value` per line, got nothing"),
+        ("- tau", "must contain one `key: value` per line, got list"),
         ("tau: [1", "is not valid YAML"),
         ("tau: 1\ntau: 2", "'tau' appears twice"),
         ("model_init_kwargs: {a: 1, a: 2}", "'a' appears twice"),
@@ -48,7 +48,7 @@ def test_a_source_that_cannot_be_followed_refuses_nothing(monkeypatch):
         ("method:", "method must be one of capo"),
         ("baseline: a\nmethods: {}", "is a plan for `trl-capo compare`"),
         ("env: {PATH: /tmp}", "env may not set 'PATH'"),
-        ("env: [a]", "env must hold one `NAME: value` a line"),
+        ("env: [a]", "env must contain one `NAME: value` per line"),
     ],
 )
 def test_a_recipe_that_cannot_work_is_one_line(tmp_path, capsys, text, message):
@@ -143,5 +143,5 @@ def test_names_of_models_become_folders():
     assert folder_names(["a/x", "b/x", "my model (v2)"]) == ["x", "x-2", "my model (v2)"]
     with pytest.raises(ValueError, match="models: '' is empty"):
         folder_names(["/"])
-    with pytest.raises(ValueError, match="'Ａ' would become one file or folder"):
+    with pytest.raises(ValueError, match="'Ａ' become the same file or folder"):
         check_names("names", ["a", "Ａ"])  # equal after Unicode's compatibility normalisation

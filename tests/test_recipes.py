@@ -133,7 +133,7 @@ def test_dry_run(path, stand_ins, repository, monkeypatch, capsys):
         options += ["--accelerate_config", f"recipes/accelerate_configs/{ACCELERATE[folder]}.yaml"]
     main(["--config", str(path), *options, "--dry-run"])
     printed = capsys.readouterr().out
-    assert "160 to train on, 8 to evaluate on, of at most 1,024 tokens" in printed
+    assert "160 to train on, 8 to evaluate on, each with at most 1,024 tokens" in printed
     trained = re.search(r"([\d,]+) parameters, ([\d,]+) of them trained", printed)
     numbers, of_them = (int(number.replace(",", "")) for number in trained.groups())
     assert numbers - (of_them if lora else 0) == PARAMETERS[folder]
@@ -141,7 +141,7 @@ def test_dry_run(path, stand_ins, repository, monkeypatch, capsys):
     times = 6 if lora or "Math-7B" not in folder else 4
     assert f"8 prompts x 16 = {4 if lora else 1} batches, {times} times" in printed
     prompts = (32, 600) if lora else (128, 400 if "Math-7B" in folder else 600)
-    assert f"to each of {prompts[0]} prompts" in printed and f"= {prompts[1]} rollout batches" in printed
+    assert f"for each of {prompts[0]} prompts" in printed and f"= {prompts[1]} rollout batches" in printed
     assert "⚠️" not in printed
     total = float(re.search(r"total +([\d.]+)", printed).group(1))
     told = Path(f"recipes/{folder}/README.md").read_text()
@@ -163,7 +163,7 @@ def test_dry_run_of_the_comparison(method, stand_ins, tmp_path, monkeypatch, cap
         + ["--num_train_prompts", "160"]
     )
     printed = capsys.readouterr().out
-    assert "to each of 32 prompts" in printed and "= 200 rollout batches" in printed and "⚠️" not in printed
+    assert "for each of 32 prompts" in printed and "= 200 rollout batches" in printed and "⚠️" not in printed
     total = float(re.search(r"total +([\d.]+)", printed).group(1))
     if method in ("capo", "simko"):
         assert f"{total:.0f} GiB" in Path("recipes/Qwen2.5-Math-1.5B/README.md").read_text(), total

@@ -169,8 +169,8 @@ def test_a_node_that_fails_ends_the_job(tmp_path, script):
 @pytest.mark.parametrize(
     ("num_nodes", "environment", "complaint"),
     [
-        (2, {"MODEL": "Qwen3"}, "There is no recipes/Qwen3/capo/config_deepscaler.yaml"),
-        (3, {}, "cannot be shared out to 24"),
+        (2, {"MODEL": "Qwen3"}, "recipes/Qwen3/capo/config_deepscaler.yaml does not exist"),
+        (3, {}, "cannot be divided among 24"),
         (2, {"MODEL": "arithmetic", "CONFIG": "demo"}, "has no gradient_accumulation_steps"),
     ],
 )

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def _check_trl_version() -> None:
-    """The seam knows the insides of TRL 1.16; another version would fail later and less clearly."""
+    """Refuse other versions of TRL: the seam relies on the internals of 1.16, and others would fail less clearly."""
     try:
         installed = version("trl")
     except PackageNotFoundError as error:

@@ -18,13 +18,13 @@ from trl_capo.processes import Stopped, stopping_on_signals
 # One line per command: the name of its module in `trl_capo.scripts`, and its description in `--help`.
 COMMANDS = {
     "train": "train a model with CAPO or GRPO (see trl-capo train --help, recipes/)",
-    "data": "check a dataset, or keep the questions that a model answers now rightly, now wrongly",
-    "evaluate": "sample, grade and measure how far the confidence of models can be trusted",
+    "data": "check a dataset, or keep the questions that a model answers right only sometimes",
+    "evaluate": "sample, grade and measure how far you can trust a model's confidence",
     "abstain": "choose the confidence below which a model should not answer",
-    "answer": "ask a model that abstains when it is not sure",
+    "answer": "ask a model that abstains when it is not confident enough",
     "report": "compare the samples of several runs on one page",
-    "compare": "train several methods from one base and say which differences are sure",
-    "push": "upload a trained model to the Hub, or go on with an upload that failed",
+    "compare": "train several methods from one base and test which differences are real",
+    "push": "upload a trained model to the Hub, or resume a failed upload",
     "demo": "train GRPO and CAPO side by side on a tiny model, on the CPU, in minutes",
 }
 

@@ -17,7 +17,10 @@ class UserErrors(UserError):
 
     def __init__(self, problems: list[str]):
         self.problems = [one_line(problem) for problem in problems]
-        super().__init__("; ".join(self.problems))
+        super().__init__(problems)  # as it was called, so that a copy in another process is the same
+
+    def __str__(self) -> str:
+        return "; ".join(self.problems)
 
 
 def one_line(text: str, limit: int = 2000) -> str:

@@ -87,7 +87,7 @@ def check_names(what: str, names: Sequence[Any]) -> None:
         same = known.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)
         if same is not name:
             raise UserError(
-                f"{what}: {same!r} and {name!r} would become one file or folder where case does not count. Rename one."
+                f"{what}: {same!r} and {name!r} become the same file or folder on some systems. Rename one of them."
             )
 
 
@@ -154,7 +154,6 @@ def check_settings(folder: Path, settings: dict, what: str) -> None:
     changed = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
     if changed:
         raise UserError(
-            f"{folder} holds {what} with another {', '.join(changed)}: "
-            f"{', '.join(str(known.get(name)) for name in changed)}. Repeat that, choose another output_dir, or "
-            "remove the folder."
+            f"{folder} already contains {what} with {', '.join(f'{name}={known.get(name)}' for name in changed)}. "
+            "Rerun with these settings, choose another output_dir, or delete the folder."
         )

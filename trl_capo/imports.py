@@ -55,7 +55,7 @@ def _import(option: str, name: str, module: str):
         reason = str(error)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}"
         frame = traceback.extract_tb(error.__traceback__)[-1]
         if not isinstance(error, SyntaxError) and not frame.filename.startswith("<"):

@@ -1,9 +1,9 @@
-"""Which options a method has, and what type each takes, before anything heavy is imported.
+"""The options of each method and their types, without importing anything heavy.
 
-Importing a configuration class takes seconds, because TRL brings torch along. The names and annotations of its fields
-stand in the source, so they are read from there (`option_annotations`): never stale, in a fraction of a second. Where
-the source cannot be followed, nothing is refused here and the parser of `trl-capo train` decides. A method from
-outside the package is imported, since it may be made in any way.
+Importing a configuration class takes seconds, because TRL imports torch. `option_annotations` therefore reads the
+names and annotations of its fields from the source, in a fraction of a second and always up to date. If it cannot
+follow the source, nothing is refused here, and the parser of `trl-capo train` decides. A method from outside the
+package is imported, because its class may be built in any way.
 """
 
 import ast
@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Iterator
 from functools import lru_cache
+from inspect import get_annotations
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from trl_capo.methods import METHODS, trainer_of
 from trl_capo.preflight.numbers import number_problem
 
 
-# Whose fields are options, beside those of the method.
+# Classes whose fields are options of every method.
 OPTION_CLASSES = [
     "trl_capo.recipe:TrainArguments",
     "trl:ModelConfig",
@@ -29,14 +30,14 @@ OPTION_CLASSES = [
     "trl:DatasetMixtureConfig",
 ]
 
-FILE_OR_JSON = ("accelerator_config", "deepspeed", "fsdp_config")  # of options that take a dictionary
+FILE_OR_JSON = ("accelerator_config", "deepspeed", "fsdp_config")  # dictionary options that also accept a file
 
 
 def known_options(method: str) -> dict[str, str] | None:
-    """Annotation by name of every option of a method; None if the source cannot be followed.
+    """All options of a method, as annotations by name; None if the source cannot be followed.
 
     Raises:
-        UserError: A method from outside the package cannot be imported, or is no trainer.
+        UserError: A method from outside the package cannot be imported, or is not a trainer.
     """
     known: dict[str, str] = {}
     for annotations in [options_of_method(method), *map(option_annotations, OPTION_CLASSES)]:
@@ -47,21 +48,26 @@ def known_options(method: str) -> dict[str, str] | None:
 
 
 def options_of_method(method: str) -> dict[str, str] | None:
-    """The same, without the options that all methods share."""
+    """Like `known_options`, without the options that all methods share."""
     if method in METHODS:
         config = _config_class(METHODS[method])
         return option_annotations(config) if config else None
-    options = dataclasses.fields(trainer_of(method).config_class)
-    return {f.name: f.type if isinstance(f.type, str) else _annotation(f.type) for f in options}
+    return annotations_of(trainer_of(method).config_class)
 
 
-def _annotation(kind: Any) -> str:
-    """A type as it is written: `int`, `list[str] | None`."""
-    return kind.__name__ if type(kind) is type else str(kind).removeprefix("typing.")
+def annotations_of(config_class: type) -> dict[str, str]:
+    """Fields of a dataclass with their types as they are written: `int`, `list[str] | None`."""
+    # Not from the fields themselves: a parser that was made for them has taken `| None` away.
+    kinds = {name: kind for cls in reversed(config_class.__mro__) for name, kind in get_annotations(cls).items()}
+    kinds = {field.name: kinds[field.name] for field in dataclasses.fields(config_class)}
+    return {
+        name: kind.__name__ if type(kind) is type else str(kind).removeprefix("typing.")
+        for name, kind in kinds.items()
+    }
 
 
 def value_problem(value: Any, annotation: str) -> str | None:
-    """What a value should be and is not, by a field's annotation; None if it will do, or only the parser can tell."""
+    """What a field's annotation requires, if the value is wrong; None if it is right or only the parser can tell."""
     kinds = {kind.strip() for kind in annotation.replace("Optional[", "").replace("]", "").split("|")}
     optional = "None" in kinds or annotation.startswith("Optional[")
     kinds -= {"None"}
@@ -88,7 +94,7 @@ def value_problem(value: Any, annotation: str) -> str | None:
 
 
 def option_problem(name: str, value: Any, annotation: str) -> str | None:
-    """What an option's value should be and is not: by its type, its range, and as JSON. None if it will do."""
+    """What an option's value must be, if its type, range or JSON is wrong; None if the value is acceptable."""
     if "dict" in annotation and isinstance(value, str):
         is_file = name in FILE_OR_JSON and not value.lstrip().startswith("{")
         return None if is_file else _json_problem(value)
@@ -107,7 +113,7 @@ def _json_problem(value: str) -> str | None:
 
 
 def suggestion(typed: str, spelt: list[str], name: str, method: str) -> str:
-    """What may have been meant by an option that a method does not have, as the end of a message."""
+    """The end of a message about an option that a method does not have: the option you may have meant."""
     owners = [other for other in METHODS if name in (options_of_method(other) or {})]
     if owners:
         return f" It is an option of {owners[0]}, not of {method}."
@@ -117,13 +123,13 @@ def suggestion(typed: str, spelt: list[str], name: str, method: str) -> str:
 
 @lru_cache(maxsize=64)
 def option_annotations(reference: str) -> dict[str, str] | None:
-    """Fields of a dataclass with their annotations, its bases' included, from its source.
+    """Read the fields of a dataclass and of its bases, with their annotations, from the source.
 
     Args:
-        reference: `module:Class`; the class may stand inside a function.
+        reference: `module:Class`. The class may be defined inside a function.
 
     Returns:
-        Annotation by name; None if the class or one of its bases cannot be found.
+        Annotations by field name; None if the class or one of its bases cannot be found.
     """
     module, _, name = reference.partition(":")
     found = _find_class(module, name)
@@ -148,7 +154,7 @@ def option_annotations(reference: str) -> dict[str, str] | None:
 
 @lru_cache(maxsize=64)
 def _config_class(trainer: str) -> str | None:
-    """The `config_class` of a trainer, or of the first of its bases that has one, both as `module:Class`."""
+    """The `config_class` of a trainer, or of its first base that has one; both as `module:Class`."""
     found = _find_class(*trainer.split(":"))
     if found is None:
         return None
@@ -163,7 +169,7 @@ def _config_class(trainer: str) -> str | None:
 
 @lru_cache(maxsize=256)
 def _find_class(module: str, name: str, depth: int = 0) -> tuple[str, ast.ClassDef] | None:
-    """Where a class is defined, through the imports that bring it into a module, lazy ones included."""
+    """Find where a class is defined by following imports, including lazy ones."""
     source = _source(module)
     if source is None or depth > 8:
         return None
@@ -171,6 +177,9 @@ def _find_class(module: str, name: str, depth: int = 0) -> tuple[str, ast.ClassD
     for node in _classes_and_imports(tree):
         if isinstance(node, ast.ClassDef) and node.name == name:
             return module, node
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name):
+            if name in [ast.unparse(target) for target in node.targets]:
+                return _find_class(module, node.value.id, depth + 1)
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 if (alias.asname or alias.name) == name:
@@ -186,7 +195,7 @@ def _find_class(module: str, name: str, depth: int = 0) -> tuple[str, ast.ClassD
 def _source(module: str) -> tuple[bool, ast.Module] | None:
     """Whether a module is a package, and its syntax tree, without importing it."""
     top, *rest = module.split(".")
-    spec = importlib.util.find_spec(top)  # of a top-level name, which imports nothing
+    spec = importlib.util.find_spec(top)  # imports nothing, because the name is top-level
     if spec is None or not spec.submodule_search_locations:
         return None
     path = Path(spec.submodule_search_locations[0], *rest)
@@ -200,9 +209,9 @@ def _source(module: str) -> tuple[bool, ast.Module] | None:
 
 
 def _classes_and_imports(tree: ast.Module) -> Iterator[ast.stmt]:
-    """Also those inside functions and `if TYPE_CHECKING`. Bodies only: expressions hold neither."""
+    """All statements, including those inside functions and `if TYPE_CHECKING`, whose `else` runs and comes first."""
     pending: list[ast.stmt] = list(tree.body)
     for node in pending:
         yield node
-        for part in ("body", "orelse", "finalbody"):
+        for part in ("orelse", "body", "finalbody"):
             pending += getattr(node, part, [])

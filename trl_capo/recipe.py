@@ -1,4 +1,4 @@
-"""Recipes and options of `trl-capo train`: read, checked before anything heavy is imported, parsed, written down."""
+"""Recipes and options of `trl-capo train`: read them, check them before heavy imports, parse them, record them."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ from trl_capo.redact import redact
 
 
 # A recipe may come from a stranger. Variables can replace programs and libraries, read and write files, or send tokens
-# and data elsewhere, so only those that tune or name a run may stand in one, each by its exact name.
+# and data elsewhere, so a recipe may set only those that tune or name a run, each by its exact name.
 ENV_NAMES = frozenset(
     """
     CUBLAS_WORKSPACE_CONFIG CUDA_DEVICE_ORDER CUDA_LAUNCH_BLOCKING CUDA_VISIBLE_DEVICES GLOO_SOCKET_IFNAME
@@ -57,17 +57,17 @@ ENV_NAMES = frozenset(
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """Read a file of `key: value` lines.
+    """Read a YAML file of `key: value` lines.
 
     Args:
-        path: A YAML file.
+        path: The file.
 
     Returns:
-        Its content.
+        Values by key.
 
     Raises:
-        UserError: The path is no file, or the file is not YAML, is empty, holds no keys or holds one twice.
-        OSError: It cannot be read.
+        UserError: The path is a folder, or the file is not YAML, is empty, or contains no keys or the same key twice.
+        OSError: The file cannot be read.
     """
     import yaml
 
@@ -81,7 +81,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict) or not content:
         found = "nothing" if not content else type(content).__name__
-        raise UserError(f"{path} must hold one `key: value` a line, got {found}.")
+        raise UserError(f"{path} must contain one `key: value` per line, got {found}.")
     if strange := [key for key in content if not isinstance(key, str)]:
         raise UserError(f"{path}: key {strange[0]!r} is not text. Put it in quotes, or remove it.")
     return content
@@ -92,7 +92,7 @@ def _loader():
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML takes the last of two equal keys without a word."""
+        """Refuses a repeated key; YAML would silently keep the last one."""
 
         def construct_mapping(self, node, deep=False):
             seen = set()
@@ -112,32 +112,33 @@ def check_env(path: str, env: Any) -> None:
     """Refuse environment variables that a recipe may not set.
 
     Raises:
-        UserError: Names the variable.
+        UserError: A variable is not allowed. The message names it.
     """
     if env is None:
         return
     if not isinstance(env, dict):
-        raise UserError(f"{path}: env must hold one `NAME: value` a line, got {env!r}.")
+        raise UserError(f"{path}: env must contain one `NAME: value` per line, got {env!r}.")
     for name, value in env.items():
         if name not in ENV_NAMES:
             raise UserError(
                 f"{path}: env may not set {name!r}, because it can run other code, move files or send data elsewhere. "
-                "If you mean it, remove it here and `export` it in the shell. recipes/README.md lists what may be set."
+                "To set it anyway, remove it here and `export` it in the shell. recipes/README.md lists the allowed "
+                "variables."
             )
         if not isinstance(value, (str, int, float)) or "\0" in str(value):
             raise UserError(f"{path}: env {name} must be text or a number, got {value!r}.")
 
 
 def check_recipe(path: str, recipe: dict, method: str) -> None:
-    """Refuse a recipe with a key that is no option of its method, or a value of another type.
+    """Refuse a recipe with a key that is not an option of its method, or with a value of the wrong type.
 
     Args:
-        path: Names the recipe in messages.
+        path: The recipe's path, for messages.
         recipe: Its content.
-        method: Which method it is for.
+        method: The recipe's method.
 
     Raises:
-        UserError: Says which key, and what may have been meant; or why the method cannot be used.
+        UserError: A key or value is wrong, or the method cannot be used. The message names the key and suggests a fix.
     """
     check_env(path, recipe.get("env"))
     if {"baseline", "methods"} <= recipe.keys():
@@ -158,10 +159,10 @@ def check_recipe(path: str, recipe: dict, method: str) -> None:
 
 
 def check_options(argv: list[str], method: str) -> None:
-    """Refuse an unknown option, or a value of another type, on the command line.
+    """Refuse an unknown option, or a value of the wrong type, on the command line.
 
     Raises:
-        UserError: Says which, and what may have been meant.
+        UserError: An option or value is wrong. The message names it and suggests a fix.
     """
     known = known_options(method)
     if known is None:
@@ -184,23 +185,25 @@ def check_options(argv: list[str], method: str) -> None:
 
 
 def method_and_config(argv: list[str]) -> tuple[str, str | None]:
-    """The method decides which options exist, so it is read before everything else: option, recipe, default.
+    """Read the method before everything else, because it decides which options exist.
+
+    An option takes precedence over the recipe, and the recipe over the default.
 
     Returns:
-        The method, and the recipe's path; None without one.
+        The method, and the recipe's path or None.
 
     Raises:
-        UserError: There is no such method, or the recipe cannot be read.
+        UserError: The method does not exist, or the recipe cannot be read.
     """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--method")
     peek.add_argument("--config")
     if argv.count("--config") > 1:
-        raise UserError("--config appears more than once. Keep one recipe, and give the rest as options.")
+        raise UserError("--config appears more than once. Keep one recipe, and give the other settings as options.")
     found, _ = peek.parse_known_args(argv)
     recipe = read_yaml(found.config) if found.config is not None else {}
     method = found.method or recipe.get("method", "capo")
-    if method not in list(METHODS):  # in a recipe it may be anything
+    if method not in list(METHODS):  # a list, because a recipe's value may be unhashable
         trainer_of(method)
     return method, found.config
 
@@ -215,7 +218,9 @@ def make_parser(method: str = "capo"):
     class TrainArguments(ScriptArguments):
         method: str = field(
             default="capo",
-            metadata={"help": f"What to train with: {', '.join(METHODS)}, or package.module:Trainer of your own."},
+            metadata={
+                "help": f"Training method: {', '.join(METHODS)}, or your own trainer as package.module:Trainer."
+            },
         )
         reward_funcs: list[str] = field(
             default_factory=lambda: ["accuracy_reward"],
@@ -227,7 +232,8 @@ def make_parser(method: str = "capo"):
         normalize_operators: bool = field(
             default=False,
             metadata={
-                "help": "Let accuracy_reward mend `\\frac13`, `2\\sqrt3` and `\\boxed 7`, which else are wrong."
+                "help": "Let accuracy_reward repair `\\frac13`, `2\\sqrt3` and `\\boxed 7`, which otherwise count as "
+                "wrong."
             },
         )
 
@@ -243,16 +249,16 @@ def make_parser(method: str = "capo"):
 
 
 def parse(parser, argv: list[str]) -> tuple:
-    """The configurations that a command line and its recipe give.
+    """Parse a command line and its recipe into configurations.
 
     Raises:
-        UserError: One of them refuses its values.
+        UserError: A configuration refuses its values.
     """
     try:
         return parser.parse_args_and_config(argv)
     except UserError:
         raise
-    except ValueError as error:  # whatever a configuration refuses is what the user chose
+    except ValueError as error:  # the user chose the values that a configuration refuses
         raise UserError(str(error)) from error
 
 
@@ -261,15 +267,15 @@ def _refuse(message: str) -> NoReturn:
 
 
 def resolved_options(argv: list[str], method: str, config_path: str | None = None) -> tuple[dict[str, Any], list[str]]:
-    """The options of a run that differ from their defaults, as a recipe gives them.
+    """The options of a run that differ from their defaults, in the form of a recipe.
 
-    They are taken as they were typed, before the configuration derives others from them: what is derived may not be
-    given together with what it is derived from.
+    Options are recorded as the user gave them, before the configuration derives others, because TRL refuses some
+    derived options next to the options they come from.
 
     Args:
-        argv: Words of the command line after `trl-capo train`, with `--config FILE` in two words.
+        argv: Words of the command line after `trl-capo train`, with `--config FILE` as two words.
         method: Name of the method.
-        config_path: The recipe, None without one.
+        config_path: The recipe's path, or None.
 
     Returns:
         Options by name, `method` first, without secrets and without `resume_from_checkpoint`; and the names of the

@@ -14,7 +14,7 @@ from typing import Any
 
 STARS = "***"
 
-# Anywhere in a name, without its separators and in lower case.
+# Matched anywhere in a name that is in lower case and without separators.
 _ALWAYS = re.compile(
     r"passw(or)?d|passphrase|passcode|secret(?!ar(y|ies|ial|iat)|ion|ive)|credential|apikey|accesskey|privatekey|signingkey|encryptionkey|"
     r"(api|auth|access|refresh|session|bearer|bot|hub|hf|github|id)tokens?$|connectionstring|webhook|authorization|"
@@ -22,7 +22,7 @@ _ALWAYS = re.compile(
 )
 _WORDS = {"pwd", "bearer", "cookie", "cookies", "jwt", "auth", "oauth", "dsn", "cred", "creds"}
 _LAST_WORDS = {"pass", "pin", "otp", "totp"}  # but not in pin_memory
-# A token is text of the tokenizer after one of these words, and a number of the trainer before one of those.
+# After one of the first words, "token" means the tokenizer's text; before one of the second, a number of the trainer.
 _TEXT_TOKENS = set(
     "pad eos bos unk mask sep cls image video audio boi eoi stop start end think first last per next new prefix "
     "suffix middle fim object ref box vision extra forced decoder special additional fake by each".split()
@@ -31,13 +31,13 @@ _AFTER_TOKEN = set(
     "id ids type types level count counts budget limit length index indices mask masks logp logps loss weight weights "
     "entropy entropies advantages embedding embeddings dropout classification accuracy idx".split()
 )
-# A key names a column, or orders something, after one of these words.
+# After one of these words, "key" names a column or an order.
 _PLAIN_KEYS = set(
     "sort primary foreign prompt question answer label text dataset metric group cache completion image column query "
     "value messages message json field dict reward solution gold tags".split()
 )
 
-# Shapes of secrets, wherever they stand. They start where no other word is in progress.
+# Shapes of secrets, anywhere in a text but not in the middle of a word.
 _SHAPES = re.compile(
     r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
     r".*?(?:-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|\Z)"
@@ -55,25 +55,25 @@ _SHAPES = re.compile(
     r")",
     re.DOTALL,
 )
-# What a header authorizes with; a bearer in prose is followed by a mere word.
+# Credentials in an authorization header. In prose, "bearer" is followed by an ordinary word.
 _HEADER = re.compile(
     r"(?i)\b(authorization[\"']?[ \t]{0,20}[:=][ \t]{0,20}[\"']?(?:\w{1,20}[ \t]{1,20})?"
     r"|bearer[ \t]{1,20}(?=[\w.~+/=-]{0,400}[\d_~+/=-]))[\w.~+/=-]{4,}+(?![ \t]+\*\*\*)"
 )
-# A password may hold a slash; a port is none.
+# A password may contain a slash; a port is not a password.
 _URL = re.compile(
     r"\b([A-Za-z][A-Za-z0-9+.-]{0,20}://)(?:[^\s/'\"<>?#]+|[^\s/@:'\"<>]{0,200}:(?!\d*/)[^\s@'\"<>]{0,200})@"
 )
 _OPTION = re.compile(
     r"(?<!\S)(--?(?P<name>[\w-]{1,80})[ \t]{1,20})(?=[^\s-])(?!'\*\*\*')(?:'[^'\n]*'|\"[^\"\n]*\"|\S+)"
 )
-# What signs a URL of Azure, AWS or Google.
+# Signatures in the URLs of Azure, AWS or Google.
 _SIGNED = re.compile(r"(?i)((?:[?&;]|%3F|%26)(?:sig|signature)(?:=|%3D))[^\s\"'<>&#*]{6,}")
-_CURL = re.compile(  # but not the numbers of a user and a group
+_CURL = re.compile(  # but not numeric ids of a user and a group
     r"(?<!\S)((?:-u|--user|--proxy-user)[ \t=]{0,20}[\"']?[^\s:\"']{1,80}:)"
     r"(?!\*\*\*|(?<=\d:)\d{1,6}(?!\S))[^\s\"']+"
 )
-# Of a netrc file: an entry, or a password alone that has a digit.
+# In a netrc file: an entry, or a password on its own that contains a digit.
 _NETRC = re.compile(
     r"(\b(?:machine\s{1,20}\S{1,200}|default)\s{1,20}login\s{1,20}\S{1,80}\s{1,20}password\s{1,20}"
     r"|\bpassword[ \t]{1,20}(?=[^\s\d]{0,80}\d)(?=\S{6}))(?!\*\*\*)\S+"
@@ -206,14 +206,16 @@ def redact(value: Any, left_out: list[str] | None = None, path: str = "") -> Any
         try:
             content = json.loads(value)
         except json.JSONDecodeError:
-            return mask(value)
-        clean = redact(content, left_out, path)
-        return value if clean == content else json.dumps(clean)
-    return mask(value)
+            pass
+        else:
+            clean = redact(content, left_out, path)
+            return value if clean == content else json.dumps(clean)
+    masked = mask(value)
+    return value if masked == value else masked  # an enumeration's text stays one
 
 
 def _secret_items(items: list | tuple) -> set[int]:
-    """Places of values that follow their option, as `["--token", value]`, or their name, as `("token", value)`."""
+    """Indices of values that follow their option, as `["--token", value]`, or their name, as `("token", value)`."""
     hidden = set()
     for at, (name, value) in enumerate(zip(items, items[1:], strict=False)):
         if not isinstance(name, str) or not isinstance(value, str) or value.lower() in _NOT_SECRET:
@@ -252,13 +254,13 @@ def secret_problems(file: str, content: dict, path: str = "") -> Iterator[str]:
             yield from secret_problems(file, value, name_path)
         else:
             yield (
-                f"{file}: {mask(name_path)} is or holds a secret, which every run's recipe would repeat. Remove it, "
-                "and log in with `hf auth login` or set an environment variable."
+                f"{file}: {mask(name_path)} is or contains a secret, which would be copied into every run's recipe. "
+                "Remove it, and log in with `hf auth login` or set an environment variable."
             )
 
 
 def redact_words(words: list[str]) -> list[str]:
-    """Words of a command line, with stars for the values of secret options, alone, after `=` and inside JSON."""
+    """Words of a command line with the values of secret options, separate, after `=` or inside JSON, as stars."""
     shown, secret = [], False
     for word in words:
         option, equals, value = word.partition("=")

@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable
 
 from trl_capo.errors import one_line
+from trl_capo.grading import grade_pair, load_math_verify
 from trl_capo.models.messages import answer_of
 from trl_capo.workers import DeadlinePool, Failure, can_start_workers
 
@@ -50,7 +51,7 @@ class AccuracyReward:
 
     def __init__(self, num_workers: int | None = None, deadline: float = 30.0, normalize_operators: bool = False):
         self.workers = DeadlinePool(
-            functools.partial(_grade, normalize_operators=normalize_operators), num_workers, deadline
+            functools.partial(_grade, normalize_operators=normalize_operators), num_workers, deadline, load_math_verify
         )
         self.normalize_operators = normalize_operators
 
@@ -122,8 +123,6 @@ def _items(completions: list[list[dict[str, str]]], solution: list[str]) -> list
 
 def _grade(text: str, solution: str, normalize_operators: bool = False) -> Grade:
     """Runs in a worker's main thread, so that math-verify's timeouts work."""
-    from trl_capo.grading import grade_pair
-
     found = grade_pair(text, solution, normalize_operators)
     if found.failure is not None:
         return found.failure

@@ -20,6 +20,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from enum import Enum
 from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any
@@ -47,19 +48,28 @@ class DeadlinePool:
         num_workers: Number of workers. None means one for each core that this process may use, divided among the ranks
             on the machine, at most 16.
         deadline: Seconds that one item may take before its worker is killed.
+        prepare: Called in each new worker before its first item, without a deadline, for imports that take long. Must
+            be picklable. If it fails, the items run all the same, and say what they lack.
 
     Raises:
         ValueError: The number of workers or the deadline is too small.
     """
 
-    def __init__(self, function: Callable, num_workers: int | None = None, deadline: float = 30.0):
+    def __init__(
+        self,
+        function: Callable,
+        num_workers: int | None = None,
+        deadline: float = 30.0,
+        prepare: Callable[[], object] | None = None,
+    ):
         if num_workers is not None and num_workers < 1:
-            raise ValueError(f"num_workers must be at least 1, or None for one a core, got {num_workers}.")
+            raise ValueError(f"num_workers must be at least 1, or None for one per core, got {num_workers}.")
         if not deadline > 0:
             raise ValueError(f"deadline must be a positive number of seconds, got {deadline}.")
         self.function = function
         self.num_workers = num_workers
         self.deadline = deadline
+        self.prepare = prepare
         self._pool: ProcessPool | None = None
         self._stop_pool: Callable[[], None] = lambda: None
         self._pending: dict[str, ProcessFuture] = {}
@@ -150,7 +160,10 @@ class DeadlinePool:
         # multiprocessing, it does not import the running script: if that lacks `if __name__ == "__main__"`, each
         # worker would train as well.
         self._pool = ProcessPool(
-            self.num_workers or _default_workers(), initializer=_prepare_worker, context=get_context("loky")
+            self.num_workers or _default_workers(),
+            initializer=_prepare_worker,
+            initargs=(self.prepare,),
+            context=get_context("loky"),
         )
         # Unlike atexit, this also runs when a multiprocessing process ends. Such a process waits for its children
         # before it runs atexit, and would never finish.
@@ -170,11 +183,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _prepare_worker() -> None:
+def _prepare_worker(prepare: Callable[[], object] | None) -> None:
     """Runs in a new worker before its first item, so no deadline applies."""
     # Pebble ends a worker with SIGTERM. A Python handler would not run while the worker is in C.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    import math_verify  # noqa: F401 - takes half a second, once
+    if prepare is not None:
+        with suppress(Exception):  # the pool would end without a reason
+            prepare()
 
 
 def can_start_workers() -> bool:

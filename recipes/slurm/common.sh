@@ -1,4 +1,4 @@
-# What both scripts share. Sourced from the repository's root, in the allocation of a job.
+# Shared by both scripts, which source it from the repository's root inside a job's allocation.
 
 MODEL=${MODEL:-Qwen2.5-Math-1.5B}
 METHOD=${METHOD:-capo}
@@ -12,8 +12,8 @@ nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
 
 export OMP_NUM_THREADS=1
 export TOKENIZERS_PARALLELISM=false
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-64}  # srun does not take it from sbatch
-# If the nodes reach each other through another interface than their first one:
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-64}  # srun does not inherit it from sbatch
+# If the nodes do not reach each other through their first network interface:
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
 fail() {
@@ -22,32 +22,33 @@ fail() {
 }
 
 for file in "$recipe" "$launcher"; do
-    [ -f "$file" ] || fail "There is no $file: see MODEL, METHOD, CONFIG and ACCELERATE_CONFIG."
+    [ -f "$file" ] || fail "$file does not exist. Check MODEL, METHOD, CONFIG and ACCELERATE_CONFIG."
 done
 
-# Value of a key of the recipe.
+# Print the value of a key of the recipe.
 from_recipe() {
     awk -v key="$1:" '$1 == key { print $2 }' "$recipe"
 }
 
-# The recipes are made for 8 processes. So that a generation and an update have as many completions with any number of
-# them, each works through fewer or more micro-batches: their number with $2 processes, by its key $1.
+# Print the number of micro-batches (recipe key $1) with $2 processes. The recipes are made for 8 processes. With
+# another number, each process gets more or fewer micro-batches, so that a generation and an update keep their size.
 micro_batches() {
     local with_8
     with_8=$(from_recipe "$1")
-    [ -n "$with_8" ] || fail "$recipe has no $1: these scripts share out its micro-batches."
-    [ $((with_8 * 8 % $2)) -eq 0 ] || fail "$1: $with_8 micro-batches of 8 processes cannot be shared out to $2."
+    [ -n "$with_8" ] || fail "$recipe has no $1, which these scripts need to divide the micro-batches: add it."
+    [ $((with_8 * 8 % $2)) -eq 0 ] ||
+        fail "$1: $with_8 micro-batches for 8 processes cannot be divided among $2. Use another number of nodes."
     echo $((with_8 * 8 / $2))
 }
 
-# `trl-capo train` on the first $1 nodes, with further options.
+# Run `trl-capo train` on the first $1 nodes, with the remaining arguments as options.
 train_on() {
     local processes=$(($1 * GPUS_PER_NODE)) hosts accumulation generation
     hosts=$(IFS=, && echo "${nodes[*]:0:$1}")
     accumulation=$(micro_batches gradient_accumulation_steps "$processes")
     generation=$(micro_batches steps_per_generation "$processes")
-    # A machine's rank is known on that machine alone, so its own shell fills it in. Without --kill-on-bad-exit the
-    # other nodes would wait for one that failed. Two jobs do not share a port.
+    # Only a machine itself knows its rank, so its own shell fills it in. Without --kill-on-bad-exit, the other nodes
+    # would wait for one that failed. The port depends on the job id, so that two jobs do not share one.
     srun --nodes="$1" --ntasks="$1" --ntasks-per-node=1 --nodelist="$hosts" --kill-on-bad-exit=1 \
         bash -c 'exec accelerate launch --machine_rank "$SLURM_PROCID" "$@"' launch \
         --config_file "$launcher" \

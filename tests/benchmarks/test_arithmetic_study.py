@@ -65,12 +65,12 @@ def test_precision_of_counted_rows_is_that_of_repeated_rows(coverage):
     rng = np.random.default_rng(0)
     right, confidence = (rng.random(40) < 0.5).astype(float), -np.sort(rng.random(40))
     counts = rng.integers(0, 4, 40)
-    [found] = evidence.surest(right, counts, (coverage,))
+    [found] = evidence.precision_of_top(right, counts, (coverage,))
     # Copies of a row tie, which the metric averages; rows differ, so both agree wherever a row is not cut in two.
     expected = precision_at_coverage(np.repeat(right, counts), np.repeat(confidence, counts), coverage)
     assert found == pytest.approx(expected, abs=3 / (coverage * counts.sum()))
     ones = np.ones(40, dtype=int)
-    assert evidence.surest(right, ones, (coverage,)) == [precision_at_coverage(right, confidence, coverage)]
+    assert evidence.precision_of_top(right, ones, (coverage,)) == [precision_at_coverage(right, confidence, coverage)]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 
@@ -32,17 +33,19 @@ def summary(accuracies, seconds_a_step):
 
 
 def test_a_target_is_reached_between_two_means_of_three():
-    accuracies = [0.0, 0.3, 0.3, 0.6, 0.9]  # the means: 0, .15, .2, .4, .6
-    there = report.at_target(curve(accuracies), 0.3)
-    assert there == pytest.approx(dict(step=25, seconds=25, tokens=2500, auc_within=0.65))  # AUCs there: .6 and .7
-    assert report.at_target(curve(accuracies), 0.6)["step"] == 40
-    assert report.at_target(curve(accuracies), 0.61) is None
+    def there(accuracies, target):
+        return report.at_target(report.curves_of({0: summary(accuracies, 1.0) | {"seed": 0}}, [0]), target)
+
+    accuracies = [0.0, 0.3, 0.3, 0.6, 0.9]  # the means: 0, .15, .2, .4, .6; those of the AUC: .5, .55, .6, .7, .8
+    assert there(accuracies, 0.3) == pytest.approx(dict(step=25, seconds=25, tokens=2500, auc_within=0.65))
+    assert there(accuracies, 0.6)["step"] == pytest.approx(40)
+    assert there(accuracies, 0.61)["seconds"] == np.inf and np.isnan(there(accuracies, 0.61)["auc_within"])
     # Later falls do not matter, one high evaluation is not enough.
-    assert report.at_target(curve([0.0, 0.3, 0.3, 0.0, 0.0]), 0.15)["step"] == 10
-    assert report.at_target(curve([0.0, 0.0, 0.0, 0.5, 0.0]), 0.3) is None
+    assert there([0.0, 0.3, 0.3, 0.0, 0.0], 0.15)["step"] == 10
+    assert there([0.0, 0.0, 0.0, 0.5, 0.0], 0.3)["step"] == np.inf
 
 
-def test_ratios_are_of_one_seed_and_nothing_is_imputed():
+def test_ratios_are_those_of_mean_curves_and_nothing_is_imputed():
     slow, low = [0.0, 0.3, 0.6, 0.6, 0.6], [0.0, 0.1, 0.1, 0.1, 0.1]
     runs = {
         "grpo_stock": {0: summary(slow, 2.0), 1: summary(slow, 8.0)},
@@ -51,21 +54,23 @@ def test_ratios_are_of_one_seed_and_nothing_is_imputed():
         "capo_all": {0: summary(low, 1.0)},
     }
     rows = report.numbers_of(runs)
-    assert rows["grpo_fast"]["seconds_over_stock"].value == pytest.approx(0.25)  # of 1/2 and 1/8, geometrically
-    assert rows["grpo_fast"]["step_over_stock"].value == pytest.approx(0.25)
+    assert rows["grpo_stock"]["seconds"].value == pytest.approx(200)  # 40 steps of 5 seconds
+    fast = rows["grpo_fast"]["seconds_over_stock"]
+    assert fast.value == pytest.approx(1 / 5) and (fast.low, fast.high) == pytest.approx((1 / 8, 1 / 2))
+    assert rows["grpo_fast"]["step_over_stock"].value == pytest.approx(0.25)  # of 1/2 and 1/8, geometrically
     assert rows["grpo_fast"]["tokens_over_stock"].value == pytest.approx(1)
-    assert rows["grpo_all"]["reached"] == [0] and rows["grpo_all"]["seconds_over_stock"].value == pytest.approx(0.5)
-    assert rows["capo_all"]["reached"] == []
+    mixed = rows["grpo_all"]["seconds_over_stock"]  # one seed of two is far below: so is the mean
+    assert mixed.value == np.inf and mixed.low < 1 and mixed.high == np.inf
+    assert rows["capo_all"]["seconds"].value == np.inf
     lines = report.to_markdown(
         rows, {"dates": ["today"], "hardware": ["this"], "versions": ["1"], "highest_load": 1.0}
     ).splitlines()
-    assert "| `grpo_stock` | 2 of 2 | 40 | 200.0 |  | 4,000 |  | 0.800 [0.800, 0.800] |  |" in lines
-    assert "| `capo_all` | 0 of 1 | not reached |  |  |  |  |  |  |" in lines
-    assert next(line for line in lines if "`grpo_all` | 1 of 2" in line).count("[") == 0  # one seed, no interval
+    assert "| `capo_all` | 1 | not reached |  |  |  |  |  |  |" in lines
+    assert next(line for line in lines if line.startswith("| `grpo_stock` | 2 | 40 | 200.0 |"))
 
 
 def test_a_start_as_good_as_the_end_is_no_target():
-    with pytest.raises(SystemExit, match="seed 3 ends no better than it began"):
+    with pytest.raises(SystemExit, match="grpo_stock ends no better than it began"):
         report.numbers_of({"grpo_stock": {3: summary([0.5, 0.5, 0.4], 1.0)}})
 
 

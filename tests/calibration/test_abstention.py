@@ -179,7 +179,7 @@ def test_saved_and_loaded(tmp_path):
 def test_bad_input_is_refused(tmp_path):
     with pytest.raises(ValueError, match="at least 50 calibration questions are needed, got 49"):
         choose_threshold(np.ones(60), np.where(np.arange(60) < 49, 1.0, np.nan), 0.8)
-    with pytest.raises(ValueError, match=r"one row a question, shape \(P,\)"):
+    with pytest.raises(ValueError, match=r"one row per question, shape \(P,\)"):
         choose_threshold(np.ones((10, 16)), np.ones((10, 16)), 0.8)
     for bad in (0, 1, 1.2):
         with pytest.raises(ValueError, match=r"`precision` must lie in \(0, 1\)"):
@@ -190,5 +190,5 @@ def test_bad_input_is_refused(tmp_path):
         Abstention.load(tmp_path)
     for content in ("[]", "{}", "nonsense", '{"calibration_precision": 1, "other": 2}'):
         (tmp_path / "abstention.json").write_text(content)
-        with pytest.raises(ValueError, match="does not hold a threshold"):
+        with pytest.raises(ValueError, match="does not contain a threshold"):
             Abstention.load(tmp_path)

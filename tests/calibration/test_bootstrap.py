@@ -240,5 +240,5 @@ def test_prompts_must_match():
     with pytest.raises(ValueError, match="answered 3 and 4 prompts"):
         prompt_difference(auc_within, samples, (np.ones((4, 2)), np.ones((4, 2))))
     for correct, confidence in ((np.ones(3), np.ones(3)), (np.ones((3, 2)), np.ones((3, 1))), (np.ones((0, 2)),) * 2):
-        with pytest.raises(ValueError, match=r"one shape \(P, G\)"):
+        with pytest.raises(ValueError, match=r"the same shape \(P, G\)"):
             prompt_interval(auc_within, correct, confidence)

@@ -143,7 +143,7 @@ def test_what_is_no_probability_is_refused():
     for value in (-0.2, 1.5):
         with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got"):
             metrics.brier_score([1, 0], [0.5, value])
-        with pytest.raises(ValueError, match="no probability"):
+        with pytest.raises(ValueError, match="not a probability"):
             metrics.expected_calibration_error([1, 0], [0.5, value])
     with pytest.raises(ValueError, match="`precision`"):
         metrics.coverage_at_precision([1], [1], 0)

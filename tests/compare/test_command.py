@@ -40,7 +40,7 @@ def test_runs_then_compares_what_is_there(tmp_path, calls, capsys):
     captured = capsys.readouterr()
     assert "some runs failed" in captured.err and "broken-0/train.log" in captured.err
     assert "2 of 6 runs are missing: broken-0, broken-1" in captured.out
-    assert f"What to type next: trl-capo compare {plan} " in captured.out and "report.html" in captured.out
+    assert f"Next: trl-capo compare {plan} " in captured.out and "report.html" in captured.out
     assert [command for command, _ in calls].count("train") == 4 and not any("capo" in where for _, where in calls)
 
     rows = {row["method"]: row for row in json.loads((out / "comparison.json").read_text())["rows"]}
@@ -62,7 +62,7 @@ def test_runs_then_compares_what_is_there(tmp_path, calls, capsys):
     assert "| capo | 2 | " in text and "broken" not in text
     assert (
         "arithmetic_test_2 (5 questions x 4)" in text
-        and "Not all runs" not in text
+        and "Runs used different" not in text
         and "could not be graded" not in text
     )
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
@@ -127,8 +127,8 @@ def test_a_changed_plan_is_refused(tmp_path, calls, capsys):
     assert cli.main(["compare", plan_for(tmp_path), "--methods", "capo", "--seeds", "0"]) == 0
     calls.clear()
     for changes, message in (
-        (dict(baseline="capo"), "holds a comparison with another baseline: grpo"),
-        (dict(methods=dict(grpo=dict(method="grpo"), capo=dict(method="capo", tau=0.4))), "a run with another"),
+        (dict(baseline="capo"), "already contains a comparison with baseline=grpo."),
+        (dict(methods=dict(grpo=dict(method="grpo"), capo=dict(method="capo", tau=0.4))), "already contains a run"),
     ):
         assert cli.main(["compare", plan_for(tmp_path, **changes)]) == 2
         assert message in capsys.readouterr().err and calls == []

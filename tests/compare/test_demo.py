@@ -69,7 +69,7 @@ def test_finished_parts_are_kept_missing_ones_resumed_and_the_table_printed(fini
 def test_other_settings_need_another_folder(finished, capsys):
     folder, arguments = finished
     assert cli.main([*arguments, "--seed", "1"]) == 2
-    assert "holds a demo with another seed: 0" in capsys.readouterr().err
+    assert "already contains a demo with seed=0." in capsys.readouterr().err
 
 
 def test_bad_numbers(capsys):

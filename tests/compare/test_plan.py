@@ -15,11 +15,11 @@ from trl_capo.methods import METHODS
     ("changes", "message"),
     [
         (dict(baseline="none"), "baseline must be one of grpo, capo, broken"),
-        (dict(extra=1), "must hold baseline, methods, train, benchmarks, seeds and may hold"),
-        (dict(methods=dict(grpo=dict(method="ppo"))), "grpo needs a `method` of"),
+        (dict(extra=1), "must have the keys baseline, methods, train, benchmarks, seeds, may have"),
+        (dict(methods=dict(grpo=dict(method="ppo"))), "grpo needs a `method`, one of"),
         (dict(methods=dict(grpo=dict(method="grpo", tau=1))), "unknown key 'tau'. It is an option of capo"),
-        (dict(methods=dict(grpo=None)), "grpo needs a `method` of"),
-        (dict(seeds=[0, 0]), "no seed may be named twice, but 0 is"),
+        (dict(methods=dict(grpo=None)), "grpo needs a `method`, one of"),
+        (dict(seeds=[0, 0]), "seed 0 appears twice"),
         *((dict(seeds=[seed]), f"from 0 to 4294967295, got {seed!r}") for seed in (-1, "1", 1.5, True, None, 2**32)),
         (dict(seeds=[]), "seeds must be a list of whole numbers, got []"),
         (dict(seeds=3), "seeds must be a list of whole numbers, got 3"),
@@ -27,14 +27,14 @@ from trl_capo.methods import METHODS
             (dict(baseline=name, methods={name: dict(method="grpo")}), "becomes the name of a file or folder")
             for name in ("../x", "..", "/x", "", "a/b", "a\\b", ".x", "-x", "NUL", "a\nb", "x" * 300, 5)
         ),
-        (dict(methods=dict(grpo=dict(method="grpo"), GRPO=dict(method="grpo"))), "'grpo' and 'GRPO' would become one"),
-        (dict(baseline="Base", methods=dict(Base=dict(method="grpo"))), "no method may be called 'base'"),
+        (dict(methods=dict(grpo=dict(method="grpo"), GRPO=dict(method="grpo"))), "'grpo' and 'GRPO' become the same"),
+        (dict(baseline="Base", methods=dict(Base=dict(method="grpo"))), "No method may be called 'base'"),
         (dict(methods=dict(grpo=dict(method="grpo", seed=1))), "seed comes from the seeds"),
         (dict(methods=dict(grpo=dict(method="grpo", env=dict(LD_PRELOAD="x")))), "env may not set 'LD_PRELOAD'"),
         (dict(output_dir=""), "output_dir must be the path of a folder, got ''"),
         (dict(evaluate=dict(output_dir="x")), "output_dir comes from the plan itself"),
         (dict(evaluate=dict(temperature=-1)), "must be positive, got -1.0"),
-        (dict(benchmarks=["arithmetic_9"]), "there is no benchmark"),
+        (dict(benchmarks=["arithmetic_9"]), "unknown benchmark"),
     ],
 )
 def test_a_plan_that_cannot_work_is_refused(tmp_path, capsys, changes, message):
@@ -64,7 +64,7 @@ def test_secrets_are_refused(tmp_path, capsys, changes, name):
     """Every run's recipe would repeat them; the message does not."""
     assert cli.main(["compare", plan_for(tmp_path, **changes)]) == 2
     error = capsys.readouterr().err
-    assert f"{name} is or holds a secret" in error and "geheim77" not in error
+    assert f"{name} is or contains a secret" in error and "geheim77" not in error
     assert not (tmp_path / "out").exists()
 
 

@@ -82,7 +82,7 @@ def test_each_run_at_a_time_has_a_gpu_of_its_own(tmp_path, monkeypatch):
     assert all(len(set(gpus)) == len(gpus) for gpus in together) and ["0", "1", "2"] in together
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert [share["CUDA_VISIBLE_DEVICES"] for share in runner.shares_of_the_machine(2)] == ["5", "7"]
-    with pytest.raises(ValueError, match="--workers 3: each run needs a GPU of its own, and 2 can be seen"):
+    with pytest.raises(ValueError, match="--workers 3: each run needs its own GPU, but only 2 are visible"):
         runner.shares_of_the_machine(3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # hides them all
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
@@ -100,7 +100,7 @@ def test_a_run_that_another_process_works_on_is_left_to_it(tmp_path, monkeypatch
         assert other.stdout.readline() == b"held\n"
         monkeypatch.setattr(runner, "_succeeds", pytest.fail)
         assert runner.do(run, {}) is None
-        assert "grpo-0 is being worked on by another process" in capsys.readouterr().out
+        assert "grpo-0: another process is working on it" in capsys.readouterr().out
     finally:
         other.kill()
         other.wait()
@@ -184,7 +184,7 @@ def test_a_run_is_complete_only_while_its_files_are_those_recorded(tmp_path, fil
 def test_a_summary_of_other_samples_does_not_complete_a_run(tmp_path):
     run = finished(tmp_path / "grpo-0", rows=19)
     assert not runner.is_done(run)
-    assert runner._incomplete(run) == "the summary is of other benchmarks or samples."
+    assert runner._incomplete(run) == "the summary covers other benchmarks or samples."
 
 
 def test_a_run_is_complete_while_its_files_are_what_they_were(tmp_path, monkeypatch):

@@ -125,7 +125,7 @@ class TestSplits:
             arithmetic_dataset("test")
         with pytest.raises(ValueError, match="num_prompts must be at least 1, got 0"):
             arithmetic_dataset("train", 0)
-        with pytest.raises(ValueError, match="ask for fewer"):
+        with pytest.raises(ValueError, match="Use a smaller number"):
             arithmetic_dataset("test_2", 3_000)
 
 

@@ -30,9 +30,9 @@ def test_files_are_benchmarks(tmp_path, suffix):
 
 
 def test_unknown_names_list_the_known():
-    with pytest.raises(ValueError, match="no benchmark 'math5000'. Known are arithmetic_validation, .*math500"):
+    with pytest.raises(ValueError, match="unknown benchmark 'math5000'. Use one of arithmetic_validation, .*math500"):
         load_benchmark("math5000")
-    with pytest.raises(ValueError, match="no benchmark 'missing.jsonl'"):
+    with pytest.raises(ValueError, match="unknown benchmark 'missing.jsonl'"):
         load_benchmark("missing.jsonl")
 
 

@@ -61,14 +61,12 @@ def test_benchmarks_are_the_held_out_ones_in_qwens_template():
 def test_a_column_that_is_gone_is_explained(repositories):
     path = repositories / "math-ai" / "aime25" / "default-test.jsonl"
     path.write_text(json.dumps({"question": "1+1?", "answer": "2"}))
-    with pytest.raises(
-        ValueError, match="aime25: math-ai/aime25 has changed. It has no column 'problem' any more, only"
-    ):
+    with pytest.raises(ValueError, match="aime25: math-ai/aime25 no longer has a column 'problem', only"):
         load_catalogued("aime25")
 
 
 def test_another_number_of_rows_is_a_warning():
-    with pytest.warns(UserWarning, match="math500: HuggingFaceH4/MATH-500 has 6 rows, 500 were expected"):
+    with pytest.warns(UserWarning, match="math500: HuggingFaceH4/MATH-500 has 6 rows, but 500 were expected"):
         load_catalogued("math500")
 
 
@@ -107,7 +105,7 @@ def test_health_finds_what_is_wrong():
             "empty_questions": [],
             "unreadable_golds": [
                 "row 63:  (it is missing)",
-                "row 64: $ east (math-verify would take the word 'east' for a product of letters)",
+                "row 64: $ east (math-verify would read the word 'east' as a product of letters)",
             ],
             "golds_that_fail_themselves": [],
         },

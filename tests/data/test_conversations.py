@@ -49,7 +49,7 @@ def test_scientific_notation_is_not_eulers_number(gold, answer):
 def test_a_template_is_not_for_conversations():
     rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "1+1?"}]], "solution": ["2"]})
     for options in ({"prompt_template": "qwen-boxed"}, {"system_prompt": "Think."}):
-        with pytest.raises(ValueError, match="these prompts are conversations already: leave both out"):
+        with pytest.raises(ValueError, match="these prompts are conversations. Leave both out"):
             to_conversations(rows, **options)
 
 
@@ -85,7 +85,7 @@ def test_missing_columns(columns, message):
 
 def test_dropping_says_what_it_drops():
     rows = Dataset.from_dict({"solution": ["$2$", "east", "True"]})
-    with pytest.warns(UserWarning, match="Dropping 2 of 3 rows whose gold cannot be parsed: 'east', 'True'"):
+    with pytest.warns(UserWarning, match="Dropping 2 of 3 rows whose gold answer cannot be parsed: 'east', 'True'"):
         assert drop_unparsable_gold(rows)["solution"] == ["$2$"]
-    with pytest.raises(ValueError, match="no column 'solution', only answer"):
+    with pytest.raises(ValueError, match="needs a column 'solution', but the dataset has only answer"):
         drop_unparsable_gold(Dataset.from_dict({"answer": ["$2$"]}))

@@ -65,7 +65,7 @@ def test_the_split_is_fixed_disjoint_and_does_not_depend_on_the_training_size():
 
 
 def test_too_few_rows():
-    with pytest.raises(ValueError, match=r"38 prompts are wanted .* but 20 are left"):
+    with pytest.raises(ValueError, match=r"need 38 prompts, but only 20 are left"):
         train_and_validation(ask(*map(str, range(20))), 30, 8)
-    with pytest.raises(ValueError, match="9 prompts are wanted"):
+    with pytest.raises(ValueError, match="need 9 prompts"):
         train_and_validation(ask(*map(str, range(8))), None, 8)

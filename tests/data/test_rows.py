@@ -24,10 +24,10 @@ PART = [{"type": "text", "text": "1+1?"}]
         ("", "has no text"),
         ([], "has no messages"),
         ([user(None)], r"without content \(null\)"),
-        ([user(" ")], "has no text in what the user asks"),
-        ([{"role": "system", "content": "Think."}, user("")], "has no text in what the user asks"),
-        ([{"role": " ", "content": "1+1?"}], "role is ' ', no name of one"),
-        ([{"role": None, "content": "1+1?"}], "role is None, no name of one"),
+        ([user(" ")], "has no text in its user messages"),
+        ([{"role": "system", "content": "Think."}, user("")], "has no text in its user messages"),
+        ([{"role": " ", "content": "1+1?"}], "the invalid role ' '"),
+        ([{"role": None, "content": "1+1?"}], "the invalid role None"),
         ([{"role": "user"}], "without role and content"),
         ([user([{"type": "text", "text": None}])], "neither text nor parts"),
         ([user([])], "has no text"),
@@ -58,7 +58,7 @@ def test_prompts_that_can_be_asked(prompt):
 
 
 def test_plain_and_conversational_prompts_do_not_mix():
-    assert prompt_problems([[user("1?")], "2?"]) == {1: "is plain text and others are conversations"}
+    assert prompt_problems([[user("1?")], "2?"]) == {1: "is plain text, but others are conversations"}
 
 
 @pytest.mark.parametrize("column", ["prompts", "completions", "trainer_state", "log_extra", "log_metric"])
@@ -69,7 +69,7 @@ def test_columns_that_trl_needs_are_refused(column):
 
 def test_a_null_prompt_is_refused_with_its_row():
     rows = Dataset.from_dict({"prompt": [[user("1?")], None], "solution": ["$1$"] * 2})
-    with pytest.raises(ValueError, match="train_dataset: row 1 has no question that can be asked: its prompt is null"):
+    with pytest.raises(ValueError, match="train_dataset: the prompt in row 1 is null"):
         check_data([len], train_dataset=rows)
     assert health(rows, num_workers=1)["empty_questions"] == 1
 
@@ -86,7 +86,7 @@ def test_streams_are_checked_as_they_flow():
     assert next(rows)["solution"] == "$1$"
     with pytest.raises(
         ValueError,
-        match="row 1 has no question that can be asked: its prompt has a message",
+        match="the prompt in row 1 has a message",
     ):
         next(rows)
     with pytest.raises(ValueError, match="row 0, gold answer '3 1/2': math-verify reads"):

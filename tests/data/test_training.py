@@ -37,7 +37,7 @@ def test_deepscaler_as_in_the_recipe(repositories):
     kept = prepare(rows, args, say=said.append)
     splits = {split: rows.select(indices) for split, indices in kept.items()}
     assert said == [
-        "Data: 65 prompts, less 2 without a readable gold answer, 2 repeated, 1 of a benchmark; 40 to train on and 8 "
+        "Data: 65 prompts, less 2 without a readable gold answer, 2 repeated, 1 in a benchmark; 40 to train on and 8 "
         "to validate on."
     ]
     questions = [prompt[0]["content"] for part in splits.values() for prompt in part["prompt"]]
@@ -98,7 +98,7 @@ def test_streams_cannot_be_split(tmp_path):
     ("options", "message"),
     [
         (dict(prompt_template="qwen"), "prompt_template must be one of qwen25-math-cot, qwen-boxed, step-by-step"),
-        (dict(prompt_template="qwen-boxed", system_prompt="Think."), "without a system_prompt beside it"),
+        (dict(prompt_template="qwen-boxed", system_prompt="Think."), "without a system_prompt; got"),
     ],
 )
 def test_bad_templates(repositories, options, message):

@@ -90,7 +90,7 @@ def test_a_checkpoint_of_two_ranks_is_whole_or_passed_over(one_host):
 
 def test_ranks_stop_together_at_weights_that_are_not_finite(one_host):
     for rank in one_host:
-        assert "step 2: model.norm.weight holds values that are not finite" in rank["manifest"]["not_finite"]
+        assert "step 2: model.norm.weight has values that are not finite" in rank["manifest"]["not_finite"]
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ def test_a_threshold_from_samples_is_the_one_from_questions(tmp_path):
 
 def test_benchmarks_of_different_counts_are_refused(tmp_path):
     sets = read_samples(make_samples(tmp_path / "a")) + read_samples(make_samples(tmp_path / "b", num_samples=2))
-    with pytest.raises(ValueError, match="have 2, 4 samples a question"):
+    with pytest.raises(ValueError, match="have 2, 4 samples per question"):
         choose_abstention(sets, 0.7)
 
 
@@ -177,8 +177,8 @@ def test_commands_from_samples_to_answers(tmp_path, capsys):
     "arguments, message",
     [
         (["--precision", "0.7", "--benchmark", "c"], "has no benchmark c, only b"),
-        (["--precision", "1.5"], "`precision` must lie in (0, 1)"),
-        (["--precision", "0.7", "--model", "/nowhere"], "No such file"),
+        (["--precision", "1.5"], "--precision must be strictly between 0 and 1"),
+        (["--precision", "0.7", "--model", "/nowhere"], "/nowhere is not a folder"),
     ],
 )
 def test_bad_input_is_one_message(tmp_path, capsys, arguments, message):

@@ -36,18 +36,18 @@ def test_whatever_decides_the_samples_is_recorded(tiny_model, tmp_path, capsys, 
     run.remember(tmp_path / "out", run.settings_of(str(model), {}, {"max_new_tokens": None}), print)
     path = model / file
     path.write_text(change(path.read_text() if path.exists() else ""))
-    with pytest.raises(ValueError, match=f"holds an evaluation with another {file}"):
+    with pytest.raises(ValueError, match=f"already contains an evaluation with {file}="):
         run.remember(tmp_path / "out", run.settings_of(str(model), {}, {"max_new_tokens": None}), print)
     # A folder of an earlier version knows none of these, and says so.
     old = {name: value for name, value in known.items() if name in ("model", "weights", "questions")}
     (tmp_path / "out" / "settings.json").write_text(json.dumps(old))
     run.remember(tmp_path / "out", run.settings_of(str(model), {}, {"max_new_tokens": None}), print)
-    assert "made by an earlier version" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="another chat_template_kwargs"):
+    assert "comes from an earlier version" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="with chat_template_kwargs="):
         with_kwargs = {"max_new_tokens": None, "chat_template_kwargs": {"a": 1}}
         run.remember(tmp_path / "out", run.settings_of(str(model), {}, with_kwargs), print)
     (tmp_path / "out" / "settings.json").write_text("[1]")
-    with pytest.raises(ValueError, match="holds no settings of an evaluation"):
+    with pytest.raises(ValueError, match="does not contain the settings of an evaluation"):
         run.remember(tmp_path / "out", known, print)
 
 
@@ -66,7 +66,7 @@ def test_weights_are_those_of_their_content(tiny_model, tmp_path):
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(UserError, match="another weights"):
+    with pytest.raises(UserError, match="with weights="):
         evaluate_again()
     with pytest.raises(UserError, match="has changed since the samples were drawn .weights"):
         check_unchanged(str(model), read_settings(folder))
@@ -92,7 +92,7 @@ def test_folders_have_the_names_that_were_chosen():
     assert run.folder_names(["runs/a/model", "runs/b/model"], ["a", "b"]) == ["a", "b"]
     for names, message in (
         (["a"], "needs one name for each of the 2 models, got 1"),
-        (["a", "A"], "would become one"),
+        (["a", "A"], "become the same file"),
     ):
         with pytest.raises(ValueError, match=message):
             run.folder_names(["runs/a/model", "runs/b/model"], names)

@@ -14,7 +14,7 @@ def test_numbers_without_a_meaning_are_named():
     for name, message in (
         ("grading_failed", "grading failed for every completion"),
         ("ungraded", "nothing is graded"),
-        ("truncated", "every completion ran into --max_new_tokens"),
+        ("truncated", "every completion reached --max_new_tokens"),
     ):
         [problem] = problems({**good, name: 4})
         assert message in problem
@@ -28,8 +28,8 @@ def test_a_summary_of_another_tool_is_refused_by_file_and_key(tmp_path):
     assert read_summary(tmp_path) == {"maths": good}
     for content, message in (
         ("{", "cannot be read"),
-        ("[]", "`benchmarks` must hold the numbers of each benchmark, got None"),
-        ('{"benchmarks": {"maths": 1}}', "`benchmarks.maths` must hold numbers by name, got 1"),
+        ("[]", "`benchmarks` must contain the numbers of each benchmark, got None"),
+        ('{"benchmarks": {"maths": 1}}', "`benchmarks.maths` must contain numbers by name, got 1"),
         ({"accuracy": "0.5"}, "`benchmarks.maths.accuracy` must be a number or null, got '0.5'"),
         ({"num_prompts": None}, "`benchmarks.maths.num_prompts` must be a whole number, got None"),
     ):

@@ -147,7 +147,7 @@ def test_moving_reference(tiny_model, tmp_path):
 def test_adapters_that_cannot_serve_as_reference(tiny_model, tmp_path):
     lora = LoraConfig(r=4, target_modules=["q_proj"])
     named = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), lora, adapter_name="mine")
-    with pytest.raises(ValueError, match="copy of its adapter 'default', but it has mine"):
+    with pytest.raises(ValueError, match="copy of its adapter 'default', but this one has mine"):
         make_trainer(named, tmp_path)
     used = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), lora)
     make_trainer(used, tmp_path)

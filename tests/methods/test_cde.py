@@ -82,8 +82,8 @@ def test_the_bonus_decays_while_training(tiny_model, tmp_path, monkeypatch):
     [
         (dict(bonus_schedule="steps"), "bonus_schedule must be one of"),
         (dict(bonus_stairs=1), "bonus_stairs must be at least 2"),
-        (dict(bonus_weight=3.0), "outweighs its reward"),
-        (dict(bonus_weight_end=-2.0), "must lie between 0 and bonus_cap"),
+        (dict(bonus_weight=3.0), "can outweigh its reward"),
+        (dict(bonus_weight_end=-2.0), "must be >= 0 and less than bonus_cap=3.0"),
         (dict(bonus_scale=-1.0), "bonus_scale must be at least 0"),
     ],
 )
@@ -97,6 +97,6 @@ def test_a_sum_of_rewards_is_neither_0_and_1_nor_signed(tiny_model, tmp_path):
         config = CDEConfig(**config_kwargs(tmp_path, correctness_reward="parity_reward", **options))
         return CDETrainer(tiny_model, [parity_reward, length_reward], config, prompt_dataset())
 
-    with pytest.raises(ValueError, match="keep one reward function, or let right answers have sums above 0"):
+    with pytest.raises(ValueError, match="Keep one reward function, or make the sums positive for right answers"):
         make()
     make(signed_rewards=True)

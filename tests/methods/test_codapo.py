@@ -156,7 +156,7 @@ def test_kept_prompts_refill_the_batch_in_the_released_order(tiny_model, tmp_pat
 
 def test_a_stream_cannot_be_replayed(tiny_model, tmp_path):
     stream = prompt_dataset(16).to_iterable_dataset()
-    with pytest.raises(ValueError, match="a stream cannot be drawn twice"):
+    with pytest.raises(ValueError, match="cannot read a streamed dataset twice"):
         make_trainer(tiny_model, tmp_path, stream)
     make_trainer(tiny_model, tmp_path, stream, replay=False)
 

@@ -59,7 +59,7 @@ def test_the_gradient_is_that_of_the_formula(tiny_model, tmp_path):
 @pytest.mark.parametrize(("accumulated", "warns"), [(1, False), (2, False), (4, True), (8, True)])
 def test_without_mini_batches_it_says_that_it_is_grpo(tmp_path, recwarn, accumulated, warns):
     GSPOConfig(str(tmp_path), gradient_accumulation_steps=accumulated, bf16=False)
-    assert any("GSPO is GRPO" in str(warning.message) for warning in recwarn) == warns
+    assert any("GSPO equals GRPO" in str(warning.message) for warning in recwarn) == warns
 
 
 def test_a_generation_batch_size_takes_the_place_of_mini_batches(tmp_path):

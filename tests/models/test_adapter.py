@@ -135,7 +135,7 @@ def test_an_adapter_without_its_base_is_one_line(trained, tmp_path, capsys, monk
     for base, message in (
         ("/nowhere/base", "whose base, /nowhere/base, does not exist"),
         ("run/base", "whose base, run/base, does not exist"),  # like a name on the Hub, but beside a folder
-        (3, "does not name the base"),
+        (3, "does not name the adapter's base"),
     ):
         (run / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
         for command in (["evaluate", str(run), *OPTIONS], ["answer", str(run), "1+1="]):

@@ -34,16 +34,16 @@ def test_a_folder_comes_before_a_shipped_model(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("/no/such/folder", "is no folder"),
-        ("./runs/cap", r"is no folder \('runs' holds capo, grpo\)"),
-        ("runs/cap", r"is no folder \('runs' holds capo, grpo\), and no model of that name was found on the Hub"),
-        ("runs/capo/checkpoint-8", r"is no folder \('runs/capo' holds no folder\)"),
-        ("../elsewhere", "is no folder"),
-        ("~/elsewhere", "is no folder"),
-        ("owner/", "is no folder"),
-        ("runs\\capo", "is no folder"),
-        ("", "is no folder"),
-        ("arithmetic-bass", "is not a shipped model.*arithmetic-base, arithmetic-flat"),
+        ("/no/such/folder", "is not a folder"),
+        ("./runs/cap", r"is not a folder \('runs' contains capo, grpo\)"),
+        ("runs/cap", r"is not a folder \('runs' contains capo, grpo\), and the Hub has no model with that name"),
+        ("runs/capo/checkpoint-8", r"is not a folder \('runs/capo' contains no folders\)"),
+        ("../elsewhere", "is not a folder"),
+        ("~/elsewhere", "is not a folder"),
+        ("owner/", "is not a folder"),
+        ("runs\\capo", "is not a folder"),
+        ("", "is not a folder"),
+        ("arithmetic-bass", "is neither a folder nor a shipped model .arithmetic-base, arithmetic-flat"),
         ("model.safetensors", "is a file. A model is a folder"),
     ],
 )
@@ -65,8 +65,8 @@ def test_nothing_heavy_is_imported_for_it():
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"adapter_config.json": "{}"}, "holds an adapter, not a whole model. Merge it into its base"),
-        ({"README.md": ""}, "holds no model: there is no config.json"),
+        ({"adapter_config.json": "{}"}, "contains an adapter, not a whole model. Merge it into its base"),
+        ({"README.md": ""}, "contains no model: it has no config.json"),
         ({"config.json": "{"}, "config.json cannot be read"),
         ({"config.json": "[]"}, "has no 'model_type'"),
         ({"config.json": "{}"}, "has no 'model_type'"),
@@ -95,7 +95,7 @@ def test_the_advice_for_an_adapter_works(tiny_model, tmp_path, monkeypatch):
 
 def test_the_hub_that_cannot_be_asked_is_one_line(tmp_path):
     args = CAPOConfig(**config_kwargs(tmp_path, ref_ppl_mask=False))
-    message = "'nobody/there' is neither a folder here nor in the cache, and HF_HUB_OFFLINE is set"
+    message = "'nobody/there' is neither a local folder nor in the cache, and HF_HUB_OFFLINE is set"
     with pytest.raises(ModelNotFound, match=message):
         CAPOTrainer("nobody/there", parity_reward, args, prompt_dataset())
 
@@ -104,7 +104,7 @@ def test_the_hub_that_cannot_be_asked_is_one_line(tmp_path):
 def test_other_models_are_looked_for_too(tiny_model, tmp_path, option):
     options = {"ref_model_name_or_path": "/no/such/model"} if option != "reward" else {}
     args = CAPOConfig(**config_kwargs(tmp_path, ref_ppl_mask=False, **options))
-    with pytest.raises(ModelNotFound, match="'/no/such/model' is no folder"):
+    with pytest.raises(ModelNotFound, match="'/no/such/model' is not a folder"):
         CAPOTrainer(tiny_model, "/no/such/model" if option == "reward" else parity_reward, args, prompt_dataset())
 
 
@@ -142,7 +142,7 @@ def train(tmp_path, capsys, *options: str) -> str:
 @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
 def test_the_command_says_it_before_it_reads_data(tmp_path, capsys, monkeypatch, dry_run):
     monkeypatch.setattr("trl_capo.data.training.load_data", lambda *args: pytest.fail("data are read"))
-    assert "is no folder" in train(tmp_path, capsys, "--model_name_or_path", "no/such/model", *dry_run)
+    assert "is not a folder" in train(tmp_path, capsys, "--model_name_or_path", "no/such/model", *dry_run)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({}))
     assert "an adapter" in train(tmp_path, capsys, "--model_name_or_path", str(tmp_path / "adapter"), *dry_run)

@@ -33,7 +33,7 @@ def dry_run(tiny_model, tmp_path, capsys):
 def test_the_configuration_is_that_of_the_launch(dry_run):
     """One row on each of eight GPUs is one group; on one process it would be refused."""
     printed = dry_run(per_device_train_batch_size=1, gradient_accumulation_steps=4)
-    assert "A generation: 8 processes x 1 rows x 4 = 32 completions, 8 to each of 4 prompts." in printed
+    assert "A generation: 8 processes x 1 rows x 4 = 32 completions, 8 for each of 4 prompts." in printed
     printed = dry_run(per_device_train_batch_size=2, gradient_accumulation_steps=4, generation_batch_size=128)
     assert "A generation: 8 processes x 2 rows x 8 = 128 completions" in printed
     assert "12 optimizer steps = 6 rollout batches = 96 prompts = 1.50 epochs of 64." in printed
@@ -59,7 +59,7 @@ def test_an_evaluation_has_as_many_completions_as_training_unless_said_otherwise
     [
         (dict(save_steps=5, steps_per_generation=4, gradient_accumulation_steps=2), "set save_steps=4"),
         (dict(reward_funcs="no_such_reward"), "'no_such_reward' is not in trl.rewards"),
-        (dict(num_validation_prompts=4), "puts prompts aside that nothing would use"),
+        (dict(num_validation_prompts=4), "sets prompts aside that nothing uses"),
         (dict(generation_batch_size=12), "generation_batch_size"),
     ],
 )

@@ -140,7 +140,7 @@ def test_launches_are_read(repository, name, launch):
 def test_unknown_launches_are_named(tmp_path):
     path = tmp_path / "tpu.yaml"
     path.write_text("distributed_type: TPU\nnum_processes: 8\n")
-    with pytest.raises(ValueError, match="distributed_type 'TPU' is not known to a dry run"):
+    with pytest.raises(ValueError, match="a dry run does not know distributed_type 'TPU'"):
         read_launch(str(path))
     assert read_launch(None) == (1, "none")
     options, rest = make_parser().parse_known_args(["--dry-run", "--gpu_memory", "24", "--tau", "0.5"])

@@ -59,7 +59,7 @@ def test_the_loss_is_refused(tmp_path, kind, options):
 
 @pytest.mark.parametrize("metric", [None, "loss"])
 def test_a_loss_with_a_divergence_is_warned_of(tmp_path, metric):
-    with pytest.warns(UserWarning, match="With beta=0.1 that is beta times the divergence"), pytest.raises(ValueError):
+    with pytest.warns(UserWarning, match="With beta=0.1 this is beta times the divergence"), pytest.raises(ValueError):
         make(tmp_path, beta=0.1, **BEST, metric_for_best_model=metric)
 
 
@@ -68,17 +68,17 @@ def test_a_loss_with_a_divergence_is_warned_of(tmp_path, metric):
     [
         (dict(metric_for_best_model="capo/auc_within", sets=TWO), "eval_a_capo/auc_within or eval_b_capo/auc_within"),
         (dict(metric_for_best_model="eval_a_capo/auc_withn", sets=TWO), "Did you mean eval_a_capo/auc_within"),
-        (dict(metric_for_best_model="eval_c_reward", sets=TWO), "nothing that an evaluation logs"),
+        (dict(metric_for_best_model="eval_c_reward", sets=TWO), "not logged by any evaluation"),
         (dict(metric_for_best_model="rewrd"), "Did you mean eval_reward"),
         (dict(metric_for_best_model="rewards/parity/mean"), "Did you mean eval_rewards/parity_reward/mean"),
         (dict(metric_for_best_model="eval_accuracy"), "Good choices are eval_reward or eval_capo/auc_within"),
-        (dict(metric_for_best_model="capo/frac_masked_wrong"), "logs with these settings"),  # there is no mask
+        (dict(metric_for_best_model="capo/frac_masked_wrong"), "evaluation with these settings"),  # there is no mask
         (
             dict(metric_for_best_model="capo/auc", reward=logging_reward),
             "eval_capo/auc_within or eval_capo/auc_pooled",
         ),
-        (dict(metric_for_best_model="my_metrc"), "nothing that an evaluation logs"),
-        (dict(metric_for_best_model="eval_kl"), "nothing that an evaluation logs"),
+        (dict(metric_for_best_model="my_metrc"), "not logged by any evaluation"),
+        (dict(metric_for_best_model="eval_kl"), "not logged by any evaluation"),
         (dict(metric_for_best_model="eval_rewar", reward=logging_reward), "Did you mean eval_reward"),
         (dict(metric_for_best_model="capo/auc_within", greater_is_better=False), "would choose the worst model"),
         (dict(metric_for_best_model="capo/soft_misranking", greater_is_better=True), "better the lower it is"),
@@ -124,7 +124,7 @@ def test_what_may_be_logged_passes(tmp_path, options):
 
 
 def test_a_metric_that_names_no_set_is_warned_of(tmp_path):
-    with pytest.warns(UserWarning, match="the last of several evaluation sets, 'b'.*eval_a_reward, eval_b_reward"):
+    with pytest.warns(UserWarning, match="taken from the last evaluation set, 'b'.*eval_a_reward, eval_b_reward"):
         with pytest.raises(OSError, match="/no/such/model"):
             make(tmp_path, **BEST, metric_for_best_model="eval_reward", sets=TWO)
 

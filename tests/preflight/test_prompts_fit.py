@@ -34,7 +34,7 @@ def tokenizer(tiny_model):
     [
         (REFUSES, "refuses a prompt with the roles system, user .no system role.. Put the system message's text"),
         (DROPS, "leaves the system message out of the prompt. Put its text into the user's message"),
-        (None, "has no chat template. Take an instruct model, set tokenizer.chat_template, or give prompts as plain"),
+        (None, "has no chat template. Use an instruct model, set tokenizer.chat_template, or give prompts as plain"),
     ],
 )
 @pytest.mark.parametrize("part", ["train_dataset", "eval_dataset['hard']"])

@@ -21,6 +21,7 @@ def modules(tmp_path, monkeypatch):
         "pf_needs.py": "import no_such_dependency\n",
         "pf_fails.py": "x = 1 / 0\n",
         "pf_broken.py": "x = (\n",
+        "pf_exits.py": "import sys\nsys.exit(0)\n",  # a script without `if __name__ == ...`
         "pf_package/__init__.py": "",
         "pf_package/inner.py": "def reward(completions, **kwargs):\n    return [0.0]\n",
     }
@@ -44,9 +45,9 @@ def test_functions_are_found(modules):
             "acuracy_reward",
             "'acuracy_reward' is not in trl.rewards or trl_capo.rewards. Did you mean 'accuracy_reward'?",
         ),
-        ("get_soft_overlong_punishment", "makes a reward function and is none"),
+        ("get_soft_overlong_punishment", "returns a reward function but is not one"),
         ("pf_good.my_rewrd", "pf_good.py has no 'my_rewrd'. Did you mean 'my_reward'?"),
-        ("pf_good.x", "'x' of .*pf_good.py is no function, but int"),
+        ("pf_good.x", "'x' in .*pf_good.py must be a function, got int"),
         ("pf_god.my_reward", "nor is there a file .*pf_god.py. Did you mean 'pf_good'?"),
         ("my.module.fn", "needs a module 'my', which is not installed; nor is there a file .*my/module.py"),
         ("pf_package.iner.reward", "needs a module 'pf_package.iner'.*Did you mean 'inner'?"),
@@ -55,6 +56,7 @@ def test_functions_are_found(modules):
             "pf_fails.reward",
             r"importing 'pf_fails' failed: ZeroDivisionError: division by zero \(.*pf_fails.py, line 1",
         ),
+        ("pf_exits.reward", r"importing 'pf_exits' failed: SystemExit: 0 \(.*pf_exits.py, line 2"),
         ("pf_broken.reward", r"importing 'pf_broken' failed: SyntaxError: .*pf_broken.py, line 1"),
     ],
 )
@@ -83,10 +85,10 @@ def test_functions_that_share_a_name_are_warned_of(tiny_model, tmp_path):
     """TRL logs them as one; where another decides what is correct, or nothing does, they may train."""
     functions = [make("length"), make("correct"), parity_reward]
     args = CAPOConfig(**config_kwargs(tmp_path, correctness_reward="parity_reward", ref_ppl_mask=False))
-    with pytest.warns(UserWarning, match="2 reward functions are called 'reward': TRL logs them as one"):
+    with pytest.warns(UserWarning, match="2 reward functions are named 'reward', so TRL logs them as one"):
         trainer = CAPOTrainer(tiny_model, functions, args, prompt_dataset())
     trainer.train()
     assert trainer._correctness_index == 2
     args = GroupAdvantageConfig(**config_kwargs(tmp_path, log_completions=True))
-    with pytest.warns(UserWarning, match="2 reward functions are called 'reward'"):
+    with pytest.warns(UserWarning, match="2 reward functions are named 'reward'"):
         GroupAdvantageTrainer(tiny_model, functions[:2], args, prompt_dataset()).train()

@@ -80,8 +80,8 @@ def test_too_few_prompts_are_refused_with_what_to_lower(tmp_path):
     args = config(tmp_path, gradient_accumulation_steps=4)
     message = (
         "5 prompts, but one generation takes 8, so nothing would be trained: per_device_train_batch_size=8 x 1 "
-        "process x gradient_accumulation_steps=4 = 32 completions, num_generations=4 to each prompt. Lower "
-        "per_device_train_batch_size or gradient_accumulation_steps to at most 20 completions a generation"
+        "process x gradient_accumulation_steps=4 = 32 completions, num_generations=4 for each prompt. Lower "
+        "per_device_train_batch_size or gradient_accumulation_steps to at most 20 completions per generation"
     )
     with pytest.raises(UserError, match=re.escape(message)):
         CAPOTrainer("/no/such/model", parity_reward, args, prompt_dataset(5))

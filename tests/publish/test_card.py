@@ -40,8 +40,8 @@ def test_without_a_card_or_without_a_section(tmp_path):
 
 
 def test_no_folder(tmp_path, capsys):
-    with pytest.raises(ValueError, match="no folder of a model"):
+    with pytest.raises(ValueError, match="is not a folder"):
         add_to_model_card(write_block(tmp_path, 1), tmp_path / "nowhere")
-    for samples, message in ((tmp_path / "x", "x does not exist"), (tmp_path, "--model_card takes the folder of a")):
+    for samples, message in ((tmp_path / "x", "x does not exist"), (tmp_path, "--model_card must be the folder of a")):
         assert cli.main(["report", str(samples), "--model_card", str(tmp_path / "nowhere")]) == 2
         assert message in capsys.readouterr().err

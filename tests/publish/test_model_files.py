@@ -77,12 +77,12 @@ def test_what_stays_is_said_in_a_line(hub, tiny_model, tmp_path, capsys):
     shutil.copytree(tiny_model, folder)
     words = ["push", str(folder), "--repo_id", "me/x"]
     assert cli.main(words) == 0
-    assert "Left behind" not in capsys.readouterr().out
+    assert "Not uploaded" not in capsys.readouterr().out
     for number in range(9):
         (folder / f"{number}.csv").write_text("1")
     (folder / ".env").write_text("A=1")
     assert cli.main(words) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Left behind")]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Not uploaded")]
     assert len(said) == 1 and ".env, 0.csv, 1.csv" in said[0] and said[0].endswith("and 2 more.")
     assert set(hub.repositories["me/x"]) == {
         *(path.name for path in (tmp_path.parent / tiny_model).iterdir()),
@@ -95,7 +95,7 @@ def test_weights_in_a_pickle(tmp_path, capsys):
     (tmp_path / "training_args.bin").write_bytes(b"x")
     assert cli.main(["push", str(tmp_path), "--repo_id", "me/x"]) == 2
     error = capsys.readouterr().err.strip()
-    assert "\n" not in error and "pytorch_model.bin is a pickle" in error and "save_pretrained" in error
+    assert "\n" not in error and "Pickles are not uploaded (pytorch_model.bin)" in error and "save_pretrained" in error
 
 
 def test_adapters(tiny_model, tmp_path):

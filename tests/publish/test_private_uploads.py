@@ -116,7 +116,7 @@ def test_push_of_a_folder(hub, tmp_path, capsys, visibility, said):
         (folder / "recipe.yaml").write_text("method: capo\nhub_private_repo: true\n")
     words = ["push", str(folder), "--repo_id", "me/mine"]
     assert cli.main([*words, "--private"] if said == "option" else words) == 1
-    assert "asks for a private one" in capsys.readouterr().err
+    assert "requires a private one" in capsys.readouterr().err
     assert_untouched(hub)
     if said == "recipe":
         assert cli.main([*words[:-1], "me/new"]) == 0 and hub.private["me/new"] is True
@@ -174,6 +174,10 @@ def test_uploads_during_training_take_what_belongs_there(hub, tiny_model, tmp_pa
     assert {name for name in files if "/" not in name} == model
     assert not any(token.encode() in content for content in files.values())
     assert files["model.safetensors"] == (run / "model.safetensors").read_bytes()
+    saved = [path for path in run.rglob("*") if path.is_file()]
+    assert any(path.name == "training_args.bin" for path in saved)
+    assert not [path for path in saved if token.encode() in path.read_bytes()]
+    assert trainer.args.hub_token == token
 
 
 def test_failure_in_the_background_is_said(hub, tiny_model, tmp_path, caplog):
@@ -182,6 +186,6 @@ def test_failure_in_the_background_is_said(hub, tiny_model, tmp_path, caplog):
     hub.failing["commit"] = 10**6
     trainer.train()
     trainer._finish_current_push()
-    assert "An upload to the Hub in the background failed" in caplog.text and "503" in caplog.text
+    assert "A background upload to the Hub failed" in caplog.text and "503" in caplog.text
     assert Path(tmp_path / "run" / "checkpoint-1" / "model.safetensors").exists()
     assert json.loads((tmp_path / "run" / "checkpoint-1" / "trainer_state.json").read_text())["global_step"] == 1

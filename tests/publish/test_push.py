@@ -62,7 +62,7 @@ def test_busy_hub_is_asked_again(hub, model, capsys, kind):
     else:
         assert hub.waits == [5, 20]
         shown = [line for line in output.out.splitlines() if line.startswith("⚠️ The upload failed: ")]
-        assert [line.rpartition(". ")[2] for line in shown] == ["Trying again in 5 s.", "Trying again in 20 s."]
+        assert [line.rpartition(". ")[2] for line in shown] == ["Retrying in 5 s.", "Retrying in 20 s."]
         assert all("503" in line for line in shown)
 
 
@@ -78,7 +78,7 @@ def test_hub_that_stays_away(hub, model, capsys):
     assert error[0].startswith(f"trl-capo push: error: {model} could not be pushed to me/tiny: ")
     assert "503" in error[0] and f"Nothing is lost, the model is in {model}." in error[0]
     command = f"trl-capo push {model} --repo_id me/tiny --private"
-    assert error[0].endswith(f"To go on: {command}")
+    assert error[0].endswith(f"To retry: {command}")
     assert hub.waits == [5, 20, 60] and hub.repositories["me/tiny"] == {}
     assert contents(model) == before
 
@@ -147,5 +147,5 @@ def test_folder_without_a_model(hub, tmp_path, capsys):
     (tmp_path / "checkpoint-5").mkdir()
     assert cli.main(["push", str(tmp_path), "--repo_id", "x"]) == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert "nowhere is no folder" in first
-    assert "holds no weights" in second and str(tmp_path / "checkpoint-5") in second
+    assert "nowhere is not a folder" in first
+    assert "contains no weights" in second and str(tmp_path / "checkpoint-5") in second

@@ -46,7 +46,7 @@ def test_hub_that_goes_away_during_training(hub, tiny_model, tmp_path, capsys):
     assert json.loads((run / "checkpoint-2" / "trainer_state.json").read_text())["global_step"] == 2
     command = f"trl-capo push {run} --repo_id me/tiny-capo"
     errors = [line for line in output.err.splitlines() if line.startswith("trl-capo train: error:")]
-    assert len(errors) == 1 and errors[0].endswith(f"To go on: {command}") and "Traceback" not in output.err
+    assert len(errors) == 1 and errors[0].endswith(f"To retry: {command}") and "Traceback" not in output.err
     assert hub.repositories["me/tiny-capo"] == {}
     assert 10**6 - hub.failing["validate"] > 4  # four attempts at the end; so there were some in the middle
 

@@ -172,9 +172,9 @@ def test_commit_and_whether_something_was_changed(tmp_path):
     git("add", "mine.py")
     git("commit", "-m", "first")
     (tmp_path / "other.py").write_text("of an installed package")
-    state = git_state(tmp_path, of="mine.py")
+    state = git_state(tmp_path, tracked="mine.py")
     assert len(state["commit"]) == 40 and not state["dirty"]
-    assert git_state(tmp_path, of="other.py") is None
+    assert git_state(tmp_path, tracked="other.py") is None
     (tmp_path / "mine.py").write_text("2")
     assert git_state(tmp_path)["dirty"]
 

@@ -17,7 +17,7 @@ def test_other_questions_are_not_paired():
 
     check_same_questions({"grpo": {0: [samples("1+1", "2+2")], 1: [samples("1+1", "2+2")]}})
     for others in (samples("1+1", "2+3"), samples("1+1")):
-        with pytest.raises(ValueError, match="capo-0 answered other questions of b"):
+        with pytest.raises(ValueError, match="capo-0 answered different questions of b"):
             check_same_questions({"grpo": {0: [samples("1+1", "2+2")]}, "capo": {0: [others]}})
 
 

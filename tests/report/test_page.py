@@ -215,8 +215,8 @@ def test_bad_input_is_one_message(tmp_path, capsys):
     for arguments, message in (
         ([a, c], "no benchmark in common: a has b; c has other"),
         ([str(tmp_path)], "does not exist. Make it with"),
-        ([a, c, "--names", "x"], "2 runs need as many different --names, got x"),
-        ([a, "--trainer_states", "z=y"], "takes NAME=FILE with a NAME of a, got 'z=y'"),
+        ([a, c, "--names", "x"], "--names must give 2 different names, one per run, got x"),
+        ([a, "--trainer_states", "z=y"], "must be NAME=FILE, where NAME is one of a, got 'z=y'"),
         ([a, "--trainer_states", "a=/nowhere.json"], "No such file"),
     ):
         assert cli.main(["report", *arguments, "--output", out]) == 2

@@ -35,7 +35,7 @@ def test_check_names_what_is_missing(tmp_path, capsys):
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps({"prompt": "1+1?", "gold": "2"}))
     assert main(["data", "check", str(path)]) == 2
-    assert "has no column 'solution', only prompt, gold. Name the one" in capsys.readouterr().err
+    assert "has no column 'solution', only prompt, gold. Set --solution_column" in capsys.readouterr().err
     assert main(["data", "check", str(path), "--solution_column", "gold", "--split", "test"]) == 2
     assert "has no split 'test': --split takes one of train." in capsys.readouterr().err
 

@@ -74,7 +74,7 @@ def test_a_finished_evaluation_is_not_repeated(done, tiny_model, capsys, monkeyp
     assert cli.main(arguments(tiny_model, done.parent, "--statistics")) == 0
     assert (done / "samples.parquet").stat().st_mtime_ns == before
     out = capsys.readouterr().out
-    assert "arithmetic_test_2" in out and "is there already: nothing was sampled" in out
+    assert "arithmetic_test_2" in out and "already exists: nothing was sampled" in out
 
 
 def test_other_weights_or_questions_are_another_evaluation(tiny_model, tmp_path, capsys):
@@ -86,7 +86,7 @@ def test_other_weights_or_questions_are_another_evaluation(tiny_model, tmp_path,
     assert cli.main(command) == 0
     questions.write_text('{"prompt": "1+1=", "solution": "2"}\n{"prompt": "1+3=", "solution": "4"}\n')
     assert cli.main(command) == 2
-    assert "holds an evaluation with another questions" in capsys.readouterr().err
+    assert "already contains an evaluation with questions=" in capsys.readouterr().err
     questions.write_text('{"prompt": "1+1=", "solution": "2"}\n{"prompt": "1+2=", "solution": "3"}\n')
     assert cli.main(command) == 0
     weights = model / "model.safetensors"
@@ -97,7 +97,7 @@ def test_other_weights_or_questions_are_another_evaluation(tiny_model, tmp_path,
     content[-1] ^= 1
     weights.write_bytes(content)
     assert cli.main(command) == 2
-    assert "holds an evaluation with another weights" in capsys.readouterr().err
+    assert "already contains an evaluation with weights=" in capsys.readouterr().err
 
 
 def test_a_broken_part_is_sampled_again(tiny_model, tmp_path, capsys):
@@ -114,7 +114,7 @@ def test_a_broken_part_is_sampled_again(tiny_model, tmp_path, capsys):
     part.write_bytes(b"")
     capsys.readouterr()
     assert cli.main(arguments(tiny_model, tmp_path / "out")) == 0
-    assert f"{part} cannot be read and is set aside: its questions are sampled again" in capsys.readouterr().out
+    assert f"{part} cannot be read. It is set aside, and its questions are sampled again" in capsys.readouterr().out
     assert tables(folder) == rows
 
 
@@ -130,7 +130,7 @@ def test_bad_input_is_found_before_anything_is_sampled(tiny_model, tmp_path, cap
     lines = [json.dumps({"prompt": "1+1=", "solution": "2"})] * 50
     for row, message in (
         ({"prompt": "1" * 40000, "solution": "2"}, "has 40000 tokens"),
-        ({"prompt": None, "solution": "2"}, "row 50 has no question"),
+        ({"prompt": None, "solution": "2"}, "the prompt in row 50"),
     ):
         questions.write_text("\n".join([*lines, json.dumps(row)]))
         command = ["evaluate", tiny_model, "--benchmark", str(questions), "--output_dir", str(tmp_path / "out")]
@@ -161,7 +161,7 @@ def test_a_base_model_without_a_chat_template(tiny_model, tmp_path):
 
 def test_a_folder_holds_one_evaluation(done, tiny_model, capsys):
     assert cli.main(arguments(tiny_model, done.parent, "--statistics", "--seed", "1")) == 2
-    assert "holds an evaluation with another seed: 0" in capsys.readouterr().err
+    assert "already contains an evaluation with seed=0." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
@@ -228,7 +228,7 @@ def test_several_models_and_benchmarks(tiny_model, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--benchmark", "arithmetic_9"], "there is no benchmark 'arithmetic_9'. Known are"),
+        (["--benchmark", "arithmetic_9"], "unknown benchmark 'arithmetic_9'. Use one of"),
         (["--num_samples", "0"], "--num_samples must be at least 1"),
         (["--num_prompts", "0"], "--num_prompts must be at least 1"),
         (["--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),

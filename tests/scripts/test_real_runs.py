@@ -54,7 +54,7 @@ def test_the_paper_recipe_trains_resumes_evaluates_and_pushes(data, hub, tmp_pat
     options |= {"dataset_solution_column": "answer", "output_dir": output, **SIZES, **NO_GPU}
     command = ["train", "--config", RECIPE, *(f"--{name}={value}" for name, value in options.items())]
     assert main([*command, "--max_steps", "2"]) == 0
-    assert "1 of a benchmark; 60 to train on and 8 to validate on" in capsys.readouterr().out
+    assert "1 in a benchmark; 60 to train on and 8 to validate on" in capsys.readouterr().out
 
     pushed = ["--push_to_hub", "true", "--hub_model_id", "me/capo", "--hub_private_repo", "true"]
     assert main([*command, "--max_steps", "4", "--resume_from_checkpoint", "true", *pushed]) == 0

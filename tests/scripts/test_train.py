@@ -102,7 +102,7 @@ def test_a_bad_value_is_one_line(tmp_path, capsys, monkeypatch, option, value, m
 def test_modules_that_the_model_has_not(tiny_model, tmp_path, capsys):
     recipe = write_recipe(tmp_path, tiny_model, use_peft=True, lora_target_modules=["nope"])
     assert cli.main(["train", "--config", str(recipe)]) == 2
-    assert "error: lora_target_modules=nope is no part of the model" in capsys.readouterr().err.splitlines()[-1]
+    assert "error: lora_target_modules=nope is not part of the model" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_no_model_and_no_data_are_one_line(tmp_path, capsys):
@@ -157,7 +157,7 @@ def test_unparsable_gold_is_refused_or_dropped(tiny_model, tmp_path, capsys):
     assert cli.main(["train", "--config", str(recipe)]) == 2
     error = capsys.readouterr().err
     assert "cannot parse 1 of 5 gold answers" in error and "--drop_unparsable_gold true" in error
-    with pytest.warns(UserWarning, match="Dropping 1 of 5 rows whose gold cannot be parsed: 'east"):
+    with pytest.warns(UserWarning, match="Dropping 1 of 5 rows whose gold answer cannot be parsed: 'east"):
         assert cli.main(["train", "--config", str(recipe), "--drop_unparsable_gold", "true"]) == 0
 
 

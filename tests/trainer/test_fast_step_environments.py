@@ -88,5 +88,5 @@ def test_a_rollout_function_without_log_probs_is_told(make):
     def without(prompts, trainer):
         return {**rollout(prompts, trainer), "logprobs": None}
 
-    with pytest.raises(ValueError, match="no log-probs came with the completions: let rollout_func return"):
+    with pytest.raises(ValueError, match="no log-probs came with the completions: return 'logprobs' from"):
         make(CAPOTrainer, build={"rollout_func": without}, **SAMPLER).train()

@@ -57,7 +57,7 @@ def learned_positions():
 def test_mixture_of_experts(make, mixture_of_experts, capsys, coefficient):
     options = dict(loss_type="grpo", router_aux_loss_coef=coefficient, model=mixture_of_experts, **PAPER)
     expected, actual = make(RecordingStock, **options), make(RecordingTrainer, **options)
-    assert ("repack: rows are only trimmed, for the auxiliary loss" in capsys.readouterr().out) == (coefficient > 0)
+    assert ("only trimmed, because the experts' auxiliary loss" in capsys.readouterr().out) == (coefficient > 0)
     assert_equal_runs(expected, actual)
     rows = [sum(len(batch["completion_ids"]) for batch in trainer.seen) for trainer in (expected, actual)]
     assert (rows[0] == rows[1]) == (coefficient > 0)
@@ -66,7 +66,7 @@ def test_mixture_of_experts(make, mixture_of_experts, capsys, coefficient):
 def test_learned_positions_leave_batches_alone(make, learned_positions, capsys):
     options = dict(loss_type="grpo", model=learned_positions, **PAPER)
     expected, actual = make(RecordingStock, **options), make(RecordingTrainer, **options)
-    line = "repack: batches stay as TRL makes them, for the model's positions depend on padding."
+    line = "repack: batches are left as TRL makes them, because the model's positions depend on padding."
     assert capsys.readouterr().out.count(line) == 1
     assert_equal_runs(expected, actual, tolerance=0.0)
     for stock, ours in zip(expected.seen, actual.seen, strict=True):
@@ -78,11 +78,11 @@ def test_learned_positions_leave_batches_alone(make, learned_positions, capsys):
     [
         ({}, None),
         ({"repack": False, "beta": 0.1}, None),
-        ({"beta": 0.1}, "repack: rows are sorted and trimmed but not dropped, for rows without advantage still carry"),
-        ({"loss_type": "bnpo"}, "repack: rows are only trimmed, for loss_type='bnpo' depends on which rows share"),
-        ({"top_entropy_quantile": 0.5}, "repack: rows are only trimmed, for top_entropy_quantile depends on"),
-        ({"entropy_coef": 0.1}, "repack: rows are only trimmed, for the entropy bonus depends on"),
-        ({"use_adaptive_entropy": True}, "repack: rows are only trimmed, for the entropy bonus depends on"),
+        ({"beta": 0.1}, "repack: rows are sorted and trimmed but not dropped, because rows without advantage still"),
+        ({"loss_type": "bnpo"}, "repack: rows are only trimmed, because loss_type='bnpo' depends on which rows share"),
+        ({"top_entropy_quantile": 0.5}, "repack: rows are only trimmed, because top_entropy_quantile depends on"),
+        ({"entropy_coef": 0.1}, "repack: rows are only trimmed, because the entropy bonus depends on"),
+        ({"use_adaptive_entropy": True}, "repack: rows are only trimmed, because the entropy bonus depends on"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )

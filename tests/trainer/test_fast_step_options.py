@@ -1,5 +1,7 @@
 """Options of the fast step, and the reference's precision."""
 
+from dataclasses import field, make_dataclass
+
 import pytest
 import torch
 from transformers import Qwen2ForCausalLM
@@ -8,6 +10,7 @@ from trl import TrlParser
 from tests.helpers import config_kwargs
 from tests.trainer.runs import SGD, Canned, ScoredCAPO, first_token_is_even, one_layer_model, questions, train
 from trl_capo import CAPOConfig, GroupAdvantageConfig
+from trl_capo.trainer.config import FastGRPOConfig
 
 
 pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
@@ -39,12 +42,18 @@ def test_dtype_of_the_reference(tokenizer, tmp_path, beta, way, reference):
 
 
 def test_wrong_values_are_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match="ref_model_dtype must be one of None, bfloat16, float16, float32, got 'int8'"
-    ):
+    with pytest.raises(ValueError, match="ref_model_dtype must be one of bfloat16, float16, float32, got 'int8'"):
         CAPOConfig(**config_kwargs(tmp_path, ref_model_dtype="int8"))
     with pytest.raises(ValueError, match="mean_logps_from must be one of policy, sampler, got 'vllm'"):
         GroupAdvantageConfig(**config_kwargs(tmp_path, mean_logps_from="vllm"))
+
+
+def test_choices_of_a_method_of_ones_own_are_checked(tmp_path):
+    choices = field(default=None, metadata={"choices": ["mean", "median"]})
+    config_class = make_dataclass("Mine", [("centre", str | None, choices)], bases=(FastGRPOConfig,))
+    assert [config_class(**config_kwargs(tmp_path, centre=c)).centre for c in (None, "mean")] == [None, "mean"]
+    with pytest.raises(ValueError, match="centre must be one of mean, median, got 'mode'"):
+        config_class(**config_kwargs(tmp_path, centre="mode"))
 
 
 @pytest.mark.parametrize("config_class", [GroupAdvantageConfig, CAPOConfig])

@@ -116,7 +116,7 @@ def test_a_method_with_wrong_shape_is_told(tiny_model, tmp_path):
             return groups.rewards.flatten()
 
     trainer = Method(tiny_model, parity_reward, GroupAdvantageConfig(**config_kwargs(tmp_path)), prompt_dataset())
-    with pytest.raises(ValueError, match=r"one advantage a completion, shape \(2, 4\), got \(8,\)"):
+    with pytest.raises(ValueError, match=r"one advantage per completion, shape \(2, 4\), got \(8,\)"):
         trainer.train()
 
 

@@ -12,7 +12,7 @@ from trl_capo.trainer.idle import IdleWatch
     [
         (0.0, "all right for 0% and all wrong for 100% of the prompts. Choose easier prompts"),
         (1.0, "all right for 100% and all wrong for 0% of the prompts. Choose harder prompts"),
-        (None, "all right for 0% and all wrong for 0% of the prompts. Look at capo/frac_mixed"),
+        (None, "all right for 0% and all wrong for 0% of the prompts. Check capo/frac_mixed"),
     ],
 )
 def test_capo_without_a_mixed_group(tiny_model, tmp_path, capsys, monkeypatch, reward, told):

@@ -11,7 +11,7 @@ from trl_capo.methods import METHODS, trainer_of
 from trl_capo.methods.grpo import GRPO
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:every optimizer step takes whole generations")  # GSPO, on-policy
+pytestmark = pytest.mark.filterwarnings("ignore:every optimizer step uses whole generations")  # GSPO, on-policy
 
 
 @pytest.fixture(scope="module")

@@ -130,7 +130,7 @@ def test_a_manifest_that_lacks_something_is_damaged(run, key, value):
 def test_a_renamed_checkpoint_is_none_of_that_step(run):
     (run / "checkpoint-4").rename(run / "checkpoint-9")
     search = find_checkpoint(run)
-    assert search.newest.folder.name == "checkpoint-2" and "says step 4, but its name says 9" in search.lines[0]
+    assert search.newest.folder.name == "checkpoint-2" and "says step 4, but the folder name says 9" in search.lines[0]
     assert read_checkpoint((run / "checkpoint-9").rename(run / "mine-9")).step == 4  # a copy may have any other name
 
 
@@ -163,7 +163,7 @@ def test_a_checkpoint_without_an_optimizer_says_that_it_is_not_exact(tiny_model,
     make(tiny_model, tmp_path, save_only_model=True, max_steps=2).train()
     trainer = make(tiny_model, tmp_path)
     trainer.train(resume_from_checkpoint=True)
-    assert "checkpoint-2 lacks the state of optimizer" in capsys.readouterr().out
+    assert "checkpoint-2 lacks the optimizer, scheduler or random state" in capsys.readouterr().out
     assert trainer.state.global_step == 4
 
 
@@ -223,7 +223,7 @@ def test_checkpoints_without_the_runs_file(run):
     (run / RUN_FILE).unlink()
     assert last_complete_checkpoint(run) == str(run / "checkpoint-4")
     (run / RUN_FILE).write_text("[")
-    with pytest.raises(UserError, match="cannot be read: it says which run"):
+    with pytest.raises(UserError, match="records the run that the folder belongs to, cannot be read"):
         last_complete_checkpoint(run)
 
 
@@ -245,7 +245,7 @@ def test_a_checkpoint_that_was_killed_while_it_was_written_is_none_of_an_earlier
     (run / RUN_FILE).unlink()
     search = find_checkpoint(run)
     assert search.newest.folder == run / "checkpoint-2" and search.lost == []
-    assert search.skipped == [("checkpoint-4", "it was not written to the end")]
+    assert search.skipped == [("checkpoint-4", "it is incomplete")]
 
 
 @pytest.mark.parametrize("best", [False, True])
@@ -411,7 +411,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_model, tmp_path, step):
         UserError, match=f"step {step}: model.norm.weight .*The last finite checkpoint is .*checkpoint-2"
     ):
         trainer.train()
-    with pytest.raises(UserError, match="model.norm.weight holds values that are not finite"):
+    with pytest.raises(UserError, match="model.norm.weight has values that are not finite"):
         trainer.save_model(str(tmp_path / "model"))
     assert not (tmp_path / "checkpoint-4").exists() and not (tmp_path / "model").exists()
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
@@ -420,7 +420,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_model, tmp_path, step):
 def test_weights_that_the_last_step_spoils_without_a_checkpoint(tiny_model, tmp_path):
     trainer = make(tiny_model, tmp_path, save_strategy="no", max_steps=1)
     trainer.add_callback(Spoil(1, "weights"))
-    with pytest.raises(UserError, match="step 1: model.norm.weight holds values that are not finite"):
+    with pytest.raises(UserError, match="step 1: model.norm.weight has values that are not finite"):
         trainer.train()
 
 
@@ -522,8 +522,8 @@ def test_nothing_to_resume_yet(tiny_model, tmp_path, capsys):
     words = command(tiny_model, tmp_path / "run", resume_from_checkpoint=True, max_steps=1, save_steps=1)
     assert cli.main(words) == 0
     said = capsys.readouterr().out
-    assert "Skipped checkpoint-2: it was not written to the end." in said
-    assert "There is no checkpoint of this run" in said and "training starts from zero" in said
+    assert "Skipped checkpoint-2: it is incomplete." in said
+    assert "There is no checkpoint of this run" in said and "training starts from scratch" in said
 
 
 def test_only_damaged_checkpoints_are_not_replaced(tiny_model, run, capsys):
@@ -539,7 +539,7 @@ def test_the_command_continues_the_new_run(tiny_model, tmp_path, capsys):
     folder = tmp_path / "run"
     assert cli.main(command(tiny_model, folder)) == 0
     assert cli.main(command(tiny_model, folder, max_steps=2, learning_rate=1e-3)) == 0
-    assert "Starting over in a folder with checkpoints" in capsys.readouterr().out
+    assert "which has checkpoints of an earlier run" in capsys.readouterr().out
     words = command(tiny_model, folder, learning_rate=1e-4, resume_from_checkpoint=True)
     assert cli.main(words) == 0
     assert f"Resuming from {folder / 'checkpoint-2'}" in capsys.readouterr().out

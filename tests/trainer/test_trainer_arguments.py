@@ -39,7 +39,7 @@ def test_correctness_reward_must_be_named_and_known(tmp_path):
     with pytest.raises(ValueError, match="set correctness_reward.*parity_reward, length_reward"):
         CAPOTrainer("/no/such/model", functions, CAPOConfig(**config_kwargs(tmp_path)), prompt_dataset())
     config = CAPOConfig(**config_kwargs(tmp_path, correctness_reward="accuracy"))
-    with pytest.raises(ValueError, match="'accuracy' is not a reward function: one of parity_reward, length_reward"):
+    with pytest.raises(ValueError, match="must be one of the reward functions: parity_reward, length_reward"):
         CAPOTrainer("/no/such/model", functions, config, prompt_dataset())
 
 

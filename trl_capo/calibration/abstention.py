@@ -103,7 +103,7 @@ class Abstention:
             _check_content(content)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{path} does not hold a threshold: {error}. Choose it again with trl-capo abstain."
+                f"{path} does not contain a threshold: {error}. Choose one with trl-capo abstain."
             ) from error
         if content["calibration_precision"] is None:
             content["calibration_precision"] = math.nan
@@ -118,7 +118,7 @@ def _check_content(content) -> None:
 
     if not isinstance(content, dict):
         raise ValueError(f"it is a {type(content).__name__}, not an object with the key 'threshold'")
-    known = {of.name for of in fields(Abstention)}
+    known = {attribute.name for attribute in fields(Abstention)}
     required = known - {"confidence", "num_samples", "sampling"}
     if missing := sorted(required - set(content)):
         raise ValueError(f"the key {missing[0]!r} is missing")
@@ -254,7 +254,7 @@ def advice(correct: ArrayLike, confidence: ArrayLike, missed: Abstention) -> str
     if not math.isnan(best):
         story.append(f"The best precision within reach is about {best:.3f}.")
     if math.isinf(needed):
-        story.append("No part of the answers is seen to be that precise, so more questions would hardly help.")
+        story.append("No part of the answers was that precise here, so more questions would hardly help.")
     else:
         story.append(f"For {missed.precision:.6g}, calibrate on about {needed:,.0f} questions.")
     return " ".join(story)
@@ -263,7 +263,9 @@ def advice(correct: ArrayLike, confidence: ArrayLike, missed: Abstention) -> str
 def _most_confident_first(correct: ArrayLike, confidence: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     correct, confidence, usable = paired_rows(correct, confidence)
     if correct.ndim != 1:
-        raise UserError(f"one row a question, shape (P,): got {correct.shape}. Choose one answer a question first.")
+        raise UserError(
+            f"`correct` must have one row per question, shape (P,), got {correct.shape}. Choose one answer for each."
+        )
     correct, confidence = correct[usable], confidence[usable]
     if correct.size < FIRST:
         raise UserError(f"at least {FIRST} calibration questions are needed, got {correct.size}. Sample more prompts.")

@@ -263,10 +263,10 @@ def _crossed_differences(
 ) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
     """The measured difference, and its `_crossed_means`, shape (B,) each."""
     ours, theirs = _tables(values), _tables(baseline)
-    if [of.shape for of in ours] != [of.shape for of in theirs]:
+    if [table.shape for table in ours] != [table.shape for table in theirs]:
         raise ValueError(
-            f"`values` and `baseline` must have the same shape to be paired, got {[of.shape for of in ours]} and "
-            f"{[of.shape for of in theirs]}. Keep the seeds and prompts that both have."
+            f"`values` and `baseline` must have the same shape to be paired, got {[table.shape for table in ours]} "
+            f"and {[table.shape for table in theirs]}. Keep the seeds and prompts that both have."
         )
     pairs = [np.stack(pair) for pair in zip(ours, theirs, strict=True)]
     measured = np.mean([mean_over_seeds_and_prompts(pair) for pair in pairs], axis=0)
@@ -296,5 +296,5 @@ def _tables(values: ArrayLike | list[ArrayLike]) -> list[NDArray[np.float64]]:
 def _as_table(values: ArrayLike) -> NDArray[np.float64]:
     table = np.asarray(values, dtype=np.float64)
     if table.ndim < 2 or 0 in table.shape[-2:]:
-        raise ValueError(f"values must have shape (..., S, P), seeds by prompts, none of them 0, got {table.shape}.")
+        raise ValueError(f"values must have shape (..., S, P), seeds by prompts, each at least 1, got {table.shape}.")
     return table

@@ -79,7 +79,7 @@ def prompt_difference(
     if len(ours[0]) != len(theirs[0]):
         raise ValueError(
             f"the two models answered {len(ours[0])} and {len(theirs[0])} prompts. Keep those that both answered, in "
-            "one order."
+            "the same order."
         )
 
     def difference(prompts: NDArray | slice) -> float:
@@ -100,8 +100,8 @@ def _paired_samples(correct: ArrayLike, confidence: ArrayLike) -> tuple[NDArray[
     correct, confidence = np.asarray(correct, dtype=np.float64), np.asarray(confidence, dtype=np.float64)
     if correct.shape != confidence.shape or correct.ndim != 2 or len(correct) == 0:
         raise ValueError(
-            f"`correct` and `confidence` must have one shape (P, G) with at least one prompt, got {correct.shape} and "
-            f"{confidence.shape}."
+            f"`correct` and `confidence` must have the same shape (P, G) with at least one prompt, got "
+            f"{correct.shape} and {confidence.shape}."
         )
     return correct, confidence
 

@@ -47,7 +47,7 @@ def require_probabilities(values: NDArray[np.float64]) -> None:
     if values.size and not (values.min() >= 0 and values.max() <= 1):
         strange = values[(values < 0) | (values > 1)][0]
         raise ValueError(
-            f"`probability` must lie in [0, 1], got {strange}. A mean log-prob is no probability: map it with "
+            f"`probability` must lie in [0, 1], got {strange}. A mean log-prob is not a probability: map it with "
             "`trl_capo.calibration.posthoc` first."
         )
 

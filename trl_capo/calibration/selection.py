@@ -165,7 +165,7 @@ def accuracy_by_count(
     confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     num_prompts, num_samples = confidence.shape
     if max(counts) > num_samples or min(counts) < 1:
-        raise ValueError(f"`counts` must lie between 1 and the {num_samples} samples at hand, got {list(counts)}.")
+        raise ValueError(f"`counts` must lie between 1 and the {num_samples} samples, got {list(counts)}.")
     result = np.zeros((num_prompts, len(counts)))
     for p in range(num_prompts):
         rng = np.random.default_rng([seed, p])

@@ -105,7 +105,9 @@ def precision_at_coverage(
         1.0
     """
     if not 0 < coverage <= 1:
-        raise ValueError(f"`coverage` must lie in (0, 1], got {coverage}. Use 0.8 for the surest 80% of the rows.")
+        raise ValueError(
+            f"`coverage` must lie in (0, 1], got {coverage}. Use 0.8 for the most confident 80% of the rows."
+        )
     _, precision = precision_coverage(correct, confidence, valid=valid)
     if precision.size == 0:
         return float("nan")

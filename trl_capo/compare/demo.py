@@ -73,7 +73,7 @@ def demo_plan(folder: Path, steps: int, seed: int, prompts: int, samples: int) -
     )
 
 
-def runs_of(plan: Plan) -> list[Run]:
+def demo_runs(plan: Plan) -> list[Run]:
     """The plan's runs, in a layout for users: models and evaluations by name, everything else in `logs/`."""
     folder, runs = Path(plan.output_dir), []
     for name in [*plan.methods, BASE]:
@@ -103,15 +103,15 @@ def run(plan: Plan, settings: dict[str, Any]) -> dict[str, Any]:
     Returns:
         The content of `results.json`.
     """
-    runs, folder = runs_of(plan), Path(plan.output_dir)
+    runs, folder = demo_runs(plan), Path(plan.output_dir)
     check_runs(runs)
     # One thread each: the model is too small to benefit from more.
     share = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     failed = run_all(runs, [share] * min(len(runs), num_cores()), title="demo")
     if failed:
-        raise UserError("some runs failed, see the end of their logs: " + ", ".join(map(str, failed)))
+        raise UserError("some runs failed; see the end of their logs: " + ", ".join(map(str, failed)))
     if unfinished := [run.name for run in runs if not is_done(run)]:
-        raise UserError(f"{folder}: another process works on {', '.join(unfinished)}. Wait for it, and repeat.")
+        raise UserError(f"{folder}: another process is working on {', '.join(unfinished)}. Wait for it, then rerun.")
     results = {
         "settings": settings,
         "models": {name: _read(folder / "evaluation" / name / "summary.json")["benchmarks"] for name in MODELS},
@@ -128,7 +128,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _history(model: Path) -> list[dict]:
     history = [entry for entry in _read(model / "trainer_state.json")["log_history"] if "capo/auc_within" in entry]
     if not history:
-        raise RuntimeError(f"{model}: the training logged nothing. Delete the folder and start again.")
+        raise RuntimeError(f"{model}: the training logged nothing. Delete the folder and rerun.")
     return history
 
 
@@ -169,12 +169,12 @@ def what_to_look_at(results: dict[str, Any], folder: Path) -> str:
     seed = results["settings"]["seed"] + 1
     lines.append(
         f"""
-What to look at: {folder}/results.png, and the columns AUC within and precision: at about the same accuracy, a higher
-value means that you can rely more on the answers the model is sure of. One seed proves nothing: repeat with another.
-{folder}/report.html has intervals, more figures, and the answers themselves: open it in a browser.
+Look at {folder}/results.png, and at the columns AUC within and precision. At about the same accuracy, a higher value
+means that you can rely more on the answers the model is sure of. One seed proves nothing, so repeat with another.
+Open {folder}/report.html in a browser for intervals, more figures, and the answers themselves.
 All numbers: {folder}/results.json. All samples: {folder}/evaluation/
 
-What to type next:
+Next steps:
   {command} demo --output_dir runs/demo-{seed} --seed {seed}
   {command} train --config recipes/arithmetic/capo/config_demo.yaml     the same CAPO run from a recipe
   {command} train --help                                                your own model and data

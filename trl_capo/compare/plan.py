@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from trl_capo.compare.runner import Run, evaluation_options
 from trl_capo.errors import UserError, UserErrors
-from trl_capo.evaluation.options import check_numbers, make_parser
+from trl_capo.evaluation.options import check_sampling, make_parser
 from trl_capo.files import check_names
 from trl_capo.methods import METHODS
 from trl_capo.recipe import check_recipe, read_yaml
@@ -59,7 +59,9 @@ def read_plan(path: str) -> Plan:
     content = read_yaml(path)
     known = [f.name for f in fields(Plan)]
     if set(content) - set(known) or set(known[:5]) - set(content):
-        raise UserError(f"{path} must hold {', '.join(known[:5])} and may hold {', '.join(known[5:])}, nothing else.")
+        raise UserError(
+            f"{path} must have the keys {', '.join(known[:5])}, may have {', '.join(known[5:])}, and no others."
+        )
     plan = Plan(**content)
     if problems := list(_shapes(path, plan)):
         raise UserErrors(problems)
@@ -107,8 +109,8 @@ def recipe(plan: Plan, name: str, seed: int | None, output_dir: str) -> dict:
 def _shapes(path: str, plan: Plan) -> Iterator[str]:
     """Problems with keys and types. All other checks depend on these."""
     for key, kind, wanted in (
-        ("methods", dict, "hold one `name: {method: ...}` a line"),
-        ("train", dict, "hold one `option: value` a line"),
+        ("methods", dict, "have one `name: {method: ...}` per line"),
+        ("train", dict, "have one `option: value` per line"),
         ("benchmarks", list, "be a list of names or files"),
         ("seeds", list, "be a list of whole numbers"),
     ):
@@ -116,7 +118,7 @@ def _shapes(path: str, plan: Plan) -> Iterator[str]:
         if not isinstance(value, kind) or not value:
             yield f"{path}: {key} must {wanted}, got {value!r}."
     if not isinstance(plan.evaluate, dict):
-        yield f"{path}: evaluate must hold one `option: value` a line, got {plan.evaluate!r}."
+        yield f"{path}: evaluate must have one `option: value` per line, got {plan.evaluate!r}."
     if not isinstance(plan.output_dir, str) or not plan.output_dir.strip() or not plan.output_dir.isprintable():
         yield f"{path}: output_dir must be the path of a folder, got {plan.output_dir!r}."
 
@@ -129,21 +131,21 @@ def _names_and_seeds(path: str, plan: Plan) -> Iterator[str]:
         yield str(error)
     if plan.baseline not in [*plan.methods] or BASE in [str(name).casefold() for name in plan.methods]:
         yield (
-            f"{path}: baseline must be one of {', '.join(map(str, plan.methods))}, got {plan.baseline!r}; and no "
-            f"method may be called {BASE!r}, which is the model that all start from."
+            f"{path}: baseline must be one of {', '.join(map(str, plan.methods))}, got {plan.baseline!r}. No "
+            f"method may be called {BASE!r}, the name of the model that all start from."
         )
     for seed in plan.seeds:
         if type(seed) is not int or not 0 <= seed <= MAX_SEED:
             yield f"{path}: seeds must be whole numbers from 0 to {MAX_SEED}, got {seed!r}."
     for key, values in (("seed", plan.seeds), ("benchmark", plan.benchmarks)):
         for value in _repeated(values):
-            yield f"{path}: no {key} may be named twice, but {value!r} is."
+            yield f"{path}: {key} {value!r} appears twice. Remove one."
     for benchmark in plan.benchmarks:
         # A benchmark may be a path, so it is quoted when it becomes a file name. It must not look like an option.
         if not isinstance(benchmark, str) or not benchmark.strip() or not benchmark.isprintable():
             yield f"{path}: benchmarks must be names or files, got {benchmark!r}."
         elif benchmark.startswith("-"):
-            yield f"{path}: benchmarks: {benchmark!r} starts with '-'. Write a file of that name as ./{benchmark}."
+            yield f"{path}: benchmarks: {benchmark!r} starts with '-'. If it is a file, write ./{benchmark}."
 
 
 def _repeated(values: list) -> list:
@@ -159,7 +161,7 @@ def _options(path: str, plan: Plan) -> Iterator[str]:
     for name, options in plan.methods.items():
         method = options.get("method") if isinstance(options, dict) else None
         if not isinstance(method, str) or method not in METHODS and ":" not in method:
-            yield f"{path}: {name} needs a `method` of {', '.join(METHODS)}, got {method!r}."
+            yield f"{path}: {name} needs a `method`, one of {', '.join(METHODS)}; got {method!r}."
             continue
         for key in SET_BY_PLAN.keys() & options.keys():
             yield f"{path}: {name}: {key} comes from the {SET_BY_PLAN[key]}. Remove it."
@@ -171,7 +173,7 @@ def _options(path: str, plan: Plan) -> Iterator[str]:
         yield f"{path}: evaluate: {key} comes from the plan itself. Remove it."
     for key, value in plan.evaluate.items():
         if not isinstance(key, str) or not isinstance(value, (str, int, float)) or value is False:
-            yield f"{path}: evaluate: {key} must be text, a number or true, got {value!r}. Remove it for its default."
+            yield f"{path}: evaluate: {key} must be text, a number or true, got {value!r}. Remove it for the default."
             return
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{path}: evaluate: {key} must be a finite number, got {value!r}."
@@ -183,6 +185,6 @@ def _options(path: str, plan: Plan) -> Iterator[str]:
     parser.error = refuse
     try:
         args = parser.parse_args(["model", *evaluation_options(["benchmark"], plan.evaluate)])
-        check_numbers(args)
+        check_sampling(args)
     except (UserError, ValueError) as error:
         yield str(error) if path in str(error) else f"{path}: evaluate: {error}"

@@ -164,7 +164,7 @@ def shares_of_the_machine(workers: int, use_cpu: bool = False) -> list[dict[str,
     if not gpus:
         return [share] * workers
     if workers > len(gpus):
-        raise UserError(f"--workers {workers}: each run needs a GPU of its own, and {len(gpus)} can be seen.")
+        raise UserError(f"--workers {workers}: each run needs its own GPU, but only {len(gpus)} are visible.")
     return [share | {"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:workers]]
 
 
@@ -192,7 +192,7 @@ def do(run: Run, share: dict[str, str], say: Callable[[str], None] = print) -> P
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"{run.folder} is being worked on by another process: left to it.")
+            say(f"{run.folder}: another process is working on it, so it is skipped.")
             return None
         work = read_work(run.folder)
         steps = {}
@@ -217,7 +217,7 @@ def do(run: Run, share: dict[str, str], say: Callable[[str], None] = print) -> P
             begin, log = time.time(), run.folder / f"{command}.log"
             succeeded = _succeeds(command, options, log, lock, share)
             seconds = round(time.time() - begin)
-            work["seconds"][command] = work["seconds"].get(command, 0) + seconds  # not of killed ones
+            work["seconds"][command] = work["seconds"].get(command, 0) + seconds  # without killed commands
             work["trained"] |= command == "train" and succeeded
             write_json(run.folder / WORK, work)
             if not succeeded:
@@ -271,15 +271,15 @@ def _incomplete(run: Run) -> str | None:
     import pyarrow.parquet as pq
 
     if run.recipe is not None and not any(map(_is_weight, _files(run))):
-        return "the training left no weights."
+        return "the training saved no weights."
     try:
         summary = json.loads((run.evaluation / "summary.json").read_text(encoding="utf-8"))["benchmarks"]
-        expected = sum(of["num_prompts"] * of["num_samples"] for of in summary.values())
+        expected = sum(counts["num_prompts"] * counts["num_samples"] for counts in summary.values())
         rows = pq.read_metadata(run.evaluation / "samples.parquet").num_rows
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"the evaluation cannot be read: {one_line(str(error), 200)}"
     if set(summary) != set(run.benchmarks) or rows != expected:
-        return "the summary is of other benchmarks or samples."
+        return "the summary covers other benchmarks or samples."
     return None
 
 
@@ -287,11 +287,11 @@ def _last_line(log: Path) -> str:
     with log.open("rb") as file:  # logs may be long
         file.seek(max(0, log.stat().st_size - 10_000))
         lines = file.read().decode(errors="replace").split("\n")
-    return one_line(next((line for line in reversed(lines) if line.strip()), "it says nothing"), 500)
+    return one_line(next((line for line in reversed(lines) if line.strip()), "the log is empty"), 500)
 
 
 def _succeeds(command: str, options: list[str], log: Path, lock, share: dict[str, str]) -> bool:
-    """Run a command. The child inherits the lock, so if this process is killed, nobody else starts the same run."""
+    """Run a command. The child inherits the lock, so if this process is killed, no other one starts the run."""
     with log.open("a", encoding="utf-8") as file:
         call = [sys.executable, "-m", f"trl_capo.scripts.{command}", *options]
         outputs = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=file, pass_fds=[lock.fileno()])

@@ -59,7 +59,7 @@ class Split:
     Attributes:
         lengths: How many numbers a chain has; one entry is drawn for each prompt, so a repeated entry is likelier.
         buckets: The hash buckets, of 100, that belong to the split.
-        num_prompts: Size of the split when none is asked for.
+        num_prompts: Default size of the split.
     """
 
     lengths: tuple[int, ...]
@@ -214,7 +214,7 @@ def arithmetic_dataset(split: str, num_prompts: int | None = None, seed: int = 0
         if len(chains) == num_prompts:
             break
         if draw > 5 * num_prompts:
-            raise UserError(f"num_prompts={num_prompts} is more than split {split!r} can give; ask for fewer.")
+            raise UserError(f"num_prompts={num_prompts} is more than split {split!r} has. Use a smaller number.")
         chains[chain] = None
     return Dataset.from_dict(
         {

@@ -21,7 +21,7 @@ from trl_capo.errors import UserError
 
 
 DEFAULT_TEMPLATE = "qwen25-math-cot"
-BENCHMARKS = [name for name, of in CATALOGUE.items() if of.held_out]
+BENCHMARKS = [name for name, dataset in CATALOGUE.items() if dataset.held_out]
 ARITHMETIC = {f"arithmetic_{split}": split for split in SPLITS if split not in ("base", "train")}
 
 
@@ -63,14 +63,14 @@ def load_benchmark(
         kind = FORMATS.get(Path(name).suffix)
         if kind is None or not Path(name).is_file():
             raise UserError(
-                f"there is no benchmark {name!r}. Known are {', '.join([*ARITHMETIC, *BENCHMARKS])}; or give a file "
+                f"unknown benchmark {name!r}. Use one of {', '.join([*ARITHMETIC, *BENCHMARKS])}, or a file "
                 f"({', '.join(FORMATS)}) with the columns {prompt_column!r} and {solution_column!r}."
             )
         rows = read_dataset(name, "--benchmark", split="train")
         if solution_column not in rows.column_names:
             raise UserError(
-                f"{name} has no column {solution_column!r}, only {', '.join(rows.column_names)}. Name the one that "
-                "holds the gold answers with --solution_column."
+                f"{name} has no column {solution_column!r}, only {', '.join(rows.column_names)}. Set "
+                "--solution_column to the column with the gold answers."
             )
         data = to_conversations(
             _first(rows, num_prompts), prompt_column, solution_column, system_prompt, prompt_template

@@ -104,18 +104,20 @@ def load_raw(name: str) -> Dataset:
     Raises:
         UserError: A column is missing. A changed number of rows is only a warning.
     """
-    of = CATALOGUE[name]
-    rows = read_dataset(of.path, name, **location(of.path), name=of.config, split=of.split)
-    if missing := [column for column in (of.prompt_column, of.solution_column) if column not in rows.column_names]:
+    dataset = CATALOGUE[name]
+    rows = read_dataset(dataset.path, name, **location(dataset.path), name=dataset.config, split=dataset.split)
+    if missing := [
+        column for column in (dataset.prompt_column, dataset.solution_column) if column not in rows.column_names
+    ]:
         raise UserError(
-            f"{name}: {of.path} has changed. It has no column {missing[0]!r} any more, only "
-            f"{', '.join(rows.column_names)}. Correct trl_capo/data/catalogue.py, or name the dataset by its path and "
-            "its columns by dataset_prompt_column and dataset_solution_column."
+            f"{name}: {dataset.path} no longer has a column {missing[0]!r}, only {', '.join(rows.column_names)}. "
+            "Correct trl_capo/data/catalogue.py, or set dataset_name to the path, and dataset_prompt_column and "
+            "dataset_solution_column to its columns."
         )
-    if len(rows) != of.num_rows:
+    if len(rows) != dataset.num_rows:
         warnings.warn(
-            f"{name}: {of.path} has {len(rows)} rows, {of.num_rows} were expected. It has changed, or this is a part "
-            "of it: results cannot be compared with others' on the whole.",
+            f"{name}: {dataset.path} has {len(rows)} rows, but {dataset.num_rows} were expected. It has changed or is "
+            "incomplete, so do not compare results with others' results on the whole set.",
             stacklevel=2,
         )
     return rows
@@ -135,10 +137,12 @@ def load_catalogued(
     Returns:
         Columns `prompt` and `solution`, and the dataset's other columns.
     """
-    of, rows = CATALOGUE[name], load_raw(name)
+    dataset, rows = CATALOGUE[name], load_raw(name)
     if num_rows is not None:
         rows = rows.select(range(min(num_rows, len(rows))))
-    return to_conversations(rows, of.prompt_column, of.solution_column, system_prompt, prompt_template, of.gold)
+    return to_conversations(
+        rows, dataset.prompt_column, dataset.solution_column, system_prompt, prompt_template, dataset.gold
+    )
 
 
 def location(path: str) -> dict:

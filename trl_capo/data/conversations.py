@@ -56,7 +56,7 @@ def drop_unparsable_gold(dataset: Rows | Splits) -> Rows | Splits:
         return dataset.filter(lambda row: gold_problem(row["solution"]) is None)
     if "solution" not in dataset.column_names:
         raise UserError(
-            f"There are no gold answers to check: the dataset has no column 'solution', only "
+            "drop_unparsable_gold needs a column 'solution', but the dataset has only "
             f"{', '.join(dataset.column_names)}."
         )
     bad = problems(dataset["solution"])
@@ -64,7 +64,7 @@ def drop_unparsable_gold(dataset: Rows | Splits) -> Rows | Splits:
         return dataset
     examples, first = ", ".join(repr(dataset[row]["solution"]) for row in list(bad)[:3]), next(iter(bad))
     warnings.warn(
-        f"Dropping {len(bad)} of {len(dataset)} rows whose gold cannot be parsed: {examples} ... "
+        f"Dropping {len(bad)} of {len(dataset)} rows whose gold answer cannot be parsed: {examples} ... "
         f"(row {first}: {bad[first]})",
         UserWarning,
         stacklevel=2,
@@ -108,12 +108,12 @@ def to_conversations(
     for option, column in (("prompt", prompt_column), ("solution", solution_column)):
         if column not in dataset.column_names and (option == "prompt" or column != "solution"):
             raise UserError(
-                f"The dataset has no column {column!r}, only {', '.join(dataset.column_names)}. Name the one that "
-                f"holds the {option}s: dataset_{option}_column in a recipe, --{option}_column of trl-capo evaluate."
+                f"The dataset has no column {column!r}, only {', '.join(dataset.column_names)}. Name the column "
+                f"with the {option}s: dataset_{option}_column in a recipe, --{option}_column of trl-capo evaluate."
             )
     if prompt_template is not None and (prompt_template not in PROMPT_TEMPLATES or system_prompt is not None):
         raise UserError(
-            f"prompt_template must be one of {', '.join(PROMPT_TEMPLATES)}, without a system_prompt beside it; got "
+            f"prompt_template must be one of {', '.join(PROMPT_TEMPLATES)}, without a system_prompt; got "
             f"{prompt_template!r} and {system_prompt!r}."
         )
     system_prompt, user_prompt = PROMPT_TEMPLATES.get(prompt_template or "", (system_prompt, "{question}"))
@@ -124,8 +124,8 @@ def to_conversations(
         new: dict[str, Any] = {}
         if isinstance(row["prompt"], list) and (system_prompt is not None or prompt_template is not None):
             raise UserError(
-                "a prompt_template or system_prompt is for questions that are plain text, but these prompts are "
-                "conversations already: leave both out."
+                "prompt_template and system_prompt need plain-text questions, but these prompts are conversations. "
+                "Leave both out."
             )
         if isinstance(row["prompt"], str):
             new["prompt"] = [*system, {"role": "user", "content": user_prompt.replace("{question}", row["prompt"])}]

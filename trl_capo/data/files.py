@@ -28,7 +28,7 @@ def read_dataset(source: str, option: str = "dataset_name", /, **arguments):
         if path.suffix not in FORMATS:
             raise UserError(f"{option}: {source} must end in one of {', '.join(FORMATS)}.")
         if path.stat().st_size == 0:
-            raise UserError(f"{option}: {source} is an empty file. Write it again, or name another one.")
+            raise UserError(f"{option}: {source} is an empty file. Write it again, or use another file.")
         _check_encoding(path)
         arguments = {"path": FORMATS[path.suffix], "data_files": source, **arguments}
     elif not path.is_dir() and is_local(source):
@@ -41,14 +41,14 @@ def read_dataset(source: str, option: str = "dataset_name", /, **arguments):
         return found
     except Exception as error:  # noqa: BLE001 - readers can raise any error
         if "corresponds to no data" in str(error):  # raised by `datasets` for blank lines, or only a header
-            raise UserError(f"{option}: {source} has no rows. Write it again, or name another one.") from error
+            raise UserError(f"{option}: {source} has no rows. Write it again, or use another file.") from error
         if path.exists():
             raise UserError(
                 f"{option}: {source} cannot be read as questions and answers: {_reason(error)} Check that it is "
-                "whole, in UTF-8 and of the format that its name says."
+                "complete, in UTF-8, and in the format of its extension."
             ) from error
         raise UserError(
-            f"{option}={source!r} is no file or folder here, and it cannot be read from the Hub: {_reason(error)}"
+            f"{option}={source!r} is not a local file or folder, and it cannot be read from the Hub: {_reason(error)}"
         ) from error
 
 
@@ -63,7 +63,7 @@ def _check_encoding(path: Path) -> None:
                 decoder.decode(block)
             decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not in UTF-8 ({error.reason}). Write it again in UTF-8.") from error
+        raise UserError(f"{path} is not in UTF-8 ({error.reason}). Save it in UTF-8.") from error
 
 
 def is_local(name: str) -> bool:

@@ -86,7 +86,7 @@ def gold_problem(gold: Any) -> str | None:
         (None, 'math-verify reads 2; write $2\\sqrt{3}$')
     """
     if not isinstance(gold, str):
-        return "it is no text" if gold is not None else "it is missing"
+        return "it is not text" if gold is not None else "it is missing"
     return _problem(gold)
 
 
@@ -159,17 +159,17 @@ def _check_read_whole(latex: str) -> None:
         normalize_latex(latex, NormalizationConfig(**mended, units=units)).strip() for units in (False, True)
     )
     if re.search(r"\d\s+\d", used) and "matrix" not in used and "&" not in used:
-        raise Misread("digits with a space between them are a product to math-verify")
+        raise Misread("math-verify reads digits separated by a space as a product")
     bare = re.sub(r"\\text\s*\{[^{}]*\}|\\[A-Za-z]+|[_^]\s*\w", "\\\\", used)
     if re.search(r"[A-Za-z]\s*\d|\d\.\d+\.\d", bare):
-        raise Misread("a number after a letter or another number is a factor to math-verify")
+        raise Misread("math-verify reads a number after a letter or another number as a factor")
     taken = with_units[len(used) :] if with_units.startswith(used) else with_units
     if re.search("[A-Za-z]", taken) and not re.fullmatch(r"(?:\s|\\[,;: ])*\\(?:text|mbox)\s*\{.*\}.*", taken):
         number = re.fullmatch(rf"{NUMBER}(?:\\[,;: ]|\s)*", used) or re.fullmatch(r"[-\d\\frac{}.\s]+", used)
         unit = taken.strip().lower()
         words = re.fullmatch(r"[a-z]{3,}(?:[\s.]+[a-z]{3,})*\.?", unit)
         if not (words or (unit in SHORT_UNITS and (number or len(unit) > 1))):
-            raise Misread(f"math-verify takes {taken.strip()!r} at its end for a unit and drops it")
+            raise Misread(f"math-verify takes {taken.strip()!r} at the end for a unit and drops it")
     changing = NO_UNITS - {"percent", "pct", "percentage", "per", "in", "of", "and"}
     if r"\text" in taken and re.search(r"\d", used) and changing & set(re.findall("[a-z.']+", taken.lower())):
         raise Misread(f"math-verify drops {taken.strip()!r}, which changes the number")

@@ -41,7 +41,7 @@ SHORT_UNITS = set(
     "mm cm dm km kg mg ml cl dl ft in yd mi lb lbs oz hr hrs min mins sec secs ms kw kj mw hz kb mb gb kmh kph mph "
     "wk wks yr yrs qt qts kwh khz mhz ghz rpm bpm ppm mpg pcs m s g h l".split()
 )  # fmt: skip
-# Units to those who write text, variables to those who write formulas; K is also a thousand.
+# Units in text, variables in formulas; K is also a thousand.
 LETTER_UNITS, IN_COMPOUNDS = set("J N V W Ω Pa kPa dB mV mA nm pt pts ha".split()), set("ACFKT")
 NAMES = "max min abs gcd lcm hcf nCr nPr det mod lim sup sgn arg sum".split()
 CURRENCIES = r"(?:(?:US|CA|AU)?\s?\\?\$|[€£¥₹]|USD|EUR|GBP|Rs\.?)"
@@ -98,7 +98,7 @@ def _box(text: str) -> str:
             depth += {"{": 1, "}": -1}.get(text[end], 0) if text[end - 1] != "\\" else 0
             end += 1
         if depth:
-            raise Misread("a brace of its box is not closed")
+            raise Misread(r"\boxed has an unclosed brace")
         boxes.append(text[opening.end() : end - 1].strip())
         between.append(text[position:start])
         position = end
@@ -118,7 +118,7 @@ def _span(text: str) -> str:
     if len(spans) == 1:
         words = set(re.findall(r"[a-z.']+", around.lower())) - {"is", "of", "and", "in", "to", "may"}
         if words & NO_UNITS or re.search(r"\d", around):
-            raise Misread("what is beside the dollars changes the answer")
+            raise Misread("the text outside the dollars changes the answer")
         if re.fullmatch(r"\s*(?:\\?%|percent)\s*", around):
             return spans[0] + r"\%"
         return spans[0]
@@ -134,7 +134,7 @@ def rewrite(text: str, marked_up: bool = False) -> str:
     """One answer in LaTeX that math-verify reads. Raises `Misread` for notations with several meanings.
 
     Args:
-        text: What `unwrap` leaves.
+        text: The result of `unwrap`.
         marked_up: Whether it stood between dollars or in a box: there `1-1/2` is a difference and `2k` a product.
     """
     text = re.sub(r"\\!\s*", "", _unicode(text)).replace("{,}", ",")
@@ -168,13 +168,13 @@ def rewrite(text: str, marked_up: bool = False) -> str:
     if found := re.fullmatch(r"(\d+)\s*(?:st|nd|rd|th|\^\{?\\(?:text|mathrm)\{(?:st|nd|rd|th)\}\}?)", text):
         return found[1]
     if re.fullmatch(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}([-/.])\d{1,2}\1\d{2,4}", text):
-        raise Misread("it looks like a date, which math-verify would calculate")
+        raise Misread("it looks like a date, which math-verify would read as arithmetic")
     if found := re.fullmatch(r"(\d{1,2}):(\d{2})(?::\d{2})?(.*)", text):
         hour, minute = int(found[1]), int(found[2])
         if found[3].strip() or found[0].count(":") > 1 or "0" in (found[1][0], found[2][0]) or (
             hour < 24 and minute < 60 and math.gcd(hour, minute) > 1
         ):  # fmt: skip
-            raise Misread("it looks like a time of day, which math-verify would take for a ratio")
+            raise Misread("it looks like a time of day, which math-verify would read as a ratio")
     if found := re.fullmatch(rf"({CURRENCIES}\s*)?({VALUE})(\s*{CURRENCIES})?(\s*[^\d\s].*)?", text, re.DOTALL):
         value = found[2] if re.fullmatch(NUMBER, found[2]) else re.sub(r"^([+-]?\d+),(\d+)$", r"\1.\2", found[2])
         if (found[1] or found[3]) and not found[4]:
@@ -184,19 +184,19 @@ def rewrite(text: str, marked_up: bool = False) -> str:
             value = re.sub(r"^([+-]?)\s*(\d+)\s*/\s*(\d+)$", r"\1\\frac{\2}{\3}", value) if unit else value
             return rewrite(value + unit, True) if unit and "frac" in value else value + unit
         if found[1] and found[4]:
-            raise Misread("what stands beside the number changes it")
+            raise Misread("the text beside the number changes it")
     if re.fullmatch(r"\(?[A-Za-z]\)?[.):]", text):
         return re.sub(r"[^A-Za-z]", "", text)
     if re.fullmatch(r"\(?[A-Z][.):]\)?\s*\S.*|\(?[a-z]+\)\s+\w.*", text) and not re.match(
         r"\([A-Za-z]\)[^\s\w]", text
     ):
-        raise Misread("it is a letter and an answer in one; keep the letter or the answer")
+        raise Misread("it has both a letter and an answer; keep one of them")
     if text.lower() in WORDS:
         return str(WORDS.index(text.lower()))
     if re.fullmatch(r"[A-Za-z]{4,}(?:[ '-][A-Za-z]+)*|[A-Za-z]{2,}(?:[ '-][A-Za-z]+)*[ '-][A-Za-z]{3,}", text):
         lowered = set(re.split(r"[ '-]", text.lower()))
         if lowered & {"or", "and", "half", "hundred", "thousand", "million", *WORDS}:
-            raise Misread("its words are no formula; write it in numbers or LaTeX")
+            raise Misread("it is in words; write it in numbers or LaTeX")
         if not lowered & (set(GREEK) | set(FUNCTIONS) | {"infinity", "sqrt"}):
             return rf"\text{{{text}}}"
     return _words(text)
@@ -204,7 +204,7 @@ def rewrite(text: str, marked_up: bool = False) -> str:
 
 def _mixed(text: str, sign: str, whole: str, top: str, bottom: str) -> str:
     if not 0 < int(top) < int(bottom):
-        raise Misread(f"{text} is no mixed number")
+        raise Misread(f"{text} is not a mixed number")
     return rf"{sign.replace('+', '')}\frac{{{int(whole) * int(bottom) + int(top)}}}{{{bottom}}}"
 
 
@@ -219,7 +219,7 @@ def _repeating(whole: str, fixed: str, repeated: str) -> str:
 def _percent(sign: str, whole: str | None, top: str, bottom: str) -> str:
     """A fraction of a hundredth, which math-verify cannot read with its percent sign."""
     if not int(bottom) or (whole and not 0 < int(top) < int(bottom)):
-        raise Misread("it is no mixed number")
+        raise Misread("it is not a mixed number")
     over = int(whole or 0) * int(bottom) + int(top)
     if 10**9 * over % int(bottom) == 0:
         return f"{sign}{over / int(bottom):.9f}".rstrip("0").rstrip(".") + r"\%"
@@ -231,26 +231,28 @@ def _refuse_ambiguous(text: str, marked_up: bool) -> None:
     """Raises `Misread` for notations whose author may mean something else than math-verify reads."""
     if not marked_up and re.fullmatch(r"[+-]?\d+-\d+\s*/\s*\d+", text):
         whole, _, part = text.rpartition("-")
-        raise Misread(f"it is a mixed number or a difference; write {whole} {part} or ${text}$")
+        raise Misread(f"it could be a mixed number or a difference; write {whole} {part} or ${text}$")
     if re.fullmatch(r"[+-]?\d+,\d+", text) and not re.fullmatch(r"[+-]?[1-9]\d{0,2},\d{3}", text):
         whole, _, part = text.partition(",")
         if not re.fullmatch(r"0\d*", part) or part == "0":
-            raise Misread(f"its comma separates decimals or two numbers; write {whole}.{part} or {whole}, {part}")
+            raise Misread(
+                f"its comma could be a decimal comma or separate two numbers; write {whole}.{part} or {whole}, {part}"
+            )
     if re.fullmatch(r"[+-]?\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?", text):
-        raise Misread(f"it is one number or several; write {text.replace(',', '')} or {text.replace(',', ', ')}")
+        raise Misread(f"it could be one number or several; write {text.replace(',', '')} or {text.replace(',', ', ')}")
     if re.fullmatch(r"[+-]?[\d.,]*\d(?:\s*[KMB]|\s*bn|k)", text) and not (marked_up and text.endswith("k")):
-        raise Misread("its letter is a multiple, a unit or a variable; write the number out")
+        raise Misread("its letter could be a multiple, a unit or a variable; write out the number")
     if re.search(r"\d\s*['\"]+\s*\d", text):
-        raise Misread("its marks are feet and inches, or minutes and seconds; write one number")
+        raise Misread("its marks could be feet and inches, or minutes and seconds; write one number")
     if re.fullmatch(rf"{NUMBER}\s+\((?:{VALUE}|[A-Za-z ]{{2,}}|[^()]*%)\)", text):
-        raise Misread("what is in brackets is a factor to math-verify; keep one of the two")
+        raise Misread("math-verify reads the brackets as a factor; keep one of the two")
     if len({"%" in part for part in re.split(r"\bor\b|\\text\s*\{\s*or\s*\}", text)}) > 1:
-        raise Misread("math-verify would take it for two answers; keep one of them")
+        raise Misread("math-verify would read it as two answers; keep one of them")
     plain = re.sub(r"\\(?!(?:" + "|".join(set(GREEK) - {"pi"}) + r")\b)[A-Za-z]+", " ", text)
     if re.search(r"(?<![<>!:])=", plain) and not re.search(r"[^\W\d_]", plain):
-        raise Misread("it is an equation between numbers, which is true or false; keep the side that is the answer")
+        raise Misread("it is an equation between numbers; keep only the side that is the answer")
     if found := re.search(rf"(?<![\\A-Za-z])(?:{'|'.join(NAMES)})(?![A-Za-z])|(?<![\\A-Za-z])[CP](?=\(\d+,)", text):
-        raise Misread(f"math-verify would take {found[0]!r} for a product of letters; write the value or LaTeX")
+        raise Misread(f"math-verify would read {found[0]!r} as a product of letters; write the value or LaTeX")
 
 
 UNIT = r"[A-Za-zΩμ]+(?:\^\{?-?[1-9]\}?)?"
@@ -284,18 +286,20 @@ def _unit(rest: str, spaced: bool, marked_up: bool) -> str | None:
     letters = [part for part in parts if len(part) == 1]
     compound = re.search(r"/|\\cdot", word)
     if len(letters) > 1 and not compound and set(lowered) <= SHORT_UNITS:
-        raise Misread(f"{rest!r} after the number is a unit or a product; write \\text{{{rest}}}, or no spaces")
+        raise Misread(f"{rest!r} after the number could be a unit or a product; write \\text{{{rest}}}, or no spaces")
     known = LETTER_UNITS | (IN_COMPOUNDS if compound else set())
     if spaced and marked_up and set(parts) & (LETTER_UNITS | {"u"}):
-        raise Misread(f"{rest!r} after the number is a unit or a variable; write \\text{{{rest}}}, or no space")
+        raise Misread(f"{rest!r} after the number could be a unit or a variable; write \\text{{{rest}}}, or no space")
     if all(part in known or part.lower() in SHORT_UNITS or _is_word(part) for part in parts):
         if len(parts) == len(letters) > 1 and lowered not in (["m", "s"], ["g", "l"]) and not known & set(parts):
-            raise Misread(f"{rest!r} after the number is a unit or a quotient; write \\text{{{rest}}}, or no space")
+            raise Misread(
+                f"{rest!r} after the number could be a unit or a quotient; write \\text{{{rest}}}, or no space"
+            )
         if len(letters) == len(parts) == 1 and "^" in word:
             return "" if spaced else None  # `2 m^2` is an area, `2m^2` a formula
         return "" if spaced or len(parts[0]) > 1 else None
     if spaced and not marked_up and (re.search("[A-ZΩμ]", word) or lowered == ["u"] or len(parts[0]) > 1):
-        raise Misread(f"{rest!r} after the number is no unit that is known here; leave it out, or leave out the space")
+        raise Misread(f"{rest!r} after the number is not a known unit; remove it, or remove the space")
     return None
 
 
@@ -310,7 +314,7 @@ def _unicode(text: str) -> str:
     text = re.sub(r"[\u200b-\u200d\u2060\ufeff]", "", text)
     text = re.sub(r"^[–—‐‑‒]\s*(?=[\d√\\.])", "-", text)
     if re.search(r"[–—‒]", text):
-        raise Misread("a dash between two parts is a range or a minus sign; write one of them")
+        raise Misread("a dash between two parts could be a range or a minus sign; write one of them")
 
     def vulgar(found: re.Match) -> str:
         top, _, bottom = unicodedata.normalize("NFKC", found[3]).partition("⁄")
@@ -352,5 +356,5 @@ def _words(text: str) -> str:
     allowed = {"percent", "percentage"}
     for word in re.findall(r"(?<!\\)(?<![A-Za-z])[A-Za-z]{4,}", re.sub(r"\\[A-Za-z]+", " ", text)):
         if word.lower() not in allowed:
-            raise Misread(f"math-verify would take the word {word!r} for a product of letters")
+            raise Misread(f"math-verify would read the word {word!r} as a product of letters")
     return re.sub("\0(\\d+)\0", lambda found: hidden[int(found[1])], text)

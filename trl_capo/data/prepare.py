@@ -95,8 +95,8 @@ def train_and_validation(
     needed = num_validation + (num_train or 1)
     if len(rows) < needed:
         raise UserError(
-            f"{needed} prompts are wanted (num_train_prompts={num_train}, num_validation_prompts={num_validation}), "
-            f"but {len(rows)} are left. Lower these numbers."
+            f"num_train_prompts={num_train} and num_validation_prompts={num_validation} need {needed} prompts, but "
+            f"only {len(rows)} are left. Lower these numbers."
         )
     rows = rows.shuffle(seed=seed)
     stop = len(rows) if num_train is None else needed

@@ -61,22 +61,20 @@ def check_prompts(dataset: Dataset, name: str) -> None:
     found = prompt_problems(dataset["prompt"])
     if found:
         row, problem = next(iter(found.items()))
-        more = f", and {len(found) - 1} more rows are bad" if len(found) > 1 else ""
-        raise UserError(
-            f"{name}: row {row} has no question that can be asked: its prompt {problem}{more}. Mend or remove them."
-        )
+        more = f" (and {len(found) - 1} more rows are bad)" if len(found) > 1 else ""
+        raise UserError(f"{name}: the prompt in row {row} {problem}{more}. Fix or remove such rows.")
 
 
 def check_columns(columns: list[str], name: str) -> None:
     """Refuses a dataset without a column `prompt`, or with a column name that TRL reserves."""
     if "prompt" not in columns:
         raise UserError(
-            f"{name} needs a column 'prompt', but has {', '.join(columns)}. Rename the one that holds "
-            "the questions: dataset.rename_column('...', 'prompt')."
+            f"{name} needs a column 'prompt', but has {', '.join(columns)}. Rename the column "
+            "with the questions: dataset.rename_column('...', 'prompt')."
         )
     if taken := [column for column in columns if column in RESERVED]:
         raise UserError(
-            f"{name} has a column {taken[0]!r}, a name under which TRL hands something else to reward functions. "
+            f"{name} has a column {taken[0]!r}, which TRL uses for another argument of reward functions. "
             f"Rename or remove it: dataset.remove_columns({taken[0]!r})."
         )
 
@@ -92,8 +90,8 @@ def prompt_problems(prompts: Iterable[Any]) -> dict[int, str]:
     for row, prompt in enumerate(prompts):
         problem = prompt_problem(prompt)
         if problem is None and kind not in (None, type(prompt)):
-            problem = "is plain text and others are conversations" if isinstance(prompt, str) else (
-                "is a conversation and others are plain text"
+            problem = "is plain text, but others are conversations" if isinstance(prompt, str) else (
+                "is a conversation, but others are plain text"
             )  # fmt: skip
         kind = kind or (type(prompt) if problem is None else None)
         if problem:
@@ -121,7 +119,7 @@ def prompt_problem(prompt: Any) -> str | None:
             return f"has a message without role and content: {str(message)[:80]!r}"
         role, content = message.get("role"), message["content"]
         if not isinstance(role, str) or not role.strip():  # the chat template knows the valid roles
-            return f"has a message whose role is {role!r}, no name of one"
+            return f"has a message with the invalid role {role!r}"
         if content is None and not (role == "assistant" and message.get("tool_calls")):
             return f"has a message of {role!r} without content (null)"
         parts = content if isinstance(content, list) else []
@@ -135,7 +133,7 @@ def prompt_problem(prompt: Any) -> str | None:
     asked = [message["content"] for message in prompt if message["role"] == "user"]
     asked = asked or [message["content"] for message in prompt]
     seen = any(isinstance(content, list) and any(part["type"] != "text" for part in content) for content in asked)
-    return None if seen or any(text_of(content).strip() for content in asked) else "has no text in what the user asks"
+    return None if seen or any(text_of(content).strip() for content in asked) else "has no text in its user messages"
 
 
 def check_gold(dataset: Dataset, name: str) -> None:
@@ -147,12 +145,12 @@ def check_gold(dataset: Dataset, name: str) -> None:
     if "solution" not in dataset.column_names:
         raise UserError(
             f"{name} needs a column 'solution' with the gold answers for accuracy_reward, but has "
-            f"{', '.join(dataset.column_names)}. Rename the one that holds them: "
+            f"{', '.join(dataset.column_names)}. Rename the column with them: "
             "dataset.rename_column('...', 'solution')."
         )
     if isinstance(dataset[0]["prompt"], str):
         raise UserError(
-            f"{name} has plain text prompts, but accuracy_reward reads conversational ones. Make each prompt "
+            f"{name} has plain text prompts, but accuracy_reward needs conversational ones. Make each prompt "
             "[{'role': 'user', 'content': question}]."
         )
     golds = list(dataset["solution"])
@@ -160,7 +158,7 @@ def check_gold(dataset: Dataset, name: str) -> None:
         examples = "; ".join(f"row {row}, {golds[row]!r}: {bad[row]}" for row in list(bad)[:EXAMPLES])
         raise UserError(
             f"{name}: math-verify cannot parse {len(bad)} of {len(golds)} gold answers in 'solution', or reads them "
-            f"as something else ({examples}). Wrap each gold in $...$ or \\boxed{{...}} (see "
+            f"as something else ({examples}). Wrap each gold answer in $...$ or \\boxed{{...}} (see "
             "trl_capo.data.golds.wrap_gold), or drop those rows: "
             "trl_capo.data.conversations.drop_unparsable_gold(dataset), or "
             "--drop_unparsable_gold true of trl-capo train."
@@ -179,9 +177,7 @@ def checked_stream(rows: IterableDataset, name: str, graded: bool) -> IterableDa
     def check(row: dict, number: int) -> dict:
         check_columns(list(row), name)
         if problem := prompt_problem(row["prompt"]):
-            raise UserError(
-                f"{name}: row {number} has no question that can be asked: its prompt {problem}. Mend or remove it."
-            )
+            raise UserError(f"{name}: the prompt in row {number} {problem}. Fix or remove the row.")
         if graded:
             if "solution" not in row:
                 raise UserError(f"{name} needs a column 'solution' with the gold answers for accuracy_reward.")
@@ -198,7 +194,7 @@ def with_checked_streams(reward_funcs: Any, **datasets: Any) -> Iterator[Any]:
 
     def wrap(rows: Any, name: str) -> Any:
         if isinstance(rows, dict):
-            return type(rows)({part: wrap(of, f"{name}[{part!r}]") for part, of in rows.items()})
+            return type(rows)({part: wrap(part_rows, f"{name}[{part!r}]") for part, part_rows in rows.items()})
         return checked_stream(rows, name, graded) if isinstance(rows, IterableDataset) else rows
 
     return (wrap(rows, name) for name, rows in datasets.items())

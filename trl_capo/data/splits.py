@@ -29,7 +29,7 @@ def load_split(name: str, args: DataArguments, *, config: str | None = None, spl
     rows = splits[split]
     if "solution" not in rows.column_names:
         raise UserError(
-            f"{name} has no column 'solution', only {', '.join(rows.column_names)}. Name the one that holds the gold "
-            "answers with --solution_column."
+            f"{name} has no column 'solution', only {', '.join(rows.column_names)}. Set --solution_column to the "
+            "column with the gold answers."
         )
     return rows

@@ -16,6 +16,7 @@ from trl_capo.data.conversations import drop_unparsable_gold, to_conversations
 from trl_capo.data.files import read_dataset
 from trl_capo.data.prepare import deduplicate, train_and_validation, within_budget, without_questions_of
 from trl_capo.errors import UserError
+from trl_capo.ranks import agree
 
 
 VALIDATION = "validation"
@@ -24,7 +25,7 @@ ROW = "__row__"  # a temporary column while rows are dropped
 
 @dataclass
 class DataArguments:
-    """What is done to a dataset before it is trained on. All of it is off by default.
+    """Preparation of a dataset before training. All of it is off by default.
 
     Parameters:
         dataset_prompt_column (`str`, *optional*):
@@ -38,11 +39,11 @@ class DataArguments:
         drop_unparsable_gold (`bool`, *optional*, defaults to `False`):
             Drop rows whose gold answer math-verify cannot parse instead of refusing them.
         deduplicate (`bool`, *optional*, defaults to `False`):
-            Keep the first of each question.
+            Keep only the first copy of each question.
         exclude_benchmarks (`list[str]`, *optional*):
             Drop the questions of these benchmarks.
         max_prompt_tokens (`int`, *optional*):
-            Drop longer prompts.
+            Drop prompts with more tokens than this.
         num_train_prompts (`int`, *optional*):
             Number of training prompts to sample.
         num_validation_prompts (`int`, *optional*, defaults to `0`):
@@ -61,22 +62,23 @@ class DataArguments:
         default=None, metadata={"help": "System message put before questions that are plain text."}
     )
     prompt_template: str | None = field(
-        default=None, metadata={"help": "Instead: qwen25-math-cot, qwen-boxed or step-by-step."}
+        default=None,
+        metadata={"help": "Template, instead of a system prompt: qwen25-math-cot, qwen-boxed or step-by-step."},
     )
     drop_unparsable_gold: bool = field(
         default=False,
         metadata={"help": "Drop rows whose gold answer math-verify cannot parse instead of refusing them."},
     )
-    deduplicate: bool = field(default=False, metadata={"help": "Keep the first of each question."})
+    deduplicate: bool = field(default=False, metadata={"help": "Keep only the first copy of each question."})
     exclude_benchmarks: list[str] | None = field(
         default=None, metadata={"help": "Drop the questions of these benchmarks."}
     )
-    max_prompt_tokens: int | None = field(default=None, metadata={"help": "Drop longer prompts."})
-    num_train_prompts: int | None = field(default=None, metadata={"help": "Train on a sample of so many prompts."})
+    max_prompt_tokens: int | None = field(default=None, metadata={"help": "Drop prompts with more tokens than this."})
+    num_train_prompts: int | None = field(default=None, metadata={"help": "Number of training prompts to sample."})
     num_validation_prompts: int = field(
-        default=0, metadata={"help": "Put so many prompts aside as a split `validation`."}
+        default=0, metadata={"help": "Number of prompts to set aside as a split `validation`."}
     )
-    split_seed: int = field(default=0, metadata={"help": "Of these two samples."})
+    split_seed: int = field(default=0, metadata={"help": "Seed of these two samples."})
 
     def __post_init__(self):
         if self.num_validation_prompts < 0 or (self.num_train_prompts is not None and self.num_train_prompts < 1):
@@ -188,7 +190,7 @@ def prepare(
     if part == "train" and args.exclude_benchmarks:
         prompts: dict[str, Any] = dict(system_prompt=args.system_prompt, prompt_template=args.prompt_template)
         benchmarks = [load_benchmark(name, **prompts) for name in args.exclude_benchmarks]
-        rows = keep(without_questions_of(rows, benchmarks), "of a benchmark")
+        rows = keep(without_questions_of(rows, benchmarks), "in a benchmark")
     splits = {"train": rows}
     if part == "train" and (args.num_train_prompts is not None or args.num_validation_prompts):
         train, validation = train_and_validation(
@@ -198,9 +200,9 @@ def prepare(
     if sum(map(len, splits.values())) < whole:
         dropped = f", less {', '.join(story[1:])}" if len(story) > 1 else ""
         use = {"train": "train on" if part == "train" else "evaluate on", VALIDATION: "validate on"}
-        used = " and ".join(f"{len(of):,} to {use[split]}" for split, of in splits.items())
+        used = " and ".join(f"{len(chosen):,} to {use[split]}" for split, chosen in splits.items())
         say(f"Data: {story[0]}{dropped}; {used}.")
-    return {split: list(of[ROW]) for split, of in splits.items()}
+    return {split: list(chosen[ROW]) for split, chosen in splits.items()}
 
 
 def load_data(script_args, data_args, mixture, training_args, model_args) -> tuple:
@@ -210,7 +212,6 @@ def load_data(script_args, data_args, mixture, training_args, model_args) -> tup
     differ: math-verify gives up on a gold answer after a few seconds.
     """
     from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
     from transformers import AutoTokenizer
 
     from trl_capo.models.chat_templates import with_defaults
@@ -219,29 +220,29 @@ def load_data(script_args, data_args, mixture, training_args, model_args) -> tup
     evaluates, test_split = training_args.eval_strategy != "no", script_args.dataset_test_split
     if data_args.num_validation_prompts and not (evaluates and test_split == VALIDATION):
         raise UserError(
-            f"num_validation_prompts={data_args.num_validation_prompts} puts prompts aside that nothing would use: "
-            f"set eval_strategy and dataset_test_split: {VALIDATION}, or num_validation_prompts: 0."
+            f"num_validation_prompts={data_args.num_validation_prompts} sets prompts aside that nothing uses. "
+            f"Set eval_strategy and dataset_test_split: {VALIDATION}, or num_validation_prompts: 0."
         )
     tokenizer = None
     if data_args.max_prompt_tokens is not None:
         model = model_path(model_args.model_name_or_path)
         tokenizer = AutoTokenizer.from_pretrained(model, revision=model_args.model_revision)
         tokenizer = with_defaults(tokenizer, training_args.chat_template_kwargs)
-    state = PartialState()
-    with state.main_process_first():
+    with PartialState().main_process_first():
         splits = load_splits(
             script_args.dataset_name, script_args.dataset_config, data_args, script_args.dataset_streaming, mixture
         )
     rows = {"train": _split(splits, script_args.dataset_train_split, "dataset_train_split")}
     if evaluates and not data_args.num_validation_prompts:
         rows["eval"] = _split(splits, test_split, "dataset_test_split")
-    if any(isinstance(of, IterableDataset) for of in rows.values()):
-        prepared = {part: prepare(of, data_args, tokenizer, part, print)["train"] for part, of in rows.items()}
+    if any(isinstance(part_rows, IterableDataset) for part_rows in rows.values()):
+        prepared = {
+            part: prepare(part_rows, data_args, tokenizer, part, print)["train"] for part, part_rows in rows.items()
+        }
         return prepared["train"], prepared.get("eval")
-    shared: list[Any] = [None]
-    if state.is_main_process:
-        shared = [{part: prepare(of, data_args, tokenizer, part, print) for part, of in rows.items()}]
-    kept = broadcast_object_list(shared)[0] if state.num_processes > 1 else shared[0]
+    kept = agree(
+        lambda: {part: prepare(part_rows, data_args, tokenizer, part, print) for part, part_rows in rows.items()}
+    )
     train = rows["train"].select(kept["train"]["train"])
     if not evaluates:
         return train, None
@@ -252,5 +253,5 @@ def load_data(script_args, data_args, mixture, training_args, model_args) -> tup
 
 def _split(dataset, split: str, option: str):
     if split not in dataset:
-        raise UserError(f"{option}={split!r} is not a split of the dataset: one of {', '.join(dataset)}.")
+        raise UserError(f"{option}={split!r} is not a split of the dataset. Use one of {', '.join(dataset)}.")
     return dataset[split]

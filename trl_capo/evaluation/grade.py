@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trl_capo.grading import load_math_verify
 from trl_capo.workers import DeadlinePool, Failure, can_start_workers
 
 
@@ -157,7 +158,7 @@ def _is_integer(answer: str) -> bool:
 @functools.cache
 def _pool(function: Callable, num_workers: int | None, deadline: float) -> DeadlinePool:
     """Workers start when first needed, which takes half a second, and stay alive for the next call."""
-    return DeadlinePool(function, num_workers, deadline)
+    return DeadlinePool(function, num_workers, deadline, load_math_verify)
 
 
 def _work(function: Callable, pairs: list[tuple], num_workers: int | None, deadline: float) -> list:

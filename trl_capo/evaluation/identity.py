@@ -127,7 +127,7 @@ def read_settings(folder: Path) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}). Remove {folder} and evaluate again.") from error
     if not isinstance(settings, dict):
-        raise UserError(f"{path} holds no settings of an evaluation. Remove {folder} and evaluate again.")
+        raise UserError(f"{path} does not contain the settings of an evaluation. Remove {folder} and evaluate again.")
     return settings
 
 
@@ -145,7 +145,7 @@ def check_unchanged(model: str, settings: dict) -> None:
         changed = [name for name, value in identity.items() if settings.get(name) != value]
         if changed:
             raise UserError(
-                f"{model} has changed since the samples were drawn ({', '.join(changed)}): evaluate it again, into "
+                f"{model} has changed since the samples were drawn ({', '.join(changed)}). Evaluate it again into "
                 "another --output_dir."
             )
 
@@ -160,12 +160,12 @@ def sampling_of(settings: dict, benchmarks: list[str]) -> dict:
         for name in ("max_new_tokens", "system_prompt"):
             values = {settings[name][benchmark] for benchmark in benchmarks}
             if len(values) > 1:
-                raise UserError(f"the benchmarks were sampled with another {name} each: choose one with --benchmark.")
+                raise UserError(f"the benchmarks were sampled with different {name}. Choose one with --benchmark.")
             sampling[name] = values.pop()
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"the settings.json beside the samples is not that of these samples: {error!r}. Evaluate again, or remove "
-            "it; then `trl-capo answer` cannot check how it samples."
+            f"the settings.json beside the samples does not match them: {error!r}. Evaluate again, or remove the "
+            "file. Without it, `trl-capo answer` cannot check its sampling settings."
         ) from error
     if settings.get("chat_template_kwargs"):
         sampling["chat_template_kwargs"] = settings["chat_template_kwargs"]

@@ -20,7 +20,7 @@ def check_bounds(lowest: float, highest: float, num_samples: int) -> None:
     if not 0 <= lowest < highest <= 1:
         raise UserError(f"--lowest and --highest must be 0 <= lowest < highest <= 1, got {lowest}, {highest}.")
     if num_samples < 2:
-        raise UserError(f"--num_samples must be at least 2, or no outcome is mixed; got {num_samples}.")
+        raise UserError(f"--num_samples must be at least 2, because one sample is never mixed; got {num_samples}.")
 
 
 def write_mixed(path: Path, questions: Dataset, samples: Path, lowest: float, highest: float) -> dict[str, int]:

@@ -63,10 +63,10 @@ def question_confidence(answers: Sequence[str | None], mean_logps: np.ndarray) -
     return cast("str | None", choice.answer), _mean_weight(choice, len(answers))
 
 
-def question_table(of: SampleSet) -> tuple[np.ndarray, np.ndarray]:
+def question_table(samples: SampleSet) -> tuple[np.ndarray, np.ndarray]:
     """Correctness (0, 1 or NaN) of the chosen answer to each question, and its confidence, shape (P,) each."""
-    choices, right = choose_all(perplexity_consistency, of.answers, of.mean_logps, of.correct)
-    return right, np.array([_mean_weight(choice, of.num_samples) for choice in choices])
+    choices, right = choose_all(perplexity_consistency, samples.answers, samples.mean_logps, samples.correct)
+    return right, np.array([_mean_weight(choice, samples.num_samples) for choice in choices])
 
 
 def all_questions(sets: Sequence[SampleSet]) -> tuple[np.ndarray, np.ndarray]:
@@ -97,14 +97,14 @@ def choose_abstention(
     counts = {samples.num_samples for samples in sets}
     if len(counts) > 1:
         raise UserError(
-            f"the benchmarks have {', '.join(map(str, sorted(counts)))} samples a question; confidence would differ "
-            "in kind. Evaluate all with one --num_samples."
+            f"the benchmarks have {', '.join(map(str, sorted(counts)))} samples per question, so their confidences "
+            "are not comparable. Evaluate all with the same --num_samples."
         )
     right, confidence = all_questions(sets)
     if np.isnan(right).all():
         raise UserError(
-            "no calibration question can be scored: its gold answer cannot be read, or no sample has an answer. Check "
-            "the columns 'correct' and 'answer'."
+            "no calibration question can be scored: either no gold answer can be read, or no sample has an answer. "
+            "Check the columns 'correct' and 'answer'."
         )
     chosen = choose_threshold(right, confidence, precision, delta=delta, name="perplexity_consistency")
     return replace(chosen, num_samples=counts.pop(), sampling=sampling or {})
@@ -159,7 +159,7 @@ class SelectivePredictor:
             elif name in chosen_with and value != known:
                 raise UserError(
                     f"the threshold was chosen with {name}={known!r}, not with {value!r}. Use {known!r}, or choose a "
-                    "threshold again."
+                    "new threshold."
                 )
         self.model, self.abstention = model, abstention
         self.tokenizer = with_defaults(tokenizer, wanted["chat_template_kwargs"])

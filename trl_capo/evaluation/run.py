@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from trl_capo.models.messages import question_of
 from trl_capo.models.prompts import check_lengths, tokenize
 from trl_capo.models.source import model_path
 from trl_capo.progress import report_progress
+from trl_capo.ranks import agree
 
 
 PROMPTS_PER_PART = 32  # at most; a part is saved, or lost if the run is killed, as a whole
@@ -69,9 +71,7 @@ def evaluate_all(
     for model in models:
         check_model(model, data, sampling.get("max_new_tokens"), sampling.get("chat_template_kwargs"))
     for model, folder in zip(models, folders, strict=True):
-        if state.is_main_process:
-            remember(folder, settings_of(model, data, sampling), state.print)
-        state.wait_for_everyone()
+        agree(partial(remember, folder, settings_of(model, data, sampling), state.print))
         evaluate(model, folder, data, state, **sampling)
     return folders
 
@@ -128,7 +128,7 @@ def remember(folder: Path, settings: dict, say: Callable[[str], None]) -> None:
         say: Receives a note for the user if the folder is accepted.
     """
     for part in set_aside_broken_parts(folder):
-        say(f"{part} cannot be read and is set aside: its questions are sampled again.")
+        say(f"{part} cannot be read. It is set aside, and its questions are sampled again.")
     if not (folder / FILE_NAME).exists() and not any((folder / "parts").glob("*.parquet")):
         (folder / "settings.json").unlink(missing_ok=True)  # left by a run that sampled nothing
         shutil.rmtree(folder / "merged", ignore_errors=True)  # it may belong to another model
@@ -136,8 +136,8 @@ def remember(folder: Path, settings: dict, say: Callable[[str], None]) -> None:
     settings = with_content(model_path(settings["model"]), settings, known)
     if known and not is_recorded(known):
         say(
-            f"{folder} was made by an earlier version, which recorded neither tokenizer, configuration, base nor "
-            "commit of the model: whether these have changed is not checked. To be sure, choose another --output_dir."
+            f"{folder} comes from an earlier version, which did not record the model's tokenizer, configuration, base "
+            "and commit, so changes to these are not noticed. To be sure, use another --output_dir."
         )
         checked = {*known, "chat_template_kwargs"}
         settings = {name: value for name, value in settings.items() if name in checked or value is None}
@@ -168,11 +168,10 @@ def evaluate(
         sampling: See `load_engine`.
     """
     if (folder / FILE_NAME).exists():
-        state.print(f"{folder / FILE_NAME} is there already: nothing was sampled.")
+        state.print(f"{folder / FILE_NAME} already exists: nothing was sampled.")
     else:
         mine = _missing_parts(folder, data, num_samples, state)[state.process_index :: state.num_processes]
-        if state.is_main_process:
-            merged(model_path(model), folder / "merged")
+        agree(lambda: merged(model_path(model), folder / "merged"))
         state.wait_for_everyone()  # no process writes before all have looked
         total = sum(stop - start for _, start, stop in mine) * num_samples
         if mine:
@@ -185,11 +184,13 @@ def evaluate(
                 write_part(folder, name, start, graded_table(name, start, rows, samples, normalize_operators))
             close()
     state.wait_for_everyone()
-    if state.is_main_process:
-        merge_parts(folder)
-        shutil.rmtree(folder / "merged", ignore_errors=True)  # as large as the model, and quick to recreate
-        write_summary(model, folder)
-    state.wait_for_everyone()
+    agree(lambda: _finish(model, folder))
+
+
+def _finish(model: str, folder: Path) -> None:
+    merge_parts(folder)
+    shutil.rmtree(folder / "merged", ignore_errors=True)  # as large as the model, and quick to recreate
+    write_summary(model, folder)
 
 
 def _limit(benchmark: str, max_new_tokens: int | None) -> int:

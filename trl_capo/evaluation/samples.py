@@ -14,7 +14,7 @@ It has one row per completion:
 | `correct` | double or null | 1, 0; null where the gold answer cannot be read or grading failed |
 | `mean_logp` | double | mean log-prob of the tokens, the last one included, at temperature 1; at most 0 |
 | `length` | int32 | number of tokens |
-| `truncated` | bool | whether it ran into the limit of tokens |
+| `truncated` | bool | whether it reached the limit of tokens |
 | `grading_failed` | bool | whether math-verify hung or crashed on it: neither right nor wrong |
 
 Any other numeric column is a confidence with that name, e.g. `self_certainty`.
@@ -221,20 +221,20 @@ def read_samples(path: str | Path) -> list[SampleSet]:
             if field.name in schema().names:
                 table = table.set_column(i, field.name, table[field.name].cast(schema().field(field.name).type))
     except pa.ArrowException as error:
-        raise UserError(f"{path}: column {field.name!r} cannot be read as it must be: {error}") from error
+        raise UserError(f"{path}: column {field.name!r} has the wrong type: {error}") from error
     for name in KEY:
         if table[name].null_count:
-            raise UserError(f"{path}: `{name}` is null in {table[name].null_count} rows. Every row needs one.")
+            raise UserError(f"{path}: `{name}` is null in {table[name].null_count} rows. Every row needs a value.")
     logps = table["mean_logp"]
     bad = pc.sum(pc.invert(pc.fill_null(pc.and_(pc.is_finite(logps), pc.less_equal(logps, 0)), False))).as_py()
     if bad:
         raise UserError(
-            f"{path}: `mean_logp` must be a finite number of at most 0, which it is not in {bad} rows. It is a mean "
-            "log-prob, not a perplexity or a probability."
+            f"{path}: `mean_logp` must be finite and <= 0; {bad} rows are not. It is a mean log-prob, "
+            "not a perplexity or a probability."
         )
     strange = pc.sum(pc.invert(pc.is_in(table["correct"].drop_null(), pa.array([0.0, 1.0])))).as_py()
     if strange:
-        raise UserError(f"{path}: `correct` must be 0, 1 or null, which it is not in {strange} rows.")
+        raise UserError(f"{path}: `correct` must be 0, 1 or null; {strange} rows are not.")
     table = table.sort_by([(name, "ascending") for name in KEY])
     return [_sample_set(path, table, name) for name in sorted(pc.unique(table["benchmark"]).to_pylist())]
 
@@ -247,7 +247,7 @@ def _sample_set(path: Path, table: pyarrow.Table, benchmark: str) -> SampleSet:
     twice = np.flatnonzero((prompts[1:] == prompts[:-1]) & (samples[1:] == samples[:-1]))
     if len(twice):
         raise UserError(
-            f"{path}: {benchmark}, prompt {prompts[twice[0]]}, sample {samples[twice[0]]} is there twice "
+            f"{path}: {benchmark}, prompt {prompts[twice[0]]}, sample {samples[twice[0]]} appears twice "
             f"({len(twice)} such rows). Remove the copies."
         )
     _, counts = np.unique(prompts, return_counts=True)

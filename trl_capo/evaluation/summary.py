@@ -100,9 +100,9 @@ def print_summaries(models: dict[str, dict[str, dict]]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
     console.print(
-        "AUC within: how often, of a right and a wrong answer to one prompt, the right one has the higher mean "
-        "log-prob.\nAUC pooled: the same over all prompts. PC: Perplexity Consistency. "
-        "precision@50%: accuracy of the surest half.",
+        "AUC within: how often a right answer has a higher mean log-prob than a wrong answer to the same prompt.\n"
+        "AUC pooled: the same over all prompts. PC: Perplexity Consistency. "
+        "precision@50%: accuracy of the most confident half.",
         highlight=False,
     )
 
@@ -142,10 +142,10 @@ def read_summary(folder: Path) -> dict[str, dict]:
         raise UserError(f"{path} cannot be read: {error}.") from error
     benchmarks = content.get("benchmarks") if isinstance(content, dict) else None
     if not isinstance(benchmarks, dict) or not benchmarks:
-        raise UserError(f"{path}: `benchmarks` must hold the numbers of each benchmark, got {benchmarks!r:.100}.")
+        raise UserError(f"{path}: `benchmarks` must contain the numbers of each benchmark, got {benchmarks!r:.100}.")
     for benchmark, numbers in benchmarks.items():
         if not isinstance(numbers, dict):
-            raise UserError(f"{path}: `benchmarks.{benchmark}` must hold numbers by name, got {numbers!r:.100}.")
+            raise UserError(f"{path}: `benchmarks.{benchmark}` must contain numbers by name, got {numbers!r:.100}.")
         for name in (*COLUMNS, *COUNTS):
             value, shown = numbers.get(name), repr(numbers[name]) if name in numbers else "nothing"
             fits = type(value) is int if name in COUNTS else value is None or type(value) in (int, float)
@@ -179,7 +179,7 @@ def problems(summary: dict) -> list[str]:
     if summary.get("ungraded") == total:
         problems.append("no gold answer can be read, so nothing is graded and every number is undefined.")
     if summary.get("truncated") == total:
-        problems.append("every completion ran into --max_new_tokens. Raise it, or check the end-of-sequence token.")
+        problems.append("every completion reached --max_new_tokens. Raise it, or check the end-of-sequence token.")
     if summary["num_samples"] == 1:
-        problems.append("AUC within needs several samples of each question: --num_samples 2 or more.")
+        problems.append("AUC within needs several samples per question. Set --num_samples to 2 or more.")
     return problems

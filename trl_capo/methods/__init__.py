@@ -1,7 +1,7 @@
-"""CAPO and its rivals: one small file a method, with its formula, its options and its trainer.
+"""CAPO and its rivals: one small file per method, with its formula, options and trainer.
 
-`METHODS` has one line a method: its trainer, whose `config_class` gives the options. A method of your own needs no
-entry: name its trainer as `package.module:Trainer` wherever a method is named.
+`METHODS` maps each method to its trainer, whose `config_class` defines the options. Your own method needs no entry:
+wherever a method is named, give its trainer as `package.module:Trainer`.
 """
 
 from pkgutil import resolve_name
@@ -23,14 +23,14 @@ METHODS = {
 
 
 def trainer_of(method: str) -> Any:
-    """The trainer of a method; its `config_class` has the options.
+    """Return a method's trainer class; its `config_class` defines the options.
 
     Args:
-        method: A key of `METHODS`, or `package.module:Trainer` for a trainer of your own, found from the working
-            directory as `python -m` would.
+        method: A key of `METHODS`, or `package.module:Trainer` for your own trainer. Modules in the working directory
+            are found too, as with `python -m`.
 
     Raises:
-        UserError: There is no such method, module or trainer, or it is not derived from `GroupAdvantageTrainer`.
+        UserError: The method, module or trainer does not exist, or is not derived from `GroupAdvantageTrainer`.
 
     Example:
         >>> trainer_of("gspo").__name__, trainer_of("trl_capo.methods.gspo:GSPOTrainer").__name__
@@ -47,7 +47,7 @@ def trainer_of(method: str) -> Any:
     from trl_capo.trainer.group_advantage import GroupAdvantageTrainer
 
     if not _derives(trainer, GroupAdvantageTrainer):
-        raise UserError(f"method {method!r} is no trainer: derive it from trl_capo.GroupAdvantageTrainer.")
+        raise UserError(f"method {method!r} is not a trainer: derive it from trl_capo.GroupAdvantageTrainer.")
     if not _derives(trainer.config_class, GroupAdvantageConfig):
         raise UserError(
             f"method {method!r} has no config_class: set it to a dataclass derived from trl_capo.GroupAdvantageConfig."

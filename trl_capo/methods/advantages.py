@@ -1,7 +1,7 @@
 """Advantages of CAPO and GRPO, as pure functions of one batch of groups.
 
 A group is the G completions of one prompt. Completion i has reward R_i and score s_i, its mean token log-prob under
-the policy that sampled it (confidence: higher = surer). CAPO descends the logistic loss of every pair,
+the policy that sampled it (higher means more confident). CAPO descends the logistic loss of every pair,
 
     loss = sum over pairs with R_i > R_j of log(1 + exp(-(s_i - s_j)(R_i - R_j) / tau)),
 
@@ -9,15 +9,16 @@ whose derivative with respect to s_i is, up to the sign and the factor 1/tau, th
 
     A_i = sum_j (R_i - R_j) sigmoid(-(s_i - s_j)(R_i - R_j) / tau).
 
-Why: the weight of a pair is near 1 while the wrong answer is the surer one and near 0 once the correct answer leads by
-a few tau. Gradient goes to the pairs that make confidence misleading, not to those that are settled. GRPO's advantage
-R_i - mean(R) is the same sum with the linear loss -t in place of the logistic one: it never stops pushing.
+Why: the weight of a pair is near 1 while the wrong answer has the higher confidence, and near 0 once the correct
+answer leads by a few tau. The gradient goes to the pairs that make confidence misleading, not to those that are
+settled. GRPO's advantage R_i - mean(R) is the same sum with the linear loss -t in place of the logistic one, which
+never stops pushing.
 
-Source: arXiv 2604.12632 for rewards 0/1. Departures: rewards between 0 and 1 weigh a pair by their difference (equal
-to the paper's on 0/1); normalisations other than "sum" and pairs across prompts are ours.
+Source: arXiv 2604.12632 for rewards 0/1. Departures: with rewards between 0 and 1, the difference in reward weights a
+pair (on 0/1 this equals the paper's formula); normalisations other than "sum" and pairs across prompts are ours.
 
-Degenerate cases: a group without two different rewards has advantages 0; a completion that is not valid (or whose
-reward or score is not finite) takes part in no pair and has advantage 0.
+Degenerate cases: a group whose rewards are all equal has advantages 0. A completion that is not valid, or whose reward
+or score is not finite, belongs to no pair and has advantage 0.
 """
 
 import torch
@@ -36,21 +37,21 @@ def pairwise_logistic_advantages(
     normalization: str = "sum",
     scale_by_tau: bool = False,
 ) -> Tensor:
-    """CAPO's advantages: each completion against the members of its group that have another reward.
+    """CAPO's advantages: compares each completion with the members of its group that have a different reward.
 
     Args:
         rewards: Rewards in [0, 1], usually 0 or 1, shape (P, G): P prompts, G generations each. NaN = unscorable.
-        mean_logps: Mean token log-prob of each completion, in nats, shape (P, G). Detached: a weight only.
-        tau: Temperature of the logistic loss in nats, > 0. Belongs on the scale of the gaps in `mean_logps`.
+        mean_logps: Mean token log-prob of each completion, in nats, shape (P, G). Serves only as a weight, detached.
+        tau: Temperature of the logistic loss in nats, > 0. Choose it on the scale of the gaps in `mean_logps`.
         valid: Boolean, shape (P, G). Completions that may take part; None for all.
-        normalization: "sum" (the paper); "group", divided by the number of valid members (tau to infinity is then half
-            of GRPO's reward minus mean); "opposite_mean", divided by the number of members with another reward (does
-            not sum to zero); "std", divided by the group's standard deviation of the sum + 1e-4.
+        normalization: "sum" (the paper); "group", divided by the number of valid members (as tau grows, this tends to
+            half of GRPO's reward minus mean); "opposite_mean", divided by the number of members with a different
+            reward (does not sum to zero); "std", divided by the group's standard deviation of the sum + 1e-4.
         scale_by_tau: Multiply by 1 / tau, which makes "sum" the exact gradient of the logistic loss.
 
     Returns:
-        Advantages, shape (P, G), float32 (float64 for float64 scores). |A_i| <= number of members with another reward
-        under "sum"; every group sums to 0 under "sum" and "group".
+        Advantages, shape (P, G), float32 (float64 for float64 scores). With "sum", |A_i| <= number of members with a
+        different reward. With "sum" and "group", every group sums to 0.
 
     Raises:
         ValueError: `tau` is not positive, `normalization` is unknown, or the shapes differ.
@@ -59,7 +60,7 @@ def pairwise_logistic_advantages(
 
     Example:
         >>> rewards, mean_logps = torch.tensor([[1.0, 0.0]]), torch.tensor([[-0.5, -0.5]])
-        >>> pairwise_logistic_advantages(rewards, mean_logps, tau=0.6)  # equally sure: sigmoid(0)
+        >>> pairwise_logistic_advantages(rewards, mean_logps, tau=0.6)  # equal confidence: sigmoid(0)
         tensor([[ 0.5000, -0.5000]])
         >>> pairwise_logistic_advantages(rewards, torch.tensor([[-0.1, -9.0]]), tau=0.6).abs().max() < 1e-6  # settled
         tensor(True)
@@ -90,13 +91,13 @@ def cross_prompt_advantages(
     scale_by_tau: bool = False,
     block_size: int = 256,
 ) -> Tensor:
-    """What the other groups of the batch add to CAPO's advantages when pairs may span prompts.
+    """The term that pairs across prompts add to CAPO's advantages.
 
         A_i = (1/P) sum over members j of the other groups of (R_i - R_j) sigmoid(-(s_i - s_j)(R_i - R_j) / tau)
 
-    Pairs of one prompt teach which answer to trust, pairs across prompts which questions the model knows. Not in the
-    paper. Sums to zero over the batch; a single prompt adds nothing. Computed in blocks of rows, so memory grows with
-    `block_size` x P x G and not with its square.
+    Pairs within a prompt teach which answer to trust; pairs across prompts teach which questions the model knows. Not
+    in the paper. The term sums to zero over the batch, and is 0 for a single prompt. It is computed in blocks of rows,
+    so memory grows with `block_size` x P x G, not with (P x G) squared.
 
     Args:
         rewards: Rewards in [0, 1], shape (P, G). NaN = unscorable.
@@ -104,10 +105,10 @@ def cross_prompt_advantages(
         tau: Temperature of the logistic loss in nats, > 0.
         valid: Boolean, shape (P, G). Completions that may take part; None for all.
         scale_by_tau: Multiply by 1 / tau.
-        block_size: Completions compared with the whole batch at a time.
+        block_size: Number of completions that are compared with the whole batch at a time.
 
     Returns:
-        Advantages, shape (P, G), to be added to those of `pairwise_logistic_advantages`.
+        Advantages, shape (P, G). Add them to those of `pairwise_logistic_advantages`.
 
     Raises:
         ValueError: `tau` is not positive or the shapes differ.
@@ -132,14 +133,14 @@ def cross_prompt_advantages(
 
 
 def soft_misranking(correct: Tensor, mean_logps: Tensor, tau: float, *, valid: Tensor | None = None) -> Tensor:
-    """How far each group's confidence ranks wrong answers above right ones: one minus AUC, made smooth by tau.
+    """How strongly each group's confidence ranks wrong answers above right ones: one minus AUC, smoothed by tau.
 
         mean over (correct, wrong) pairs of sigmoid((s_wrong - s_correct) / tau)
 
     Args:
         correct: 1 = correct, 0 = wrong, NaN = unknown, shape (P, G).
         mean_logps: Mean token log-prob of each completion, in nats, shape (P, G).
-        tau: Temperature in nats, > 0; towards 0 the value becomes one minus AUC, towards infinity one half.
+        tau: Temperature in nats, > 0. As tau tends to 0 the result tends to one minus AUC; as it grows, to one half.
         valid: Boolean, shape (P, G). Completions that may take part; None for all.
 
     Returns:
@@ -162,23 +163,23 @@ def soft_misranking(correct: Tensor, mean_logps: Tensor, tau: float, *, valid: T
 def reward_only_advantages(
     rewards: Tensor, *, valid: Tensor | None = None, scale_rewards: str = "group", eps: float = 1e-4
 ) -> Tensor:
-    """GRPO's advantages: reward minus group mean, optionally over a standard deviation.
+    """GRPO's advantages: reward minus group mean, optionally divided by a standard deviation.
 
     Args:
         rewards: Rewards, shape (P, G). NaN = unscorable.
         valid: Boolean, shape (P, G). Completions that may take part; None for all.
-        scale_rewards: As in TRL: "group" divides by the group's standard deviation + eps, "batch" by that of all
-            rewards + eps, "none" by nothing.
-        eps: Keeps the division finite; TRL's.
+        scale_rewards: As in TRL: "group" divides by the group's standard deviation + eps, "batch" by the standard
+            deviation of all rewards + eps, "none" does not divide.
+        eps: Keeps the division finite; the default is TRL's.
 
     Returns:
-        Advantages, shape (P, G), float32 (float64 for float64 rewards); 0 where not valid, and exactly 0 in groups of
-        equal rewards, where rounding of the mean over a tiny deviation would leave something.
+        Advantages, shape (P, G), float32 (float64 for float64 rewards); 0 where not valid. Exactly 0 in groups of
+        equal rewards, where the mean's rounding error divided by a tiny deviation would otherwise remain.
 
     Raises:
         ValueError: `scale_rewards` is unknown.
 
-    Source: arXiv 2402.03300; without the division arXiv 2503.20783.
+    Source: arXiv 2402.03300; without the division, arXiv 2503.20783.
 
     Example:
         >>> reward_only_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), scale_rewards="none")
@@ -190,7 +191,7 @@ def reward_only_advantages(
     valid = torch.isfinite(rewards) if valid is None else valid & torch.isfinite(rewards)
     counts = valid.sum(dim=1, keepdim=True).clamp(min=1)
     mean = rewards.masked_fill(~valid, 0.0).sum(dim=1, keepdim=True) / counts
-    lowest = rewards.masked_fill(~valid, torch.inf).cummin(dim=1).values[:, -1:]  # amin refuses groups of no members
+    lowest = rewards.masked_fill(~valid, torch.inf).cummin(dim=1).values[:, -1:]  # amin refuses empty groups
     varied = ((rewards != lowest) & valid).any(dim=1, keepdim=True)
     advantages = (rewards - mean).masked_fill(~(valid & varied), 0.0)
     if scale_rewards == "group":
@@ -201,7 +202,7 @@ def reward_only_advantages(
 
 
 def _checked(rewards: Tensor, mean_logps: Tensor, tau: float, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs in at least float32 with everything that is not valid set to 0, so that it can enter no arithmetic."""
+    """Check the inputs; convert them to at least float32 and zero what is not valid, so that no NaN can spread."""
     if not tau > 0:
         raise ValueError(f"tau must be positive, got {tau}")
     if rewards.shape != mean_logps.shape or rewards.dim() != 2:
@@ -219,7 +220,7 @@ def _checked(rewards: Tensor, mean_logps: Tensor, tau: float, valid: Tensor | No
 
 
 def _pair_weights(reward_i: Tensor, reward_j: Tensor, score_i: Tensor, score_j: Tensor, tau: float) -> Tensor:
-    """(R_i - R_j) sigmoid(-(s_i - s_j)(R_i - R_j) / tau), broadcast."""
+    """(R_i - R_j) sigmoid(-(s_i - s_j)(R_i - R_j) / tau), with broadcasting."""
     reward_gap = reward_i - reward_j
     return reward_gap * torch.sigmoid((score_j - score_i) * reward_gap / tau)
 

@@ -1,9 +1,9 @@
 """CAPO as a TRL trainer (arXiv 2604.12632): GRPO with pairwise logistic advantages and a reference-perplexity mask.
 
-What is ours and not the paper's is opt-in and listed in `docs/method.md`. Where the paper is silent:
+Everything beyond the paper is opt-in and listed in `docs/method.md`. Where the paper is silent:
 
-- a masked completion has advantage 0, but still weighs in its partners' sums (`mask_partners=True` removes it);
-- scores are mean log-probs of the policy that generated the batch, recomputed by the trainer, EOS included.
+- A masked completion has advantage 0 but still counts in its partners' sums (`mask_partners=True` removes it).
+- Scores are mean log-probs of the policy that generated the batch, recomputed by the trainer, EOS included.
 """
 
 import math
@@ -74,10 +74,10 @@ class CAPOTrainer(GroupAdvantageTrainer):
 
     @property
     def tau(self) -> float:
-        """Temperature of the logistic loss in nats; NaN while its unit is unknown."""
+        """Temperature of the logistic loss in nats; NaN as long as its unit is unknown."""
         if self._gap_scale is None:
             return self.args.tau
-        return self.args.tau * max(self._gap_scale.median, 1e-6)  # equal scores everywhere would make it 0
+        return self.args.tau * max(self._gap_scale.median, 1e-6)  # if all scores are equal, the median is 0
 
     def _rows_needing_logps(self, groups: RolloutGroups) -> Tensor:
         if self.args.pair_scope == "batch":
@@ -86,7 +86,7 @@ class CAPOTrainer(GroupAdvantageTrainer):
         valid = groups.valid & labels.isfinite()
         highest = labels.masked_fill(~valid, -torch.inf).amax(dim=1, keepdim=True)
         lowest = labels.masked_fill(~valid, torch.inf).amin(dim=1, keepdim=True)
-        return valid & (highest > lowest)  # graded labels may differ where no answer is wrong
+        return valid & (highest > lowest)  # graded labels may differ although no answer is wrong
 
     def _rows_with_advantage(self, groups: RolloutGroups) -> Tensor:
         return self._rows_needing_logps(groups)
@@ -116,7 +116,7 @@ class CAPOTrainer(GroupAdvantageTrainer):
 
     def _pairwise(self, labels: Tensor, mean_logps: Tensor, valid: Tensor) -> Tensor:
         tau, scale_by_tau = self.tau, self.args.scale_by_tau
-        if math.isnan(tau):  # its unit is unknown until the first mixed group
+        if math.isnan(tau):  # with tau_unit="gap", until the first mixed group
             return torch.zeros_like(mean_logps)
         advantages = pairwise_logistic_advantages(
             labels,
@@ -131,7 +131,7 @@ class CAPOTrainer(GroupAdvantageTrainer):
         return advantages
 
     def _unmasked_advantages(self, groups: RolloutGroups) -> Tensor:
-        """The other reward functions: weight times (reward minus group mean), summed, shape (P, G)."""
+        """Contribution of the other reward functions: the sum of weight x (reward - group mean), shape (P, G)."""
         advantages = torch.zeros_like(groups.mean_logps)
         if self.args.auxiliary_rewards == "ignore":
             return advantages
@@ -156,7 +156,7 @@ class CAPOTrainer(GroupAdvantageTrainer):
 
     def _method_state(self) -> dict:
         return {
-            "tau": None if math.isnan(self.tau) else self.tau,  # for the reader
+            "tau": None if math.isnan(self.tau) else self.tau,  # only for people who read the file
             "gaps": self._gap_scale.gaps if self._gap_scale else [],
         }
 

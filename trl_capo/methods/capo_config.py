@@ -15,70 +15,74 @@ SEQUENCE_MEAN_LOSSES = ("grpo", "sapo")
 
 @dataclass
 class CAPOConfig(GroupAdvantageConfig):
-    """Configuration of `CAPOTrainer`: TRL's `GRPOConfig`, and how completions are compared, masked and labelled.
+    """Configuration of `CAPOTrainer`: TRL's `GRPOConfig`, plus how completions are compared, masked and labelled.
 
-    Four defaults of `GRPOConfig` are set to the paper's: `loss_type="grpo"` (the mean over each sequence: the
-    gradient of the mean token log-prob, which is the score that CAPO ranks), `beta=0.0`, `epsilon=0.2`,
-    `temperature=1.0`; `num_generations=8` and `learning_rate=1e-6` are TRL's own. `scale_rewards` has no
-    effect: CAPO replaces the advantages that it shapes.
+    Four defaults of `GRPOConfig` are set to the paper's values: `loss_type="grpo"` (the mean over each sequence,
+    whose gradient is that of the mean token log-prob, the score that CAPO ranks), `beta=0.0`, `epsilon=0.2` and
+    `temperature=1.0`. `num_generations=8` and `learning_rate=1e-6` are TRL's own defaults. `scale_rewards` has no
+    effect, because CAPO replaces the advantages that it shapes.
 
     Parameters:
         > Parameters that control the comparison of completions
 
         tau (`float`, *optional*, defaults to `0.6`):
-            Temperature of the pairwise logistic loss, > 0. It belongs on the scale of the gaps in mean log-prob
-            between right and wrong answers: a pair that is settled by a few tau gives no more gradient.
+            Temperature of the pairwise logistic loss, > 0. Choose it on the scale of the gaps in mean log-prob
+            between right and wrong answers: once a pair is settled by a few tau, it gives no more gradient.
         tau_unit (`str`, *optional*, defaults to `"nats"`):
-            `"nats"`: tau is used as it is. `"gap"`: tau is a multiple of the median absolute gap in mean log-prob over
-            the (correct, wrong) pairs of the first mixed groups (at least 256 pairs), estimated once and then frozen.
+            `"nats"`: tau is in nats. `"gap"`: tau is a multiple of the median absolute gap in mean log-prob over the
+            (correct, wrong) pairs of the first mixed groups (at least 256 pairs), estimated once and then frozen.
         pair_normalization (`str`, *optional*, defaults to `"sum"`):
-            `"sum"` over the opposite members (paper), `"group"` (divided by the number of valid members),
-            `"opposite_mean"` or `"std"`. See `trl_capo.methods.advantages.pairwise_logistic_advantages`.
+            `"sum"` over the members with a different reward (paper), `"group"` (divided by the number of valid
+            members), `"opposite_mean"` or `"std"`. See
+            `trl_capo.methods.advantages.pairwise_logistic_advantages`.
         scale_by_tau (`bool`, *optional*, defaults to `False`):
-            Multiply the advantages by 1/tau, the exact gradient of the logistic loss.
+            Multiply the advantages by 1/tau, which gives the exact gradient of the logistic loss.
         pair_scope (`str`, *optional*, defaults to `"group"`):
-            `"group"` compares answers to one prompt (paper). `"batch"` adds pairs across prompts, which teach which
-            questions the model knows. Needs `pair_normalization="sum"`.
+            `"group"` compares answers to one prompt (paper). `"batch"` adds pairs across prompts, which teach the
+            model which questions it knows. `"batch"` needs `pair_normalization="sum"`.
 
         > Parameters that control the reference-perplexity mask
 
         ref_ppl_mask (`bool`, *optional*, defaults to `True`):
-            CAPO's mask: `GroupAdvantageConfig` has its thresholds, `ref_ppl_low`, `ref_ppl_high` and quantiles.
+            CAPO's mask. For its thresholds, see `ref_ppl_low`, `ref_ppl_high` and `ref_ppl_quantiles` in
+            `GroupAdvantageConfig`.
         mask_partners (`bool`, *optional*, defaults to `False`):
-            Also drop masked completions from the sums of their partners. Advantages of a group then sum to zero.
+            Also drop masked completions from their partners' sums. A group's advantages then sum to zero.
 
         > Parameters that control labels and other rewards
 
         graded_rewards (`bool`, *optional*, defaults to `False`):
-            Use the correctness reward as it is, in [0, 1], instead of making it 0 or 1 by `correct_threshold`.
+            Use the correctness reward, in [0, 1], as the label, instead of turning it into 0 or 1 by
+            `correct_threshold`.
         auxiliary_rewards (`str`, *optional*, defaults to `"add"`):
-            With several reward functions, `"add"` adds the others, each minus its group mean and times its weight in
-            `reward_weights`, to CAPO's advantages; `"ignore"` only logs them. The weight of the correctness reward
-            itself has no effect.
+            With several reward functions, `"add"` adds each of the others to CAPO's advantages, minus its group mean
+            and times its weight in `reward_weights`; `"ignore"` only logs them. The correctness reward's own weight
+            has no effect.
     """
 
     loss_type: str = field(
         default="grpo",
-        metadata={"help": "Loss of TRL's GRPO. CAPO's theory needs the mean over each sequence, `grpo`."},
+        metadata={"help": "TRL's loss. CAPO's theory needs `grpo`, the mean over each sequence."},
     )
     tau: float = field(
         default=0.6,
         metadata={
-            "help": "Temperature of the pairwise logistic loss, > 0, on the scale of the gaps in mean log-prob."
+            "help": "Temperature of the pairwise logistic loss, > 0. Choose it on the scale of the gaps in mean "
+            "log-prob."
         },
     )
     tau_unit: str = field(
         default="nats",
         metadata={
-            "help": "`nats`: tau as it is. `gap`: tau is a multiple of the median absolute gap in mean log-prob over "
-            "the (correct, wrong) pairs of the first mixed groups, estimated once.",
+            "help": "`nats`: tau is in nats. `gap`: tau is a multiple of the median absolute gap in mean log-prob "
+            "over the (correct, wrong) pairs of the first mixed groups, estimated once.",
             "choices": ["nats", "gap"],
         },
     )
     pair_normalization: str = field(
         default="sum",
         metadata={
-            "help": "`sum` over the opposite members (paper), `group`, `opposite_mean` or `std`.",
+            "help": "`sum` over the members with a different reward (paper), `group`, `opposite_mean` or `std`.",
             "choices": list(NORMALIZATIONS),
         },
     )
@@ -86,29 +90,29 @@ class CAPOConfig(GroupAdvantageConfig):
     pair_scope: str = field(
         default="group",
         metadata={
-            "help": "`group` compares answers to one prompt (paper), `batch` adds pairs across prompts.",
+            "help": "`group` compares answers to one prompt (paper); `batch` adds pairs across prompts.",
             "choices": ["group", "batch"],
         },
     )
     ref_ppl_mask: bool = field(
         default=True,
         metadata={
-            "help": "Drop correct completions that the reference finds surprising and wrong ones that it finds "
-            "likely. If False and beta=0, no reference model is loaded."
+            "help": "Drop correct completions that surprise the reference model and wrong ones that it finds likely. "
+            "If False and beta=0, no reference model is loaded."
         },
     )
     mask_partners: bool = field(
-        default=False, metadata={"help": "Also drop masked completions from the sums of their partners."}
+        default=False, metadata={"help": "Also drop masked completions from their partners' sums."}
     )
     graded_rewards: bool = field(
         default=False,
-        metadata={"help": "Use the correctness reward as it is, in [0, 1], instead of a 0/1 label."},
+        metadata={"help": "Use the correctness reward, in [0, 1], as the label, instead of 0 or 1."},
     )
     auxiliary_rewards: str = field(
         default="add",
         metadata={
-            "help": "What the other reward functions do: `add` their weighted, group-centred value to CAPO's "
-            "advantages, or `ignore`.",
+            "help": "What to do with the other reward functions: `add` their weighted, group-centred values to CAPO's "
+            "advantages, or `ignore` them.",
             "choices": ["add", "ignore"],
         },
     )
@@ -126,14 +130,6 @@ class CAPOConfig(GroupAdvantageConfig):
             )
         if not (self.tau > 0 and math.isfinite(self.tau)):
             raise UserError(f"tau must be positive and finite, got {self.tau}.")
-        for name, choices in (
-            ("tau_unit", ("nats", "gap")),
-            ("pair_normalization", NORMALIZATIONS),
-            ("pair_scope", ("group", "batch")),
-            ("auxiliary_rewards", ("add", "ignore")),
-        ):
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         if self.pair_scope == "batch" and self.pair_normalization != "sum":
             raise UserError(
                 f"pair_scope='batch' needs pair_normalization='sum', got {self.pair_normalization!r}: the other "
@@ -141,11 +137,11 @@ class CAPOConfig(GroupAdvantageConfig):
             )
 
     def _warn_about_departures(self) -> None:
-        """Settings that run but do not mean what the paper's numbers mean."""
+        """Warn about settings that work but do not do what the paper describes."""
         if self.loss_type not in SEQUENCE_MEAN_LOSSES:
             _warn(
                 f"loss_type={self.loss_type!r} does not follow the gradient of the mean token log-prob, the score "
-                "that CAPO ranks. Use loss_type='grpo' unless you mean it."
+                "that CAPO ranks. Use loss_type='grpo' unless you have a reason not to."
             )
 
 

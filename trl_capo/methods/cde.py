@@ -1,20 +1,20 @@
-"""CDE, curiosity-driven exploration (arXiv 2509.09675), actor bonus: unsure completions are rewarded more.
+"""CDE, curiosity-driven exploration (arXiv 2509.09675), actor bonus: less confident completions get more reward.
 
     r'_i = r_i + omega min(|r_i| / kappa, alpha B_i),    B_i = -s_i, the mean negative log-prob of a token
 
-then GRPO's normalisation of r'. With kappa > omega the cap keeps the sign of every reward. Omega decays over training.
-Of two wrong answers the surer one is punished more, which is calibration; of two right ones the surer one is rewarded
-less, which is the opposite.
+followed by GRPO's normalisation of r'. If kappa > omega, the cap keeps the sign of every reward. Omega decays during
+training. Of two wrong answers, the more confident one is punished more, which improves calibration. Of two right
+answers, the more confident one is rewarded less, which harms it.
 
-Assumes rewards of +1 and -1: with 0 and 1 a wrong answer would have |r| = 0 and no bonus. So rewards are mapped by
-2r - 1, unless `signed_rewards` says that they are signed already; a sum of several is neither, and refused. The
-critic's bonus needs a value model and is not part of this.
+Assumes rewards of +1 and -1: with 0 and 1, a wrong answer would have |r| = 0 and no bonus. Rewards are therefore
+mapped by 2r - 1, unless `signed_rewards` says that they are signed already. A sum of several rewards fits neither form
+and is refused. The critic's bonus needs a value model and is not implemented.
 
-The paper finds a staircase best and does not give its steps. Its text fits two stairs (`bonus_stairs=2`: omega, then
-nothing from half of the training on) better than the four of the default, with which our comparison was made. Neither
-is verified.
+The paper finds a staircase best but does not give its steps. Its text fits two stairs (`bonus_stairs=2`: omega, then
+nothing from the middle of training) better than the default of four, which our comparison used. Neither is verified.
 
-Degenerate case: unlike GRPO's, a group of equal rewards has advantages, by its bonuses; without any bonus they are 0.
+Degenerate case: unlike in GRPO, a group of equal rewards has advantages, because its bonuses differ. Without any bonus
+they are 0.
 """
 
 import math
@@ -41,7 +41,7 @@ def curious_rewards(
         rewards: Signed rewards, shape (P, G).
         mean_logps: Mean token log-prob under the policy that sampled, shape (P, G).
         omega: Weight of the bonus, at least 0.
-        kappa: The bonus is at most |reward| / kappa; above omega, no reward changes its sign.
+        kappa: The bonus is at most |reward| / kappa. If kappa > omega, no reward changes its sign.
         alpha: Weight of the surprise within the cap.
 
     Returns:
@@ -58,14 +58,14 @@ def curious_rewards(
 
 
 def bonus_weight(progress: float, schedule: str, first: float, last: float, num_stairs: int = 4) -> float:
-    """Omega at a share of the training.
+    """Omega at a point in training.
 
     Args:
         progress: Share of the optimizer steps that are done, in [0, 1].
         schedule: One of `SCHEDULES`.
         first: Omega at the start.
-        last: Omega at the end; of the staircase, on its last stair.
-        num_stairs: Stairs of equal length, at least 2.
+        last: Omega at the end; with "staircase", on the last stair.
+        num_stairs: Number of stairs, of equal length; at least 2.
 
     Example:
         >>> [bonus_weight(p, "staircase", 1.0, 0.0, num_stairs=3) for p in (0.0, 0.3, 0.5, 0.9)]
@@ -92,26 +92,24 @@ class CDEConfig(GroupAdvantageConfig):
         bonus_schedule (`str`, *optional*, defaults to `"staircase"`):
             `"constant"`, `"linear"`, `"cosine"` or `"staircase"`.
         bonus_stairs (`int`, *optional*, defaults to `4`):
-            Stairs of the staircase. The paper gives no number; its text fits 2 better.
+            Number of stairs. The paper gives no number; its text fits 2 better.
         bonus_cap (`float`, *optional*, defaults to `3.0`):
-            Kappa: the bonus is at most |reward| / kappa, before omega.
+            Kappa: the bonus is at most |reward| / kappa, before it is multiplied by omega.
         bonus_scale (`float`, *optional*, defaults to `1.0`):
             Alpha, the weight of the mean negative log-prob.
         signed_rewards (`bool`, *optional*, defaults to `False`):
-            The rewards are +1 and -1 already; otherwise r becomes 2r - 1. Needed with several reward functions.
+            The rewards are already +1 and -1. If False, r becomes 2r - 1. Required with several reward functions.
     """
 
     bonus_weight: float = field(default=1.0, metadata={"help": "Weight of the bonus at the start (omega)."})
     bonus_weight_end: float = field(default=0.0, metadata={"help": "Weight of the bonus at the end."})
-    bonus_schedule: str = field(default="staircase", metadata={"help": "How it decays.", "choices": SCHEDULES})
-    bonus_stairs: int = field(default=4, metadata={"help": "Stairs of the staircase."})
-    bonus_cap: float = field(default=3.0, metadata={"help": "The bonus is at most |reward| over this (kappa)."})
+    bonus_schedule: str = field(default="staircase", metadata={"help": "How the weight decays.", "choices": SCHEDULES})
+    bonus_stairs: int = field(default=4, metadata={"help": "Number of stairs of the staircase."})
+    bonus_cap: float = field(default=3.0, metadata={"help": "The bonus is at most |reward| / bonus_cap (kappa)."})
     bonus_scale: float = field(default=1.0, metadata={"help": "Weight of the mean negative log-prob (alpha)."})
-    signed_rewards: bool = field(default=False, metadata={"help": "Rewards are +1 and -1; else r becomes 2r - 1."})
+    signed_rewards: bool = field(default=False, metadata={"help": "Rewards are +1 and -1. If not, r becomes 2r - 1."})
 
     def __post_init__(self):
-        if self.bonus_schedule not in SCHEDULES:
-            raise UserError(f"bonus_schedule must be one of {', '.join(SCHEDULES)}, got {self.bonus_schedule!r}.")
         if self.bonus_stairs < 2:
             raise UserError(f"bonus_stairs must be at least 2, got {self.bonus_stairs}.")
         if self.bonus_scale < 0:
@@ -119,14 +117,14 @@ class CDEConfig(GroupAdvantageConfig):
         weights = (self.bonus_weight, self.bonus_weight_end)
         if min(weights) < 0 or max(weights) >= self.bonus_cap:
             raise UserError(
-                f"the bonus weights must lie between 0 and bonus_cap={self.bonus_cap}, or a bonus outweighs its "
-                f"reward; got {self.bonus_weight} and {self.bonus_weight_end}."
+                f"bonus_weight and bonus_weight_end must be >= 0 and less than bonus_cap={self.bonus_cap}, or a bonus "
+                f"can outweigh its reward; got {self.bonus_weight} and {self.bonus_weight_end}."
             )
         super().__post_init__()
 
 
 class CDETrainer(GroupAdvantageTrainer):
-    """`GRPOTrainer` with CDE's bonus for the actor; takes a `CDEConfig`."""
+    """`GRPOTrainer` with CDE's actor bonus; takes a `CDEConfig`."""
 
     args: CDEConfig
     config_class = CDEConfig
@@ -138,8 +136,9 @@ class CDETrainer(GroupAdvantageTrainer):
     def _setup_method(self) -> None:
         if len(self.reward_funcs) > 1 and not self.args.signed_rewards:
             raise UserError(
-                "CDE maps rewards of 0 and 1 to -1 and 1, and a sum of several is neither: keep one reward function, "
-                "or let right answers have sums above 0 and wrong ones below, and set signed_rewards=True."
+                "CDE maps rewards of 0 and 1 to -1 and 1, which does not work for a sum of several rewards. Keep one "
+                "reward function, or make the sums positive for right answers and negative for wrong ones and set "
+                "signed_rewards=True."
             )
 
     def _compute_advantages(self, groups: RolloutGroups) -> Tensor:

@@ -1,21 +1,22 @@
-"""CoDaPO, confidence and difficulty adaptive (arXiv 2606.07950): prompts weigh more where they teach more.
+"""CoDaPO, confidence- and difficulty-adaptive optimization (arXiv 2606.07950): prompts that teach more weigh more.
 
     d = 1 - share of right answers,    V = 1 - 4 (d - 1/2)^2,    c = exp(mean over the group of s_i)
     w = c V + w0,                      A_i = w (R_i - mean R) / (std R + 1e-6)
 
-with s_i the mean token log-prob under the policy that sampled. One weight a prompt: prompts that are half solved and
-confidently answered lead. It cannot change the order of answers to one prompt, which is what AUC within measures.
+where s_i is the mean token log-prob under the policy that sampled. Each prompt has one weight, which is largest for
+prompts that are half solved and confidently answered. It cannot change the order of answers to one prompt, which is
+what AUC within measures.
 
-Every batch of prompts is used twice: after the first generation the prompts with w at or above a quantile are kept,
-and the second generation answers these anew: each of them four times in turn, from the first again until the batch is
-full, and cut there. So where many tie and most are kept, a batch has a quarter of its prompts, the first ones.
+Every batch of prompts is used twice. After the first generation, the prompts with w at or above a quantile are kept.
+The second generation answers these again: each four times in a row, starting over from the first until the batch is
+full. If many weights tie and most prompts are kept, only a quarter of them fit: the first ones.
 
-Source: the released code, which CAPO's comparison may predate: its CoDaPO may be the workshop version, unverified.
-Departures: a completion without a token or a reward takes no part; right is a reward of at least `correct_threshold`,
-there exactly 1.
+Source: the released code. CAPO's comparison may predate it and use the workshop version of CoDaPO; this is unverified.
+Departures: a completion without a token or a reward takes no part; an answer is right if its reward is at least
+`correct_threshold` (in the released code, exactly 1).
 
-Degenerate cases: all right or all wrong have V = 0, w = w0 and advantages 0. Where fewer prompts are mixed than the
-quantile would keep, it is w0 and all are kept, as in the released code.
+Degenerate cases: a prompt whose answers are all right or all wrong has V = 0, w = w0 and advantages 0. If fewer
+prompts are mixed than the quantile would keep, the quantile is w0 and all prompts are kept, as in the released code.
 """
 
 import copy
@@ -39,7 +40,8 @@ def prompt_weights(correct: Tensor, mean_logps: Tensor, valid: Tensor, base_weig
 
     Args:
         correct: 1, 0 or NaN, shape (P, G).
-        mean_logps: Mean token log-prob of each completion, shape (P, G); only read in groups with both.
+        mean_logps: Mean token log-prob of each completion, shape (P, G); only read in groups with right and wrong
+            answers.
         valid: Boolean, shape (P, G).
         base_weight: w0, the weight of a prompt that is always or never solved.
 
@@ -62,7 +64,7 @@ def prompt_weights(correct: Tensor, mean_logps: Tensor, valid: Tensor, base_weig
 
 
 def kept_prompts(weights: Tensor, quantile: float) -> list[int]:
-    """Prompts for the second generation: those whose weight is at or above a quantile of the batch.
+    """The prompts for the second generation: those whose weight is at or above a quantile of the batch's weights.
 
     Example:
         >>> kept_prompts(torch.tensor([0.1, 0.6, 0.1, 0.5]), 0.75)
@@ -72,7 +74,7 @@ def kept_prompts(weights: Tensor, quantile: float) -> list[int]:
 
 
 def refilled(kept: list[int], size: int, repeats: int) -> list[int]:
-    """A batch of `size` prompts made of those that were kept, each `repeats` times in turn.
+    """A batch of `size` prompts made of the kept ones, each `repeats` times in a row.
 
     Example:
         >>> refilled([1, 4], 5, repeats=2), refilled([1, 4, 5], 5, repeats=2)
@@ -90,22 +92,23 @@ class CoDaPOConfig(GroupAdvantageConfig):
         base_weight (`float`, *optional*, defaults to `0.1`):
             w0, added to every prompt's weight.
         replay (`bool`, *optional*, defaults to `True`):
-            Use every batch of prompts twice. Half as many different prompts are then seen in the same steps. `False`
-            is the weighting alone.
+            Use every batch of prompts twice, so the same number of steps sees half as many different prompts. `False`
+            keeps only the weighting.
         replay_quantile (`float`, *optional*, defaults to `0.75`):
-            Prompts from this quantile of the weights on are answered again.
+            Prompts whose weight is at or above this quantile are answered again.
         replay_repeats (`int`, *optional*, defaults to `4`):
-            How often in a row each of them enters the second batch; 4 in the released code.
+            How many times in a row each of these prompts enters the second batch; 4 in the released code.
     """
 
     base_weight: float = field(default=0.1, metadata={"help": "Added to every prompt's weight (w0)."})
-    replay: bool = field(default=True, metadata={"help": "Use every batch twice, the second time its best prompts."})
-    replay_quantile: float = field(
-        default=0.75, metadata={"help": "Prompts from this quantile of the weights on are answered again."}
+    replay: bool = field(
+        default=True, metadata={"help": "Use every batch twice, the second time only its best prompts."}
     )
-
+    replay_quantile: float = field(
+        default=0.75, metadata={"help": "Prompts whose weight is at or above this quantile are answered again."}
+    )
     replay_repeats: int = field(
-        default=4, metadata={"help": "How often in a row each of these prompts enters the second batch."}
+        default=4, metadata={"help": "How many times in a row each of these prompts enters the second batch."}
     )
 
     def __post_init__(self):
@@ -128,9 +131,9 @@ class CoDaPOTrainer(GroupAdvantageTrainer):
 
     def _setup_method(self) -> None:
         if self.args.replay and isinstance(self.train_dataset, IterableDataset):
-            raise UserError("a stream cannot be drawn twice: load the dataset, or set replay=False.")
+            raise UserError("replay=True cannot read a streamed dataset twice: load the dataset, or set replay=False.")
         self._batch: list[dict] = []  # the prompts of the first generation
-        self._replayed: list[int] | None = None  # which of them the second one answers, while that is to come
+        self._replayed: list[int] | None = None  # which of them to answer in the second generation, if it is next
 
     @staticmethod
     def generations_per_batch(args: CoDaPOConfig) -> int:  # type: ignore[override]
@@ -140,7 +143,8 @@ class CoDaPOTrainer(GroupAdvantageTrainer):
         return groups.mixed & groups.valid
 
     def _choose_prompts(self, inputs: list[dict]) -> list[dict]:
-        if self._replayed is None or not self._batch:  # none: resumed between the two, and the sampler draws it again
+        # The batch is empty if the run resumed between the two generations. The sampler then draws it again.
+        if self._replayed is None or not self._batch:
             self._batch = gather_object(inputs)[:: self.num_generations]
         if self._replayed is None:
             return inputs

@@ -1,7 +1,7 @@
 """The unit of CAPO's tau, estimated from the first rollouts.
 
-It is taken once and then frozen: a tau that followed the gaps would never let a settled pair saturate. A checkpoint
-holds the gaps, so that a resumed run has the same unit.
+It is estimated once and then frozen, because with a tau that followed the gaps, a settled pair would never saturate.
+Checkpoints contain the gaps, so that a resumed run has the same unit.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ class GapScale:
     """Median absolute gap in mean log-prob between right and wrong answers to the same prompt, in nats.
 
     Attributes:
-        min_gaps: The median is frozen with the batch that brings the number of (correct, wrong) pairs to this.
+        min_gaps: Number of (correct, wrong) pairs. The batch that reaches it is the last one to count.
         gaps: The gaps seen so far.
     """
 
@@ -23,7 +23,7 @@ class GapScale:
     gaps: list[float] = field(default_factory=list)
 
     def update(self, correct: Tensor, mean_logps: Tensor, valid: Tensor) -> None:
-        """Adds the pairs of a batch, all arguments of shape (P, G), unless the median is frozen."""
+        """Adds the pairs of a batch unless the median is frozen. All arguments have shape (P, G)."""
         if len(self.gaps) >= self.min_gaps:
             return
         valid = valid & mean_logps.isfinite()

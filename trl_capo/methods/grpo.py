@@ -1,8 +1,8 @@
 """GRPO (arXiv 2402.03300) through the seam: TRL's own advantages, with calibration metrics and the optional mask.
 
-    A_i = (R_i - mean R) / (std R + 1e-4)    as TRL computes it; `scale_rewards` and the rest are its options
+    A_i = (R_i - mean R) / (std R + 1e-4)    as TRL computes it; `scale_rewards` and the rest are TRL's options
 
-With `ref_ppl_mask=True` completions that the mask drops have advantage 0; they still weigh in the mean of their group.
+With `ref_ppl_mask=True`, completions that the mask drops have advantage 0 but still count in their group's mean.
 
 Degenerate case: a group of equal rewards has advantages 0.
 """
@@ -21,4 +21,4 @@ class GRPO(GroupAdvantageTrainer):
     _paper = GRPOTrainer._paper
 
     def _rows_needing_logps(self, groups: RolloutGroups) -> Tensor:
-        return groups.mixed & groups.valid  # no advantage reads them: they are for the metrics
+        return groups.mixed & groups.valid  # only the metrics read them

@@ -1,24 +1,24 @@
-"""SimKO, simple pass@K optimisation (arXiv 2510.14807): keeps a policy from betting all on its first token.
+"""SimKO, simple pass@K optimisation (arXiv 2510.14807): keeps a policy from concentrating on its likeliest token.
 
-It acts at forking tokens, those whose entropy is above the 0.8 quantile of their completion:
+It acts at forking tokens, whose entropy is above the 0.8 quantile of their completion:
 
     right completion:  grad log pi(y)  becomes  (1 - a) grad log pi(y) + a/K sum over the top K of grad log pi(k)
     wrong completion:  grad log pi(y)  is multiplied by 1.1 where y is the likeliest token
 
-and everything else is GRPO. Values stay as they are, so the importance ratio and its clipping do too: both are one
-surrogate for the log-prob of a token, with the right value and this gradient. The released code mixes ratios to the
-old policy; in the gradient the old top-K log-probs cancel, so only the current ones are needed. It works on any
-advantages, CAPO's too (`CAPOSimKOTrainer`).
+Everything else is GRPO. A surrogate replaces each token's log-prob: it has the same value but this gradient, so the
+importance ratio and its clipping do not change. The released code mixes ratios to the old policy; in the gradient the
+old top-K log-probs cancel, so only the current ones are needed. SimKO works on any advantages, including CAPO's
+(`CAPOSimKOTrainer`).
 
-Source: the released code, where a token at the quantile itself does not fork. Right and wrong are the signs of the
-advantage. The code's configuration also has an entropy bonus of 0.001 that one script
-resets and another does not. The bonus has no gradient in the released code, so it is left out here.
+Source: the released code, where a token exactly at the quantile does not fork. The sign of the advantage says whether
+a completion is right or wrong. The code's configuration also has an entropy bonus of 0.001, which one script resets
+and another does not. The bonus has no gradient in the released code, so it is left out here.
 
-Cost: top K needs all logits of a micro-batch at once, (B, T, vocabulary) in float32 and their gradient, where TRL's
-fused head never holds them. With a vocabulary of 152,000 that is 15 GB for 8 completions of 3,072 tokens, twice.
+Cost: top K needs all logits of a micro-batch at once, (B, T, vocabulary) in float32, and their gradient; TRL's fused
+head never holds them. With a vocabulary of 152,000 that is 15 GB for 8 completions of 3,072 tokens, twice.
 
-Degenerate cases: with a = 0 and a penalty of 1 it is GRPO; a completion of one token, or whose entropies
-are all equal, does not fork.
+Degenerate cases: with a = 0 and a penalty of 1, SimKO is GRPO. A completion of one token, or with equal entropies
+everywhere, does not fork.
 """
 
 from dataclasses import dataclass, field
@@ -44,21 +44,21 @@ def surrogate_logps(
     quantile: float = 0.8,
     penalty: float = 1.1,
 ) -> Tensor:
-    """Log-probs of the tokens with SimKO's gradient.
+    """Log-probs of the tokens, with SimKO's gradient.
 
     Args:
         logps: Log-probs of the vocabulary at each position, shape (B, T, V).
-        entropies: Of these, shape (B, T).
+        entropies: Entropy at each position, shape (B, T).
         tokens: Sampled tokens, shape (B, T).
         mask: 1 = part of the completion, shape (B, T).
-        advantages: Advantage of each completion, shape (B,); its sign says whether it is right.
+        advantages: Advantage of each completion, shape (B,). Its sign says whether the completion is right.
         top_k: K.
         mix: a, the share of the gradient that goes to the top K tokens.
-        quantile: Of the entropies of a completion, above which a token forks.
-        penalty: Factor on the gradient of a likeliest token in a wrong completion.
+        quantile: Quantile of a completion's entropies above which a token forks.
+        penalty: Factor on the gradient where a wrong completion took the likeliest token.
 
     Returns:
-        Shape (B, T), equal in value to the log-probs of `tokens`.
+        Surrogates, shape (B, T), equal in value to the log-probs of `tokens`.
 
     Source: arXiv 2510.14807.
 
@@ -68,7 +68,7 @@ def surrogate_logps(
         >>> entropies, tokens, mask = torch.tensor([[0.1, 0.6]]), torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2)
         >>> options = dict(top_k=2, mix=0.5)
         >>> surrogate_logps(logits.log_softmax(-1), entropies, tokens, mask, torch.ones(1), **options).sum().backward()
-        >>> logits.grad[0].tolist()  # the second token forks: half of it, for the mean over both has no gradient
+        >>> logits.grad[0].tolist()  # the second token forks: half, because the mean over both has no gradient
         [[0.5, -0.5], [0.25, -0.25]]
     """
     token_logps = logps.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
@@ -85,32 +85,41 @@ def surrogate_logps(
 
 @dataclass
 class SimKOOptions:
-    """Options of SimKO's loss, beside those of the advantages.
+    """Options of SimKO's loss, in addition to those of the advantages.
 
     Parameters:
         simko_top_k (`int`, *optional*, defaults to `3`):
-            Tokens among which a right completion's gradient is shared.
+            Number of likeliest tokens that share a right completion's gradient.
         simko_mix (`float`, *optional*, defaults to `0.01`):
-            Share of the gradient that they get.
+            Share of the gradient that these tokens get.
         simko_quantile (`float`, *optional*, defaults to `0.8`):
-            A token forks above this quantile of its completion's entropies.
+            A token forks if its entropy is above this quantile of its completion's entropies.
         simko_penalty (`float`, *optional*, defaults to `1.1`):
-            Factor on a wrong completion's gradient where it took the likeliest token.
+            Factor on the gradient where a wrong completion took the likeliest token.
     """
 
-    simko_top_k: int = field(default=3, metadata={"help": "Tokens that share a right completion's gradient."})
-    simko_mix: float = field(default=0.01, metadata={"help": "Share of the gradient that they get."})
-    simko_quantile: float = field(default=0.8, metadata={"help": "Quantile of entropy above which a token forks."})
-    simko_penalty: float = field(default=1.1, metadata={"help": "Factor on likeliest tokens of wrong completions."})
+    simko_top_k: int = field(
+        default=3, metadata={"help": "Number of likeliest tokens that share a right completion's gradient."}
+    )
+    simko_mix: float = field(default=0.01, metadata={"help": "Share of the gradient that these tokens get."})
+    simko_quantile: float = field(default=0.8, metadata={"help": "Entropy quantile above which a token forks."})
+    simko_penalty: float = field(
+        default=1.1, metadata={"help": "Factor on the gradient where a wrong completion took the likeliest token."}
+    )
 
     def __post_init__(self):
         if self.simko_top_k < 1 or not 0 <= self.simko_mix <= 1 or not 0 <= self.simko_quantile <= 1:
-            raise UserError("simko_top_k must be at least 1, simko_mix and simko_quantile lie in [0, 1].")
+            raise UserError(
+                "simko_top_k must be at least 1, and simko_mix and simko_quantile must lie in [0, 1]; got "
+                f"{self.simko_top_k}, {self.simko_mix} and {self.simko_quantile}."
+            )
         if self.simko_penalty <= 0:
-            raise UserError(f"simko_penalty must be positive, or it rewards wrong answers; got {self.simko_penalty}.")
+            raise UserError(
+                f"simko_penalty must be positive, or it would reward wrong answers; got {self.simko_penalty}."
+            )
         super().__post_init__()
         if self.beta != 0:
-            raise UserError(f"SimKO would change the gradient of a KL term too: set beta=0, not {self.beta}.")
+            raise UserError(f"SimKO would also change the gradient of the KL term: set beta=0, got {self.beta}.")
 
 
 @dataclass
@@ -124,7 +133,7 @@ class CAPOSimKOConfig(SimKOOptions, CAPOConfig):
 
 
 class SimKOLoss:
-    """SimKO's loss on the advantages of the class that it is mixed into."""
+    """Mixin that computes SimKO's loss on the advantages of the class it is mixed into."""
 
     args: SimKOOptions
     _reads_logits = True
@@ -155,7 +164,7 @@ class SimKOTrainer(SimKOLoss, GRPO):
 
 
 class CAPOSimKOTrainer(SimKOLoss, CAPOTrainer):
-    """CAPO's advantages in SimKO's loss; takes a `CAPOSimKOConfig`."""
+    """SimKO's loss on CAPO's advantages; takes a `CAPOSimKOConfig`."""
 
     args: CAPOSimKOConfig
     config_class = CAPOSimKOConfig

@@ -45,13 +45,13 @@ def base_of(model: str) -> str:
         if not isinstance(base, str) or not base:
             raise ValueError(f"base_model_name_or_path is {base!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} does not name the base of the adapter: {error!r}.") from error
+        raise UserError(f"{path} does not name the adapter's base model: {error!r}.") from error
     try:
         return model_path(base)
     except ModelNotFound as error:
         raise UserError(
-            f"{model} is an adapter whose base, {base}, does not exist. Put the base there, or name another place or "
-            f"a model on the Hub as base_model_name_or_path in {path}."
+            f"{model} is an adapter whose base, {base}, does not exist. Put the base there, or set "
+            f"base_model_name_or_path in {path} to another folder or a model on the Hub."
         ) from error
 
 
@@ -126,7 +126,7 @@ def _vocabulary(model: str, base) -> int | None:
     if not path.exists():
         return None
     embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
-    names = [name for name, module in base.named_modules() if any(module is of for of in embeddings)]
+    names = [name for name, module in base.named_modules() if any(module is embedding for embedding in embeddings)]
     with safe_open(path, "pt") as file:
         for key in file.keys():  # noqa: SIM118  (not a dictionary)
             if any(key.endswith(f"{name}.weight") for name in names):

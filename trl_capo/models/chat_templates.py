@@ -27,7 +27,7 @@ def with_defaults(tokenizer, chat_template_kwargs: dict[str, Any] | None):
         return tokenizer
     changed = copy.copy(tokenizer)
     if isinstance(template, dict):  # several by name
-        changed.chat_template = {name: add_defaults(of, chat_template_kwargs) for name, of in template.items()}
+        changed.chat_template = {name: add_defaults(text, chat_template_kwargs) for name, text in template.items()}
     else:
         changed.chat_template = add_defaults(template, chat_template_kwargs)
     return changed
@@ -74,13 +74,13 @@ def _literal(name: str, value: Any) -> str:
     """A JSON value in Jinja syntax, which differs only for null."""
     try:
         if not (isinstance(name, str) and name.isidentifier()):
-            raise ValueError("its name is not that of a variable")
+            raise ValueError("its name is not a valid variable name")
         json.dumps(value, allow_nan=False)
         return _write(value)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"chat_template_kwargs: {name}={value!r} cannot be kept in a chat template ({error}). Use text, numbers, "
-            "true, false, null, lists and objects."
+            f"chat_template_kwargs: {name}={value!r} cannot be stored in a chat template ({error}). Use text, "
+            "numbers, true, false, null, lists and objects."
         ) from error
 
 

@@ -41,13 +41,15 @@ def model_path(name: str) -> str:
     if path.is_file():
         raise ModelNotFound(f"{name!r} is a file. A model is a folder with a config.json, or a name on the Hub.")
     if name.startswith("arithmetic-"):
-        raise ModelNotFound(f"{name!r} is not a shipped model, and there is no such folder: {', '.join(SHIPPED)}.")
+        raise ModelNotFound(f"{name!r} is neither a folder nor a shipped model ({', '.join(SHIPPED)}).")
     owner, _, rest = name.partition("/")
     if not name or name[0] in "./~" or "\\" in name or name.endswith("/") or "/" in rest:
-        raise ModelNotFound(f"{name!r} is no folder{_nearest_parent(path)}. A name on the Hub looks like owner/name.")
+        raise ModelNotFound(
+            f"{name!r} is not a folder{_nearest_parent(path)}. A name on the Hub looks like owner/name."
+        )
     if rest and Path(owner).is_dir() and not _on_the_hub(name):
         raise ModelNotFound(
-            f"{name!r} is no folder{_nearest_parent(path)}, and no model of that name was found on the Hub."
+            f"{name!r} is not a folder{_nearest_parent(path)}, and the Hub has no model with that name."
         )
     return name
 
@@ -58,7 +60,7 @@ def _nearest_parent(path: Path) -> str:
     if parent is None or parent == Path("/"):
         return ""
     names = sorted(entry.name for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    held = f"holds {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "holds no folder"
+    held = f"contains {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "contains no folders"
     return f" ({str(parent)!r} {held})"
 
 
@@ -89,17 +91,17 @@ def check_trainable(path: str) -> None:
     if not (folder / "config.json").exists():
         if (folder / "adapter_config.json").exists():
             raise ModelNotFound(
-                f"{path!r} holds an adapter, not a whole model. Merge it into its base and train the result: "
+                f"{path!r} contains an adapter, not a whole model. Merge it into its base and train the result: "
                 f"AutoPeftModelForCausalLM.from_pretrained({path!r}).merge_and_unload().save_pretrained(FOLDER); "
                 "or, in Python, pass PeftModel.from_pretrained(base, ..., is_trainable=True) as model."
             )
-        raise ModelNotFound(f"{path!r} holds no model: there is no config.json in it.")
+        raise ModelNotFound(f"{path!r} contains no model: it has no config.json.")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ModelNotFound(f"{path}/config.json cannot be read: {error}") from error
     if not isinstance(config, dict) or not {"model_type", "auto_map"} & config.keys():
-        raise ModelNotFound(f"{path}/config.json does not say what model it is: it has no 'model_type'.")
+        raise ModelNotFound(f"{path}/config.json does not describe a model: it has no 'model_type'.")
 
 
 @contextmanager
@@ -129,12 +131,12 @@ def explained(*names: str) -> Iterator[None]:
         if any(isinstance(cause, GatedRepoError) for cause in causes):
             reason = "is gated: accept its conditions on its page, then log in with `hf auth login`"
         elif any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-            reason = "is neither a folder here nor a model on the Hub. If it is private, log in with `hf auth login`"
+            reason = "is neither a local folder nor a model on the Hub. If it is private, log in with `hf auth login`"
         elif any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
             offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
             reason = (
-                f"is neither a folder here nor in the cache, and {offline}. Download it where the Hub can be reached "
-                f"(`hf download NAME --local-dir FOLDER`) and give the folder"
+                f"is neither a local folder nor in the cache, and {offline}. Download it on a machine that can reach "
+                f"the Hub (`hf download NAME --local-dir FOLDER`) and pass the folder"
             )
         else:
             raise

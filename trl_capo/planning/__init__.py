@@ -1,1 +1,1 @@
-"""What a run will cost, before it starts: batches, steps, memory, time."""
+"""Estimate what a run will cost before it starts: batches, steps, memory, time."""

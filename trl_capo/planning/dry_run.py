@@ -28,9 +28,13 @@ if TYPE_CHECKING:
 def make_parser() -> argparse.ArgumentParser:
     """Parser for options that exist only in a dry run."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="say what would be done, and stop")
-    parser.add_argument("--accelerate_config", help="of a dry run: accelerate's file, for processes and sharding")
-    parser.add_argument("--gpu_memory", type=float, default=80.0, help="of a dry run: GiB of each GPU")
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="print what the run would do, then stop")
+    parser.add_argument(
+        "--accelerate_config", help="dry run: accelerate's configuration file, for processes and sharding"
+    )
+    parser.add_argument(
+        "--gpu_memory", type=float, default=80.0, help="dry run: memory of each GPU in GiB (default: %(default)s)"
+    )
     return parser
 
 
@@ -63,7 +67,7 @@ def read_launch(path: str | None) -> tuple[int, str]:
         return processes, "ddp"
     elif kind == "NO":
         return 1, "none"
-    raise UserError(f"{path}: distributed_type {kind!r} is not known to a dry run. It knows DDP, FSDP2, ZeRO-2 and 3.")
+    raise UserError(f"{path}: a dry run does not know distributed_type {kind!r}, only DDP, FSDP2, ZeRO-2 and ZeRO-3.")
 
 
 def empty_model(path: str, dtype: str | None, args, revision: str | None = None):
@@ -103,7 +107,7 @@ def batch_lines(
     used = num_prompts // prompts * prompts
     lines = [
         f"A generation: {num_processes} processes x {args.per_device_train_batch_size} rows x "
-        f"{args.steps_per_generation} = {generation:,} completions, {args.num_generations} to each of {prompts:,} "
+        f"{args.steps_per_generation} = {generation:,} completions, {args.num_generations} for each of {prompts:,} "
         "prompts.",
         f"An optimizer step: {num_processes} x {args.per_device_train_batch_size} x "
         f"{args.gradient_accumulation_steps} = {update:,} completions; generations begin every {interval} "
@@ -115,7 +119,7 @@ def batch_lines(
     if used < num_prompts:
         lines.append(
             f"Each epoch leaves out {num_prompts - used:,} of the {num_prompts:,} prompts, which do not fill a "
-            "generation; with shuffle_dataset other ones each time."
+            "generation. With shuffle_dataset, these are different prompts each time."
         )
     if num_eval_prompts and args.eval_strategy != "no":
         times = steps // int(args.eval_steps) if args.eval_strategy == "steps" and args.eval_steps >= 1 else 1
@@ -124,7 +128,7 @@ def batch_lines(
         parts = math.ceil(num_eval_prompts * num_generations / rows)
         lines.append(
             f"Evaluation: {num_eval_prompts:,} prompts x {num_generations} = {parts:,} batches, {times} "
-            f"times. A batch waits for its longest answer: {parts * times:,} such waits, beside {batches:,.0f} in "
+            f"times. A batch waits for its longest answer: {parts * times:,} such waits, and {batches:,.0f} in "
             "training."
         )
     return lines
@@ -217,9 +221,9 @@ def describe(
     validation = "none" if eval_dataset is None else f"{len(eval_dataset):,}"
     lines = [
         f"Method: {method_class._name}. Model: {path}, {numbers:,} parameters, {trained:,} of them trained.",
-        f"Prompts: {len(train_dataset):,} to train on, {validation} to evaluate on, of at most "
+        f"Prompts: {len(train_dataset):,} to train on, {validation} to evaluate on, each with at most "
         f"{max_prompt_tokens:,} tokens.",
-        f"The first: {train_dataset[0]['prompt']}, gold {train_dataset[0].get('solution')!r}",
+        f"First prompt: {train_dataset[0]['prompt']}, gold {train_dataset[0].get('solution')!r}",
         *batch_lines(method_class, args, launch[0], len(train_dataset), len(eval_dataset or ())),
         *memory_lines(found, launch, gpu_bytes),
     ]
@@ -228,7 +232,7 @@ def describe(
         if limit is not None and tokens > limit:
             lines.append(f"⚠️ {tokens:,} tokens of prompt and completion exceed {name}, {limit:,}.")
     if str(getattr(args.optim, "value", args.optim)) not in KNOWN_OPTIMIZERS:
-        lines.append(f"⚠️ The state of the optimizer {args.optim} is not known here and counted as AdamW's.")
+        lines.append(f"⚠️ The state of the optimizer {args.optim} is unknown and counted as AdamW's.")
     if model_args.load_in_4bit or model_args.load_in_8bit:
         lines.append("⚠️ Quantised weights are counted unquantised.")
     return lines + end_of_turn_warning(path, tokenizer, model_args.model_revision)
@@ -263,13 +267,13 @@ def memory_lines(found: Memory, launch: tuple[int, str], gpu_bytes: int) -> list
     kind = "one process" if num_processes == 1 else f"{num_processes} processes, {sharding}"
     share = found.total / gpu_bytes
     lines = [
-        f"Memory of each GPU, in GiB ({kind}; activations are an estimate):",
+        f"Memory per GPU in GiB ({kind}; activations are an estimate):",
         *(f"  {name:12}{size / GIB:9.3f}" for name, size in vars(found).items() if size),
         f"  {'total':12}{found.total / GIB:9.3f}   {share:.0%} of {gpu_bytes / GIB:g} (--gpu_memory)",
     ]
     if share > 0.95:
         lines.append(
-            "⚠️ This will probably not fit: fewer rows (per_device_train_batch_size), more sharding "
+            "⚠️ This will probably not fit. Use fewer rows (per_device_train_batch_size), more sharding "
             "(--accelerate_config), LoRA (use_peft), or a smaller vllm_gpu_memory_utilization."
         )
     return lines

@@ -1,1 +1,1 @@
-"""What is checked before training starts, one module a subject."""
+"""Checks before training starts, one module per subject."""

@@ -1,4 +1,4 @@
-"""Batch sizes that do not divide into groups, in the options that the user sets."""
+"""Refuses batch sizes that do not divide into groups, naming the options that the user sets."""
 
 import math
 
@@ -8,18 +8,18 @@ from trl_capo.errors import UserError
 
 
 def check_batches(args: GRPOConfig, generation_batch_size: int | None, steps_per_generation: int | None) -> None:
-    """Refuses a generation or an evaluation batch that does not hold whole groups.
+    """Refuses a generation or an evaluation batch that does not consist of whole groups.
 
     Args:
-        args: Where TRL's own check has stopped, or passed.
+        args: The trainer's configuration, whether it passed TRL's own check or failed it.
         generation_batch_size: As the user set it; TRL fills it in.
-        steps_per_generation: The same.
+        steps_per_generation: As the user set it; TRL fills it in.
 
     Raises:
         UserError: Names the options that were set and the nearest values that fit.
     """
     if not hasattr(args, "distributed_state"):
-        return  # stopped earlier than at the batches
+        return  # TRL's check failed before it reached the batches
     processes = f"{args.world_size} process{'' if args.world_size == 1 else 'es'}"
     rows, num_generations = args.per_device_train_batch_size * args.world_size, args.num_generations
     both = generation_batch_size is not None and steps_per_generation is not None
@@ -31,7 +31,7 @@ def check_batches(args: GRPOConfig, generation_batch_size: int | None, steps_per
             raise UserError(
                 f"generation_batch_size={generation_batch_size} must be a multiple of {unit}, which both "
                 f"per_device_train_batch_size={args.per_device_train_batch_size} x {processes} and "
-                f"num_generations={num_generations} divide: {_nearest(generation_batch_size, unit)}."
+                f"num_generations={num_generations} divide: use {_nearest(generation_batch_size, unit)}."
             )
     else:
         name = "gradient_accumulation_steps" if steps_per_generation is None else "steps_per_generation"
@@ -63,7 +63,7 @@ def check_batches(args: GRPOConfig, generation_batch_size: int | None, steps_per
 
 
 def _nearest(value: int, unit: int) -> str:
-    """The multiples of a unit on both sides of a value, for a message.
+    """The multiples of `unit` on either side of `value`, for a message.
 
     Example:
         >>> _nearest(12, 8), _nearest(3, 8)

@@ -1,9 +1,9 @@
-"""The metric that chooses the best checkpoint, stops early or lowers the learning rate, checked before training.
+"""Checks, before training, the metric that chooses the best checkpoint, stops early or lowers the learning rate.
 
-transformers looks it up after the first evaluation, and takes the loss if none is named: in GRPO and its relatives the
-mean of the advantages, which is 0 up to rounding, whatever the model can do.
+transformers looks the metric up after the first evaluation, and defaults to the loss. In GRPO and its relatives this
+is the mean of the advantages, which is 0 up to rounding, however good the model is.
 
-The names are known in advance, but for those that a reward function logs itself through TRL's `log_metric`. Where one
+All names are known in advance, except those that a reward function logs through TRL's `log_metric`. If a function
 could do so, only names close to a known one are refused, as misspelt.
 """
 
@@ -32,12 +32,12 @@ MASK = (
 )
 CAPO = ("soft_misranking", "tau")
 
-# Of TRL, logged under settings that are not looked at here.
+# TRL's metrics that depend on settings not examined here.
 DEPENDENT = ("cispo_clip_ratio", "vespo/", "entropy_coef", "aux_loss", "policy_loss", "tools/", "sampling/")
 
 
 def default_direction(metric: str | None) -> bool | None:
-    """`greater_is_better` where it is unset: False for our metrics that should fall, else transformers' choice.
+    """`greater_is_better` if it is unset: False for our metrics that should fall, else None: transformers decides.
 
     Example:
         >>> default_direction("eval_capo/soft_misranking"), default_direction("eval_reward")
@@ -47,12 +47,12 @@ def default_direction(metric: str | None) -> bool | None:
 
 
 def known_metrics(args: GRPOConfig, rewards: list[str], calibrated: bool) -> list[str]:
-    """Names of what an evaluation logs, without `eval_` and without the name of a set.
+    """Names of the metrics that an evaluation logs, without `eval_` and the name of a set.
 
     Args:
         args: The trainer's configuration.
         rewards: Names of the reward functions.
-        calibrated: Whether there is a label, and so the calibration metrics.
+        calibrated: Whether there is a correctness label, and so the calibration metrics.
     """
     names = ["reward", "reward_std", "frac_reward_zero_std", "entropy", "num_tokens"]
     names += [f"rewards/{name}/{statistic}" for name in rewards for statistic in ("mean", "std")]
@@ -81,22 +81,22 @@ def check_best_metric(
     calibrated: bool,
     open_names: bool,
 ) -> str | None:
-    """Refuses a metric that no evaluation will log, or that says nothing.
+    """Refuses a metric that no evaluation will log, or that is meaningless.
 
     Args:
         args: The trainer's configuration.
         eval_dataset: As given to the trainer.
-        callbacks: The same.
+        callbacks: As given to the trainer.
         reward_funcs: The reward functions.
         rewards: Their names.
-        calibrated: Whether there is a label.
-        open_names: Whether other metrics than those known here may be logged besides by reward functions.
+        calibrated: Whether there is a correctness label.
+        open_names: Whether anything but the reward functions may log metrics that are not known here.
 
     Returns:
         A warning, or None.
 
     Raises:
-        UserError: Says which metrics there are.
+        UserError: Suggests metrics to choose.
     """
     metric = args.metric_for_best_model
     evaluates = _value(args.eval_strategy) != "no"
@@ -124,13 +124,13 @@ def check_best_metric(
         user = users[0] if users else "metric_for_best_model"
         if args.beta != 0:
             return (
-                f"{user} goes by the evaluation loss. With beta={args.beta} that is beta times the divergence from "
-                "the reference, which is smallest for the model that has learnt least. A better metric_for_best_model "
+                f"{user} uses the evaluation loss. With beta={args.beta} this is beta times the divergence from the "
+                "reference, which is smallest for the model that has learnt least. A better metric_for_best_model "
                 f"is {_with_set(GOOD, sets)}."
             )
         raise UserError(
-            f"{user} would go by the evaluation loss, which is the mean of "
-            f"the advantages: 0 up to rounding, whatever the model can do. Set metric_for_best_model to "
+            f"{user} would use the evaluation loss, which is the mean of "
+            f"the advantages: 0 up to rounding, however good the model is. Set metric_for_best_model to "
             f"{_with_set(GOOD, sets)}."
         )
     names = known_metrics(args, rewards, calibrated)
@@ -147,7 +147,7 @@ def check_best_metric(
         available = [f"eval_{part}_{name}" for part in sets for name in names]
         if bare in names and prefixed == f"eval_{bare}" and not bare.startswith("capo/"):
             return (
-                f"metric_for_best_model={metric!r} is that of the last of several evaluation sets, {sets[-1]!r}. "
+                f"metric_for_best_model={metric!r} is taken from the last evaluation set, {sets[-1]!r}. "
                 f"To choose a set, name it: {', '.join(f'eval_{part}_{bare}' for part in sets[:3])}."
             )
     if prefixed in available or bare.startswith(DEPENDENT):
@@ -162,11 +162,11 @@ def check_best_metric(
     elsewhere = [f"capo/{name}" for name in (*CALIBRATION, *MASK, *CAPO) if f"capo/{name}" not in names]
     why = " with these settings" if bare in elsewhere else ""
     hint = f"Did you mean {' or '.join(close)}?" if close else f"Good choices are {_with_set(GOOD, sets)}."
-    raise UserError(f"metric_for_best_model={metric!r} is nothing that an evaluation logs{why}. {hint}")
+    raise UserError(f"metric_for_best_model={metric!r} is not logged by any evaluation{why}. {hint}")
 
 
 def may_log_metrics(function) -> bool:
-    """Whether a reward function could call TRL's `log_metric`: it takes it by name, or reads its `**kwargs`.
+    """Whether a reward function could call TRL's `log_metric`: it has that parameter, or reads its `**kwargs`.
 
     Example:
         >>> def constant(completions, **kwargs):
@@ -208,7 +208,7 @@ def _value(option) -> str:
 
 
 def _bare(metric: str | None, sets: list[str]) -> str | None:
-    """The metric without `eval_` and the name of a set."""
+    """The metric without `eval_` and the set's name."""
     if metric is None:
         return None
     metric = metric.removeprefix("eval_")

@@ -1,4 +1,4 @@
-"""Bad input is refused before any training time is spent, with one message that says what to change."""
+"""Refuses bad input before any training time is spent, with one message that says what to change."""
 
 import math
 import os
@@ -15,11 +15,11 @@ from trl_capo.preflight.schedule import FilledConfig
 
 
 def steps_between_generations(args: FilledConfig) -> int:
-    """Optimizer steps after which a generation is used up, where training can be resumed exactly.
+    """Optimizer steps after which a generation is used up, so that training can be resumed exactly.
 
-    A generation feeds `steps_per_generation x num_iterations` micro-steps, an optimizer step takes
-    `gradient_accumulation_steps` of them; this is the first number of optimizer steps at which both end. (Not counted:
-    the last step of an epoch may take fewer. Checkpoints know by themselves whether they lie within a generation.)
+    A generation feeds `steps_per_generation x num_iterations` micro-steps, and an optimizer step takes
+    `gradient_accumulation_steps` of them. This is the first number of optimizer steps at which both end. It ignores
+    that the last step of an epoch may take fewer; checkpoints record whether they lie within a generation.
     """
     generate_every = args.steps_per_generation * args.num_iterations
     return generate_every // math.gcd(generate_every, args.gradient_accumulation_steps)
@@ -28,15 +28,15 @@ def steps_between_generations(args: FilledConfig) -> int:
 def check_save_steps(args: FilledConfig, num_steps: float = math.inf) -> None:
     """Refuses checkpoints in the middle of a generation, from which training cannot resume exactly.
 
-    The completions of a generation are not part of a checkpoint. The checkpoint that transformers writes after the
-    last step may lie anywhere; resuming from it with a higher `max_steps` warns.
+    Checkpoints do not contain the completions of a generation. The checkpoint that transformers writes after the last
+    step may lie anywhere; resuming from it with a higher `max_steps` warns.
 
     Args:
         args: The trainer's configuration.
-        num_steps: Optimizer steps of the run: a checkpoint that it would never reach is not refused.
+        num_steps: Optimizer steps of the run. A checkpoint that it would never reach is not refused.
 
     Raises:
-        UserError: `save_steps` (`eval_steps` if the best model is saved) is no multiple of the optimizer steps
+        UserError: `save_steps` (`eval_steps` if the best model is saved) is not a multiple of the optimizer steps
             between two generations.
     """
     name = {"steps": "save_steps", "best": "eval_steps"}.get(args.save_strategy)
@@ -57,33 +57,33 @@ def check_save_steps(args: FilledConfig, num_steps: float = math.inf) -> None:
 def check_launch(world_size: int) -> None:
     """Refuses processes that were launched together but do not know of each other.
 
-    So it is with `accelerate launch` on a machine without a GPU unless the run is told to use the CPU: every process
-    would do the whole job alone and write into one directory.
+    This happens with `accelerate launch` on a machine without a GPU, unless the run is told to use the CPU: every
+    process would do the whole job alone and write to the same directory.
 
     Args:
-        world_size: How many processes this one knows of.
+        world_size: Number of processes that this one knows of.
 
     Raises:
-        UserError: The launcher started several processes, this one sees one.
+        UserError: The launcher started several processes, but this one sees only itself.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and world_size == 1:
         raise UserError(
-            f"{launched} processes were launched, but each would do the whole job alone. Without a GPU set "
+            f"{launched} processes were launched, but each would do the whole job alone. Without a GPU, set "
             "use_cpu=True (or the environment variable ACCELERATE_USE_CPU=true)."
         )
 
 
 def check_same_checkpoint(steps: list[int | None]) -> None:
-    """Refuses to resume where the processes see different checkpoints, as hosts do that share no disc.
+    """Refuses to resume if the processes see different checkpoints, as happens when hosts do not share a disk.
 
-    One would go on and another start anew, and they would wait for each other for ever.
+    One would resume and another start over, and they would wait for each other forever.
 
     Args:
-        steps: Of each process, the optimizer steps of the checkpoint that it would resume from; None without one.
+        steps: For each process, the optimizer steps of the checkpoint that it would resume from, or None.
 
     Raises:
-        UserError: They are not all the same.
+        UserError: They differ.
 
     Example:
         >>> check_same_checkpoint([40, 40])
@@ -91,16 +91,16 @@ def check_same_checkpoint(steps: list[int | None]) -> None:
     if len(set(steps)) > 1:
         seen = ", ".join(f"process {i} {'none' if step is None else f'step {step}'}" for i, step in enumerate(steps))
         raise UserError(
-            f"The processes see different checkpoints to resume from ({seen}). Put output_dir on a disc that all "
+            f"The processes see different checkpoints to resume from ({seen}). Put output_dir on a disk that all "
             "hosts share, or copy the newest checkpoint to each of them."
         )
 
 
 def check_sampler_logps(args: FilledConfig, has_rollout_func: bool) -> None:
-    """Refuses to score completions by log-probs of a sampler that has none, or that drew from another distribution.
+    """Refuses to score completions by a sampler's log-probs if it has none, or draws from another distribution.
 
     Args:
-        args: With `mean_logps_from`; plain `GRPOConfig`s are left alone.
+        args: A configuration with `mean_logps_from`; a plain `GRPOConfig` is not checked.
         has_rollout_func: Whether completions come from the user's own function.
 
     Raises:
@@ -130,8 +130,8 @@ def check_sampler_logps(args: FilledConfig, has_rollout_func: bool) -> None:
         if value not in neutral.get(name, ()):
             wanted = f"{name}={neutral[name][0]}" if name in neutral else f"no {name} in generation_kwargs"
             raise UserError(
-                f"mean_logps_from='sampler' needs {wanted}, got {value}: the sampler's log-probs would be those of a "
-                "distribution that the policy does not have. Or set mean_logps_from='policy'."
+                f"mean_logps_from='sampler' needs {wanted}, got {value}: otherwise the sampler draws from another "
+                "distribution than the policy's. Change it, or set mean_logps_from='policy'."
             )
 
 
@@ -140,10 +140,10 @@ def check_known_names(args: FilledConfig, losses: list[str]) -> None:
 
     Args:
         args: The trainer's configuration.
-        losses: The trainer's values of `loss_type`; empty if they are not known.
+        losses: Values of `loss_type` that the trainer accepts; empty if unknown.
 
     Raises:
-        UserError: Says which there are.
+        UserError: Lists the accepted values.
     """
     if losses and args.loss_type not in losses:
         raise UserError(f"loss_type={args.loss_type!r} must be one of {', '.join(losses)}.")
@@ -157,7 +157,7 @@ def check_output_dir(output_dir: str) -> None:
     """Refuses an output directory that cannot be created or written.
 
     Raises:
-        UserError: With the reason that the operating system gives.
+        UserError: Gives the operating system's reason.
     """
     try:
         os.makedirs(output_dir, exist_ok=True)
@@ -170,7 +170,7 @@ def check_output_dir(output_dir: str) -> None:
 
 
 def reward_list(reward_funcs) -> list:
-    """The reward functions as a list, as TRL takes them: one, several or none."""
+    """The reward functions as a list; TRL takes one, several or none."""
     if reward_funcs is None:
         return []
     return reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -196,14 +196,14 @@ def find_correctness_reward(names: list[str], wanted: str | None, needed: bool =
 
     Args:
         names: Names of the reward functions.
-        wanted: The option `correctness_reward`; may be None with one function.
-        needed: Whether the method depends on that label; otherwise it may be missing.
+        wanted: The option `correctness_reward`; may be None if there is one function.
+        needed: Whether the method needs the label; if not, it may be missing.
 
     Returns:
         The index; None if there is no label and none is needed.
 
     Raises:
-        UserError: It is missing with several functions, not one of them, or the name of two.
+        UserError: The option is missing with several functions, names none of them, or names two.
 
     Example:
         >>> find_correctness_reward(["format_reward", "accuracy_reward"], "accuracy_reward")
@@ -221,7 +221,7 @@ def find_correctness_reward(names: list[str], wanted: str | None, needed: bool =
     if wanted is None:
         return 0
     if wanted not in names:
-        raise UserError(f"correctness_reward={wanted!r} is not a reward function: one of {', '.join(names)}.")
+        raise UserError(f"correctness_reward={wanted!r} must be one of the reward functions: {', '.join(names)}.")
     if names.count(wanted) > 1:
         raise UserError(
             f"correctness_reward={wanted!r} is the name of {names.count(wanted)} reward functions. Give each its "

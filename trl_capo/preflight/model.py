@@ -1,4 +1,4 @@
-"""The model and the engine that a trainer is given, before anything is loaded."""
+"""Checks the model and the generation engine before anything is loaded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from trl_capo.models.source import check_trainable, model_path
 
 
 def check_before_data(args, model: str | None, *, another_machine: bool) -> str:
-    """Refuses what is wrong whatever the data are.
+    """Refuses input that is wrong whatever the data.
 
     Args:
         args: The trainer's configuration.
@@ -17,7 +17,7 @@ def check_before_data(args, model: str | None, *, another_machine: bool) -> str:
         another_machine: Whether the run is planned for another machine, where more may be installed.
 
     Returns:
-        Where the model is.
+        The model's folder or Hub id.
 
     Raises:
         UserError: One line that says what to change.
@@ -38,10 +38,10 @@ def check_before_data(args, model: str | None, *, another_machine: bool) -> str:
 
 
 def check_model(model):
-    """The model to train: a name becomes that of a folder or of the Hub, a model stays what it is.
+    """The model to train. A name is resolved to a folder or a Hub id; a model is returned unchanged.
 
     Raises:
-        ModelNotFound: The folder is missing, or holds no model.
+        ModelNotFound: The folder is missing or contains no model.
     """
     if not isinstance(model, str):
         return model
@@ -51,21 +51,21 @@ def check_model(model):
 
 
 def check_others(args, reward_funcs: list) -> None:
-    """Refuses a reference or a reward model whose folder is missing, also where the method does not need it.
+    """Refuses a reference or a reward model whose folder is missing, even if the method does not need it.
 
     Raises:
-        ModelNotFound: Says which folder.
+        ModelNotFound: Names the folder.
     """
     for name in [getattr(args, "ref_model_name_or_path", None), *reward_funcs]:
         check_model(name)
 
 
 def check_engine(args, engine: type) -> None:
-    """Refuses vLLM where it is not installed.
+    """Refuses vLLM if it is not installed.
 
     Args:
         args: The trainer's configuration.
-        engine: The class that TRL generates with; one that is not TRL's own needs no vLLM.
+        engine: The class that TRL generates with. Only TRL's own needs vLLM.
 
     Raises:
         UserError: Says how to install it.
@@ -75,12 +75,12 @@ def check_engine(args, engine: type) -> None:
     try:
         require("vllm")
     except ValueError as error:
-        raise UserError(f"use_vllm=True: {error} Or set use_vllm=False: transformers then generates.") from error
+        raise UserError(f"use_vllm=True: {error} Or set use_vllm=False to generate with transformers.") from error
 
 
 @contextmanager
 def naming_target_modules(model_args) -> Iterator[None]:
-    """PEFT's error about modules that the model does not have, in one line and by the option.
+    """Turns PEFT's error about modules that the model does not have into one line that names the option.
 
     Raises:
         UserError: `lora_target_modules` names none of the model's modules.
@@ -93,6 +93,6 @@ def naming_target_modules(model_args) -> Iterator[None]:
         names = model_args.lora_target_modules
         given = " ".join(names) if isinstance(names, list) else names
         raise UserError(
-            f"lora_target_modules={given} is no part of the model. Name modules such as q_proj v_proj, or use "
+            f"lora_target_modules={given} is not part of the model. Name modules such as q_proj v_proj, or use "
             "all-linear."
         ) from error

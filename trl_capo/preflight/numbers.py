@@ -1,4 +1,4 @@
-"""Ranges of TRL's and our options that are numbers: outside them a training crashes or means nothing.
+"""Valid ranges of numeric options, TRL's and ours: outside them, training crashes or is meaningless.
 
 Imports nothing heavy, so that the command line can check them before TRL is imported.
 """
@@ -41,7 +41,7 @@ RANGE_OF = {name: (words, allows) for words, (allows, names) in RANGES.items() f
 
 
 def number_problem(name: str, value: Any) -> str | None:
-    """What a number should be and is not; None if it will do, is no number, or any number will do.
+    """The range that a number violates, in words; None if it is valid or not a number.
 
     Example:
         >>> number_problem("learning_rate", "-1"), number_problem("learning_rate", 1e-6)

@@ -1,4 +1,4 @@
-"""Whether prompts fit the tokenizer's chat template, and the tokenizer the model's vocabulary."""
+"""Checks that prompts fit the chat template and the context, and the tokenizer the model's vocabulary."""
 
 import os
 import warnings
@@ -12,20 +12,20 @@ from trl_capo.models.chat_templates import with_defaults
 from trl_capo.models.prompts import tokenize
 
 
-ROWS = 1000  # as many of each set are looked at
+ROWS = 1000  # rows of each set that `check_prompts_fit` reads
 
 
 def check_prompts_fit(tokenizer, vocabulary: int | None, chat_template_kwargs: dict | None, **datasets) -> None:
     """Refuses conversations that the chat template cannot render, or whose system message it leaves out.
 
     Args:
-        tokenizer: Processors of images are left alone, and so is None.
+        tokenizer: The tokenizer. Image processors and None are not checked.
         vocabulary: Size of the model's vocabulary; None if unknown.
-        chat_template_kwargs: Of the trainer's configuration.
+        chat_template_kwargs: From the trainer's configuration.
         datasets: `train_dataset` and `eval_dataset`, as given to the trainer. Streams are not read.
 
     Raises:
-        UserError: Says what in the template or the prompts to change.
+        UserError: Says what to change in the template or the prompts.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         return
@@ -59,17 +59,17 @@ def check_prompts_fit(tokenizer, vocabulary: int | None, chat_template_kwargs: d
         if vocabulary is not None and highest >= vocabulary:
             raise UserError(
                 f"The prompts have the token {tokenizer.convert_ids_to_tokens(highest)!r} with id {highest}, but the "
-                f"model's vocabulary has {vocabulary} tokens. Take the tokenizer that belongs to the model, or resize "
+                f"model's vocabulary has {vocabulary} tokens. Use the tokenizer that belongs to the model, or resize "
                 f"the model: model.resize_token_embeddings({len(tokenizer)})."
             )
 
 
 def check_lengths_fit(tokenizer, config, args, **datasets) -> None:
-    """Refuses prompts that leave less of the model's context than `max_completion_length`. All rows are looked at.
+    """Refuses prompts that leave less of the model's context than `max_completion_length`. Checks all rows.
 
     Args:
-        tokenizer: Processors of images are left alone, and so is None.
-        config: Of the model. One without `max_position_embeddings` has no limit.
+        tokenizer: The tokenizer. Image processors and None are not checked.
+        config: The model's configuration. Without `max_position_embeddings` there is no limit.
         args: The trainer's configuration.
         datasets: `train_dataset` and `eval_dataset`, as given to the trainer. Streams are not read.
 
@@ -81,7 +81,7 @@ def check_lengths_fit(tokenizer, config, args, **datasets) -> None:
         return
     tokenizer = with_defaults(tokenizer, args.chat_template_kwargs)
     limit = context - args.max_completion_length
-    if limit < 1:  # TRL trains here, and so do its own defaults with a small model: said, not refused
+    if limit < 1:  # TRL trains here, as its defaults do with a small model: warn only
         warnings.warn(
             f"max_completion_length={args.max_completion_length} exceeds the model's context of {context} tokens: "
             "longer completions use positions that the model has never seen.",
@@ -99,13 +99,12 @@ def check_lengths_fit(tokenizer, config, args, **datasets) -> None:
                     raise UserError(
                         f"{name}: row {start + p} has a prompt of {len(ids)} tokens. With max_completion_length="
                         f"{args.max_completion_length}, the model's context of {context} tokens leaves {limit}. Drop "
-                        f"longer prompts (--max_prompt_tokens {limit} of trl-capo train) or lower "
-                        "max_completion_length."
+                        f"longer prompts (trl-capo train --max_prompt_tokens {limit}) or lower max_completion_length."
                     )
 
 
 def _bytes_around(tokenizer, prompt) -> int:
-    """What the tokenizer may put around a message: no token is shorter than a byte."""
+    """Bytes that the tokenizer may put around a message; no token is shorter than a byte."""
     return 16 if isinstance(prompt, str) else 16 + len(tokenizer.decode(tokenize(tokenizer, [prompt])[0]).encode())
 
 
@@ -115,18 +114,18 @@ def _bytes_at_most(prompt, around: int) -> int:
 
 
 def check_prompts(model, args, given: dict) -> bool:
-    """`check_prompts_fit`, as far as it can be done without the Hub: also before the model is loaded.
+    """Checks prompts as far as possible without the Hub, even before the model is loaded.
 
     Args:
         model: A name, or a model.
         args: The trainer's configuration.
-        given: What else the trainer was given, by name.
+        given: The trainer's other arguments, by name.
 
     Returns:
         Whether the prompts were checked.
     """
     if given["environment_factory"] is not None:
-        return True  # it brings its own prompts
+        return True  # the environment brings its own prompts
     config, tokenizer = getattr(model, "config", None), given["processing_class"]
     if isinstance(model, str):
         if not os.path.isdir(model):
@@ -136,7 +135,7 @@ def check_prompts(model, args, given: dict) -> bool:
             if tokenizer is None:
                 tokenizer = AutoProcessor.from_pretrained(model, trust_remote_code=args.trust_remote_code)
         except Exception:
-            return False  # the trainer says what is wrong when it loads them
+            return False  # the trainer says what is wrong when it loads the model
     if tokenizer is None:
         return False
     datasets = {name: given[name] for name in ("train_dataset", "eval_dataset")}
@@ -146,7 +145,7 @@ def check_prompts(model, args, given: dict) -> bool:
 
 
 def vocabulary_of(config) -> int | None:
-    """Size of a model's vocabulary, by its configuration; None if that does not say."""
+    """Size of a model's vocabulary, from its configuration; None if unknown."""
     return None if config is None else getattr(config.get_text_config(), "vocab_size", None)
 
 
@@ -171,7 +170,7 @@ def _check_special_tokens(tokenizer, vocabulary: int) -> None:
         if index is not None and index >= vocabulary:
             raise UserError(
                 f"The tokenizer's {name} {token!r} has id {index}, but the model's vocabulary has {vocabulary} "
-                f"tokens. Take the tokenizer that belongs to the model, set {name} to a token that the model "
+                f"tokens. Use the tokenizer that belongs to the model, set {name} to a token that the model "
                 f"knows, or resize the model: model.resize_token_embeddings({len(tokenizer)})."
             )
 
@@ -179,7 +178,7 @@ def _check_special_tokens(tokenizer, vocabulary: int) -> None:
 def _rendered(tokenizer, prompt: list[dict], roles: tuple, name: str, kwargs: dict) -> str:
     if tokenizer.chat_template is None:
         raise UserError(
-            f"{name} has conversations as prompts, but {_name(tokenizer)} has no chat template. Take an instruct "
+            f"{name} has conversations as prompts, but {_name(tokenizer)} has no chat template. Use an instruct "
             "model, set tokenizer.chat_template, or give prompts as plain text."
         )
     try:

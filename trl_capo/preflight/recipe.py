@@ -1,4 +1,4 @@
-"""All checks of a recipe that need neither the model nor this machine: a trainer and `--dry-run` make the same."""
+"""Checks of a recipe that need neither the model nor this machine, shared by the trainer and `--dry-run`."""
 
 import warnings
 from typing import Protocol
@@ -13,12 +13,12 @@ from trl_capo.preflight.checks import (
     reward_list,
     reward_names,
 )
-from trl_capo.preflight.rewards import check_numbers, repeated_names
+from trl_capo.preflight.rewards import check_one_each, repeated_names
 from trl_capo.preflight.schedule import FilledConfig, check_enough_prompts, schedule
 
 
 class Method(Protocol):
-    """A trainer's class, as far as its run can be checked by it."""
+    """What the checks need from a trainer's class."""
 
     @staticmethod
     def generations_per_batch(args) -> int: ...
@@ -30,7 +30,7 @@ class Method(Protocol):
     def needs_correct(cls, args) -> bool: ...
 
 
-def check_recipe(
+def check_run(
     method_class: type[Method],
     args: FilledConfig,
     reward_funcs,
@@ -43,14 +43,14 @@ def check_recipe(
     environment_factory=None,
     **others,
 ) -> None:
-    """Refuses what would fail, or mean nothing, during training.
+    """Refuses input that would fail, or be meaningless, in training.
 
     Args:
-        method_class: The trainer.
-        args: Its configuration, made for the launch.
+        method_class: The trainer's class.
+        args: Its configuration, with the launch's number of processes.
         reward_funcs, train_dataset, eval_dataset: As given to the trainer.
-        reward_processing_classes, callbacks, rollout_func, environment_factory: The same.
-        others: Other arguments of the trainer, which are not looked at.
+        reward_processing_classes, callbacks, rollout_func, environment_factory: As given to the trainer.
+        others: The trainer's other arguments, which are not checked.
 
     Raises:
         ValueError: One line that says what to change.
@@ -64,13 +64,13 @@ def check_recipe(
     if environment_factory is None:  # an environment brings its own prompts, and perhaps a reward
         check_data(reward_funcs, train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_enough_prompts(args, train_dataset, eval_dataset)
-        check_numbers(len(functions), reward_processing_classes, args.reward_weights)
+        check_one_each(len(functions), reward_processing_classes, args.reward_weights)
         label, needed = getattr(args, "correctness_reward", None), method_class.needs_correct(args)
         calibrated = find_correctness_reward(names, label, needed=needed) is not None
     for name in repeated_names(names):
         warnings.warn(
-            f"{names.count(name)} reward functions are called {name!r}: TRL logs them as one. To tell them apart, "
-            "give each a __name__ of its own.",
+            f"{names.count(name)} reward functions are named {name!r}, so TRL logs them as one. To tell them apart, "
+            "give each its own __name__.",
             UserWarning,
             stacklevel=4,
         )
@@ -94,5 +94,5 @@ def _class_of(callback) -> type:
 
 
 def _is_known(kind: type) -> bool:
-    """Whether a class is not the user's, which may log metrics of its own."""
+    """Whether a class comes from a known library. The user's own may log other metrics."""
     return kind.__module__.partition(".")[0] in ("trl_capo", "trl", "transformers")

@@ -1,4 +1,4 @@
-"""Reward functions: found by the names that recipes give them, and told apart by the names that TRL gives them."""
+"""Loads reward functions by the names in recipes, and checks the names that TRL gives them."""
 
 import sys
 from collections import Counter
@@ -8,16 +8,16 @@ from trl_capo.imports import hint, load
 
 
 def load_reward_function(name: str, normalize_operators: bool = False):
-    """The reward function of a recipe: `accuracy_reward`, another name of `trl.rewards`, or a dotted import path.
+    """Loads a recipe's reward function: `accuracy_reward`, another name in `trl.rewards`, or a dotted import path.
 
-    Modules are also looked for in the working directory.
+    Modules may also be in the working directory.
 
     Args:
         name: The name in the recipe.
-        normalize_operators: Let `accuracy_reward` mend malformed LaTeX operators before it grades.
+        normalize_operators: Let `accuracy_reward` repair malformed LaTeX operators before it grades.
 
     Raises:
-        UserError: Says which file or name was looked for, and what may have been meant.
+        UserError: Names the missing file or name, and suggests similar ones.
 
     Example:
         >>> load_reward_function("math.sqrt")(4.0)
@@ -35,8 +35,8 @@ def load_reward_function(name: str, normalize_operators: bool = False):
             function = get_accuracy_reward(normalize_operators=True) if normalize_operators else accuracy_reward
         if name.startswith("get_") and callable(function):
             raise UserError(
-                f"reward_funcs: {name!r} makes a reward function and is none. Call it in a module of your own and "
-                "give the dotted path of what it returns."
+                f"reward_funcs: {name!r} returns a reward function but is not one. Call it in a module of your own "
+                "and give the dotted path of the result."
             )
         if callable(function):
             return function
@@ -47,12 +47,12 @@ def load_reward_function(name: str, normalize_operators: bool = False):
     function = load("reward_funcs", name, module, attribute)
     if not callable(function):
         where = getattr(sys.modules[module], "__file__", None) or module
-        raise UserError(f"reward_funcs: {attribute!r} of {where} is no function, but {type(function).__name__}.")
+        raise UserError(f"reward_funcs: {attribute!r} in {where} must be a function, got {type(function).__name__}.")
     return function
 
 
 def repeated_names(names: list[str]) -> list[str]:
-    """Names that several reward functions share.
+    """Names shared by several reward functions.
 
     Example:
         >>> repeated_names(["reward", "length", "reward"])
@@ -61,18 +61,18 @@ def repeated_names(names: list[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
 
 
-def check_numbers(num_functions: int, processing_classes, weights: list[float] | None) -> None:
-    """Refuses processing classes or weights that are not one for each reward function.
+def check_one_each(num_functions: int, processing_classes, weights: list[float] | None) -> None:
+    """Refuses processing classes or weights that are not one per reward function.
 
     Raises:
-        UserError: Says how many there are and how many are needed.
+        UserError: Says how many were given and how many are needed.
     """
     if processing_classes is not None:
         count = len(processing_classes) if isinstance(processing_classes, list) else 1
         if count != num_functions:
             raise UserError(
                 f"The number of reward processing classes ({count}) must match the number of reward functions "
-                f"({num_functions}). Give a list of one for each, None for a function."
+                f"({num_functions}). Give a list with one for each, None for a function."
             )
     if weights is not None and len(weights) != num_functions:
         raise UserError(

@@ -1,8 +1,8 @@
-"""How many generations and optimizer steps a run makes of its prompts, counted as TRL's sampler and loop do.
+"""Counts the generations and optimizer steps of a run, as TRL's sampler and loop do.
 
-TRL's sampler deals the prompts of an epoch into generations and leaves out the rest that does not fill one; each
-generation feeds `steps_per_generation x num_iterations` micro-steps; an optimizer step takes
-`gradient_accumulation_steps` of them, the last one of an epoch perhaps fewer.
+TRL's sampler divides the prompts of an epoch into generations and leaves out a remainder that does not fill one. Each
+generation feeds `steps_per_generation x num_iterations` micro-steps. An optimizer step takes
+`gradient_accumulation_steps` of them; the last one of an epoch may take fewer.
 """
 
 import math
@@ -18,14 +18,14 @@ from trl_capo.errors import UserError
 if TYPE_CHECKING:
 
     class FilledConfig(GRPOConfig):
-        """A configuration as its constructor leaves it: TRL declares as optional what it then fills in."""
+        """A configuration whose constructor has run: TRL declares as optional what the constructor fills in."""
 
         output_dir: str
         num_generations: int
         generation_batch_size: int
         steps_per_generation: int
         gradient_checkpointing_kwargs: dict[str, Any] | None
-        correctness_reward: str | None  # ours: the trainer has set its default where a plain `GRPOConfig` was given
+        correctness_reward: str | None  # ours: the trainer sets its default on a plain `GRPOConfig`
 
 else:
     FilledConfig = GRPOConfig
@@ -36,13 +36,13 @@ class Schedule:
     """A run in numbers.
 
     Attributes:
-        prompts_per_generation: Of all processes together.
-        generations_per_epoch: Each with prompts of its own. Infinite for a stream, whose length is unknown.
-        draws: How often in a row each generation's prompts are drawn (`generations_per_batch` of a method).
-        micro_steps_per_generation: Of one draw.
-        steps_per_epoch: Optimizer steps.
+        prompts_per_generation: Prompts over all processes.
+        generations_per_epoch: Generations with prompts of their own. Infinite for a stream, whose length is unknown.
+        draws: How many times in a row each generation's prompts are drawn (a method's `generations_per_batch`).
+        micro_steps_per_generation: Micro-steps per draw.
+        steps_per_epoch: Optimizer steps per epoch.
         steps: Optimizer steps of the whole run.
-        accumulation: Micro-steps of an optimizer step.
+        accumulation: Micro-steps per optimizer step.
     """
 
     prompts_per_generation: int
@@ -55,7 +55,7 @@ class Schedule:
 
     @property
     def rollout_batches(self) -> int:
-        """How often completions are generated."""
+        """Number of times that completions are generated."""
         if math.isinf(self.steps_per_epoch):
             micro_steps: float = self.steps * self.accumulation
         elif self.steps_per_epoch == 0:
@@ -68,15 +68,15 @@ class Schedule:
 
     @property
     def prompts_seen(self) -> int:
-        """Prompts of the whole run; one that a later epoch repeats counts again."""
+        """Prompts of the whole run; repeats in later epochs count again."""
         return math.ceil(self.rollout_batches / self.draws) * self.prompts_per_generation
 
 
 def schedule(args: FilledConfig, num_prompts: int | None, draws: int = 1) -> Schedule:
-    """Counts a run.
+    """Counts the steps of a run.
 
     Args:
-        args: The trainer's configuration, as made for the launch.
+        args: The trainer's configuration, with the launch's number of processes.
         num_prompts: Rows of the training set; None for a stream.
         draws: `generations_per_batch` of the method.
     """
@@ -95,24 +95,24 @@ def schedule(args: FilledConfig, num_prompts: int | None, draws: int = 1) -> Sch
 
 
 def check_some_steps(args: FilledConfig) -> None:
-    """Refuses a length of no steps.
+    """Refuses a run without steps.
 
     Raises:
         UserError: `max_steps` or `num_train_epochs` is 0.
     """
     if args.max_steps == 0:
-        raise UserError("max_steps=0 trains nothing: set it to at least 1, or to -1 for num_train_epochs.")
+        raise UserError("max_steps=0 trains nothing: set it to at least 1, or to -1 to use num_train_epochs.")
     if args.max_steps < 0 and args.num_train_epochs <= 0:
         raise UserError(f"num_train_epochs={args.num_train_epochs} trains nothing: set it above 0, or set max_steps.")
 
 
 def check_enough_prompts(args: FilledConfig, train_dataset, eval_dataset=None) -> None:
-    """Refuses sets of which not one generation, or not one evaluation batch, can be made: nothing would be trained.
+    """Refuses datasets too small for one generation or one evaluation batch.
 
     Args:
         args: The trainer's configuration.
         train_dataset: As given to the trainer. Streams cannot be counted in advance.
-        eval_dataset: The same; may be a dictionary of sets.
+        eval_dataset: As given to the trainer; may be a dictionary of sets.
 
     Raises:
         UserError: Says how many prompts there are, how many are needed and what to lower.
@@ -124,8 +124,8 @@ def check_enough_prompts(args: FilledConfig, train_dataset, eval_dataset=None) -
             raise UserError(
                 f"train_dataset has {_prompts(len(train_dataset))}, but one generation takes {needed}, so nothing "
                 f"would be trained: {batch_arithmetic(args)} = {args.generation_batch_size} completions, "
-                f"num_generations={args.num_generations} to each prompt. Lower {' or '.join(options)} to at most "
-                f"{len(train_dataset) * args.num_generations} completions a generation, or add prompts."
+                f"num_generations={args.num_generations} for each prompt. Lower {' or '.join(options)} to at most "
+                f"{len(train_dataset) * args.num_generations} completions per generation, or add prompts."
             )
     if not args.dataloader_drop_last or args.eval_strategy == "no":
         return
@@ -147,13 +147,13 @@ def _prompts(count: int) -> str:
 
 
 def steps_option(args: FilledConfig) -> str:
-    """The option that says how many micro-batches a generation has."""
+    """The option that sets the number of micro-batches in a generation."""
     same = args.steps_per_generation == args.gradient_accumulation_steps
     return "gradient_accumulation_steps" if same else "steps_per_generation"
 
 
 def batch_arithmetic(args: FilledConfig) -> str:
-    """The completions of a generation as a product, in the options that the user sets."""
+    """The completions of a generation as a product of the options that the user sets."""
     processes = f"{args.world_size} process{'' if args.world_size == 1 else 'es'}"
     return (
         f"per_device_train_batch_size={args.per_device_train_batch_size} x {processes} x "

@@ -60,7 +60,7 @@ def add_to_model_card(block: str | Path, folder: str | Path) -> Path:
     """
     block, folder = Path(block), Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder of a model, so it has no card to write into.")
+        raise UserError(f"{folder} is not a folder. Give the folder of the model whose card you want to change.")
     text = mask(block.read_text(encoding="utf-8"))
     if folder.resolve() != block.parent.resolve():
         for image in figures(text, block.parent):
@@ -204,9 +204,7 @@ def final_figures(history: list[dict]) -> str | None:
     rows = sorted(last.values(), key=lambda row: (row[0] != "training", row[0], order.index(row[1])))
     table = [f"| {part} | {figure} | {value} | {step} |" for part, figure, value, step in map(_cells, rows)]
     head = ["| | Figure | Value | Step |", "|---|---|---|---|"]
-    about = (
-        "The last values that were logged. Those of the training are of the completions sampled since the log before."
-    )
+    about = "The last logged values. Training values cover the completions sampled since the previous log."
     return "\n".join(["## Final figures", "", about, "", *head, *table])
 
 

@@ -47,8 +47,8 @@ def wants_private(configured: bool | None, asked: bool | None = None) -> bool | 
     """
     if configured and asked is not None and not asked:
         raise UserError(
-            "push_to_hub(private=False) contradicts hub_private_repo=True of the configuration: to publish the model, "
-            "set hub_private_repo=False; else leave private out."
+            "push_to_hub(private=False) contradicts hub_private_repo=True in the configuration. To publish the model, "
+            "set hub_private_repo=False; otherwise leave private out."
         )
     return True if configured or asked else configured if asked is None else asked
 
@@ -71,9 +71,9 @@ def check_private(repo_id: str, token: str | None = None, repo_type: str | None 
     private = (api or HfApi()).repo_info(repo_id, repo_type=repo_type, token=token).private
     if private:
         return
-    state = "exists and is public" if private is False else "has a visibility that the Hub does not tell"
+    state = "exists and is public" if private is False else "has a visibility that the Hub does not report"
     raise UserError(
-        f"{repo_id} {state}, but hub_private_repo (--private) asks for a private one. Nothing was uploaded. Make it "
+        f"{repo_id} {state}, but hub_private_repo (--private) requires a private one. Nothing was uploaded. Make it "
         "private in its settings, or use another name."
     )
 
@@ -146,5 +146,5 @@ class GuardedApi:
             return self._upload(options)
         except Exception as error:  # catch any error, because nobody may ever read the result
             reason = mask(" ".join(str(error).split()))
-            logger.warning(f"⚠️ An upload to the Hub in the background failed; the files are still here: {reason}")
+            logger.warning(f"⚠️ A background upload to the Hub failed; the files are still here: {reason}")
             raise

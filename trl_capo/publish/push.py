@@ -65,7 +65,7 @@ def push_folder(
     say(f"Uploading {folder} to {repo_id}: {len(files)} files, {size:,.1f} MB.")
     if rest := left_behind(folder, list(files)):
         shown = ", ".join(rest[:SHOWN]) + f" and {len(rest) - SHOWN} more" * (len(rest) > SHOWN)
-        say(f"Left behind, because a model repository does not need them: {shown}.")
+        say(f"Not uploaded, because a model repository does not need them: {shown}.")
     for wait in (*WAITS, None):
         try:
             address = _push(folder, files, repo_id, private, dataset, revision, token)
@@ -77,9 +77,9 @@ def push_folder(
                 command = push_command(folder, repo_id, private, dataset, revision)
                 raise PushError(
                     f"{folder} could not be pushed to {repo_id}: {reason} Nothing is lost, the model is in {folder}. "
-                    f"To go on: {command}"
+                    f"To retry: {command}"
                 ) from error
-            say(f"⚠️ The upload failed: {reason} Trying again in {wait} s.", flush=True)
+            say(f"⚠️ The upload failed: {reason} Retrying in {wait} s.", flush=True)
             sleep(wait)
     raise AssertionError("the last attempt returns or raises")
 
@@ -128,17 +128,17 @@ def model_files(folder: str | Path) -> dict[str, Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder. Give the output_dir of a run.")
+        raise UserError(f"{folder} is not a folder. Give the output_dir of a run.")
     names = files_to_upload(folder)
     if not any(name.endswith(".safetensors") for name in names):
         checkpoints = sorted(str(path) for path in folder.glob("checkpoint-*"))
-        hint = f" Its checkpoints can be pushed one by one: {', '.join(checkpoints)}." if checkpoints else ""
+        hint = f" You can push one of its checkpoints: {', '.join(checkpoints)}." if checkpoints else ""
         if pickles := sorted(path.name for path in folder.glob("*.bin") if path.name != "training_args.bin"):
             hint = (
-                f" {', '.join(pickles)} is a pickle, which is not uploaded: load the model with from_pretrained and "
-                "save it with save_pretrained first, which writes safetensors."
+                f" Pickles are not uploaded ({', '.join(pickles)}). Load the model with from_pretrained and save it "
+                "with save_pretrained, which writes safetensors."
             )
-        raise UserError(f"{folder} holds no weights (*.safetensors).{hint}")
+        raise UserError(f"{folder} contains no weights (*.safetensors).{hint}")
     files = {name: folder / name for name in names}
     run = run_folder(folder)
     return files | {name: run / name for name in (RECIPE, RECORD) if (run / name).exists()}
@@ -152,7 +152,7 @@ def _private_by_recipe(folder: Path, say: Callable[..., None]) -> bool | None:
     recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
     wanted = str(recipe.get("hub_private_repo")).lower() in ("true", "1", "yes") if isinstance(recipe, dict) else False
     if wanted:
-        say(f"{path} says hub_private_repo: true, so the repository must be private (--no-private: publish it).")
+        say(f"{path} says hub_private_repo: true, so the repository must be private. To publish it, use --no-private.")
     return True if wanted else None
 
 

@@ -54,7 +54,7 @@ def write_reproduction(
         "versions": versions(),
         "git": {
             "working_directory": git_state(Path.cwd()),
-            "package": git_state(Path(__file__).parent, of=Path(__file__).name),
+            "package": git_state(Path(__file__).parent, tracked=Path(__file__).name),
         },
     }
     if resumed_from is not None and (folder / RECORD).exists():
@@ -86,19 +86,19 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_state(folder: Path, of: str | None = None) -> dict[str, Any] | None:
+def git_state(folder: Path, tracked: str | None = None) -> dict[str, Any] | None:
     """The commit that a folder is at.
 
     Args:
         folder: Any folder.
-        of: A file in it that git must track, because an installed package may lie inside another repository.
+        tracked: A file in it that git must track, because an installed package may lie inside another repository.
 
     Returns:
         `commit`, and `dirty`: whether a tracked file has changed since. None outside a repository.
     """
     try:
-        if of is not None:
-            _git(folder, "ls-files", "--error-unmatch", of)
+        if tracked is not None:
+            _git(folder, "ls-files", "--error-unmatch", tracked)
         commit = _git(folder, "rev-parse", "HEAD")
         return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.SubprocessError):
@@ -180,9 +180,9 @@ def _write_recipe(path: Path, options: dict, date: str, left_out: list[str]) -> 
     import yaml
 
     text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True, width=100)
-    head = f"# The run of {date}. Relative paths start where it was started.\n"
+    head = f"# Run started {date}. Relative paths start from the folder in which it was started.\n"
     if left_out:
-        head += f"# Secrets that were set and are not kept here: {' '.join(', '.join(left_out).split())}\n"
+        head += f"# Secrets that were set but are not stored here: {' '.join(', '.join(left_out).split())}\n"
     write_text(path, head + text)
 
 

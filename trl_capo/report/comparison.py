@@ -58,25 +58,26 @@ def write_comparison(
 
     runs = {baseline: runs[baseline], **runs}  # first everywhere, so that its colour is the same everywhere
     evaluated = {
-        name: {seed: cast(Path, evaluation_folder(path)) for seed, path in of.items()} for name, of in runs.items()
+        name: {seed: cast(Path, evaluation_folder(path)) for seed, path in seeds.items()}
+        for name, seeds in runs.items()
     }
-    sets = {name: {seed: read_samples(path) for seed, path in of.items()} for name, of in evaluated.items()}
+    sets = {name: {seed: read_samples(path) for seed, path in seeds.items()} for name, seeds in evaluated.items()}
     check_same_questions(sets)
-    summaries = {name: {seed: read_summary(path) for seed, path in of.items()} for name, of in evaluated.items()}
+    summaries = {name: {seed: read_summary(path) for seed, path in seeds.items()} for name, seeds in evaluated.items()}
     rows = compare(sets, baseline)
     for row in rows:
         row["by_run"] = {
-            run_name(row["method"], seed): {name: numbers(of) for name, of in summary.items()}
+            run_name(row["method"], seed): {name: numbers(benchmark) for name, benchmark in summary.items()}
             for seed, summary in summaries[row["method"]].items()
         }
         for metric in OF_BENCHMARK:
-            row[metric] = nanmean([of[metric] for run in row["by_run"].values() for of in run.values()])
+            row[metric] = nanmean([benchmark[metric] for run in row["by_run"].values() for benchmark in run.values()])
     histories = {
         name: mean_history([path / "model" for path in seeds.values()])
         for name, seeds in runs.items()
         if None not in seeds
     }
-    records = {run_name(name, seed): record(path) for name, of in runs.items() for seed, path in of.items()}
+    records = {run_name(name, seed): record(path) for name, seeds in runs.items() for seed, path in seeds.items()}
     caption = describe(sets, baseline, records, rows)
     write_json(
         folder / "comparison.json",
@@ -98,8 +99,10 @@ def write_comparison(
     picture = (folder / "comparison.png").read_bytes()
     section = html_section("All seeds", caption, (header, cells), picture)
     seed = next(iter(sets[baseline]))  # the sections below show single models: those with this seed
-    chosen = {name: of.get(None, of.get(seed)) for name, of in sets.items()}
-    shown = {name if None in sets[name] else f"{name}, seed {seed}": of for name, of in chosen.items() if of}
+    chosen = {name: seeds.get(None, seeds.get(seed)) for name, seeds in sets.items()}
+    shown = {
+        name if None in sets[name] else f"{name}, seed {seed}": samples for name, samples in chosen.items() if samples
+    }
     write_report(shown, folder / "report.html", first_section=section)
     return text
 
@@ -112,15 +115,15 @@ def run_name(method: str, seed: int | None) -> str:
 def check_same_questions(sets: dict[str, dict[int | None, list[SampleSet]]]) -> None:
     """Refuse runs that answered different questions, because rows are paired by their number."""
     known: dict[str, SampleSet] = {}
-    for name, of in sets.items():
-        for seed, benchmarks in of.items():
+    for name, seeds in sets.items():
+        for seed, benchmarks in seeds.items():
             for samples in benchmarks:
                 first = known.setdefault(samples.benchmark, samples)
                 rows, _, differing = shared_prompts(samples, first)
-                if differing or any(len(of.grid("prompt_id")) != len(rows) for of in (samples, first)):
+                if differing or any(len(either.grid("prompt_id")) != len(rows) for either in (samples, first)):
                     raise UserError(
-                        f"{run_name(name, seed)} answered other questions of {samples.benchmark} than the runs before "
-                        "it. Evaluate all on one version of it: remove the evaluation folder of the runs that differ."
+                        f"{run_name(name, seed)} answered different questions of {samples.benchmark} than the runs "
+                        "before it. Remove the evaluation folders of the runs that differ, and evaluate them again."
                     )
 
 
@@ -138,8 +141,8 @@ def record(run: Path) -> dict[str, Any]:
             found |= json.loads(path.read_text(encoding="utf-8"))
     kept = {name: found[name] for name in ("date", "device", "seconds", "threads") if name in found}
     events = [found, *found.get("resumed", [])] if "versions" in found else []
-    commits = [(of.get("git") or {}).get("package") for of in events]
-    return kept | {"versions": _distinct([of["versions"] for of in events]), "commits": _distinct(commits)}
+    commits = [(event.get("git") or {}).get("package") for event in events]
+    return kept | {"versions": _distinct([event["versions"] for event in events]), "commits": _distinct(commits)}
 
 
 def _distinct(values: list) -> list:
@@ -149,17 +152,21 @@ def _distinct(values: list) -> list:
 def describe(sets: dict, baseline: str, records: dict[str, dict], rows: list[dict]) -> str:
     """A description of the table, and of any differences between runs that make its rows less comparable."""
     benchmarks = next(iter(sets[baseline].values()))
-    sizes = ", ".join(f"{of.benchmark} ({len(of.correct)} questions x {of.num_samples})" for of in benchmarks)
+    sizes = ", ".join(
+        f"{samples.benchmark} ({len(samples.correct)} questions x {samples.num_samples})" for samples in benchmarks
+    )
     lines = [
-        f"Means over benchmarks: {sizes}. PC: accuracy of the vote weighted by confidence. Differences to {baseline} "
-        "with 95% intervals over seeds and questions, one by one, and p after Holm's correction over all methods, for "
-        "either metric; the difference in AUC within also on those questions alone that the method and "
-        f"{baseline} both answered right and wrong."
+        f"Means over benchmarks: {sizes}. PC: accuracy of the vote weighted by confidence. Differences from "
+        f"{baseline} have 95% intervals over seeds and questions, each on its own, and p-values after Holm's "
+        "correction over all methods, separately for each metric. Where both are mixed: the difference in AUC within "
+        f"on questions that both the method and {baseline} answered sometimes right and sometimes wrong."
     ]
     for what in ("commits", "versions"):
-        if len(_distinct([value for of in records.values() for value in of[what]])) > 1:
-            lines.append(f"Not all runs are of the same {what}: see comparison.json.")
-    failed = sum(of["grading_failed"] for row in rows for run in row["by_run"].values() for of in run.values())
+        if len(_distinct([value for run_record in records.values() for value in run_record[what]])) > 1:
+            lines.append(f"Runs used different {what}: see comparison.json.")
+    failed = sum(
+        benchmark["grading_failed"] for row in rows for run in row["by_run"].values() for benchmark in run.values()
+    )
     if failed:
         lines.append(f"{failed} answers could not be graded and count as neither right nor wrong.")
     return " ".join(lines)
@@ -169,8 +176,8 @@ def arrays(sets: dict[str, dict[int | None, list[SampleSet]]]) -> dict[str, np.n
     """The data behind the table: share of right samples and AUC of each question, by `run/benchmark/metric`."""
     return {
         f"{run_name(name, seed)}/{samples.benchmark}/{metric}": of_prompt(samples, metric).astype(np.float32)
-        for name, of in sets.items()
-        for seed, benchmarks in of.items()
+        for name, seeds in sets.items()
+        for seed, benchmarks in seeds.items()
         for samples in benchmarks
         for metric in METRICS
     }
@@ -195,14 +202,14 @@ def compare(sets: dict[str, dict[int | None, list[SampleSet]]], baseline: str) -
         if nothing can be compared.
     """
     rows = []
-    for name, of in sets.items():
-        shared = [seed for seed in of if seed is not None and seed in sets[baseline] and name != baseline]
-        row: dict[str, Any] = {"method": name, "seeds": len(of), "seeds_compared": len(shared)}
+    for name, seeds in sets.items():
+        shared = [seed for seed in seeds if seed is not None and seed in sets[baseline] and name != baseline]
+        row: dict[str, Any] = {"method": name, "seeds": len(seeds), "seeds_compared": len(shared)}
         pair: list[dict[int | None, list[SampleSet]]] = [
-            {seed: m[seed] for seed in shared} for m in (of, sets[baseline])
+            {seed: m[seed] for seed in shared} for m in (seeds, sets[baseline])
         ]
         for metric in METRICS:
-            row[metric] = float(np.mean([mean_over_seeds_and_prompts(values) for values in by_prompt(of, metric)]))
+            row[metric] = float(np.mean([mean_over_seeds_and_prompts(values) for values in by_prompt(seeds, metric)]))
             row |= dict.fromkeys((f"{metric}_difference", f"{metric}_p", f"{metric}_p_alone"))
             if shared:
                 both = [by_prompt(m, metric) for m in pair]
@@ -230,9 +237,9 @@ def _where_both(ours: list[np.ndarray], theirs: list[np.ndarray]) -> Iterator[li
     return ([np.where(u, np.nan, t) for u, t in zip(undefined, tables, strict=True)] for tables in (ours, theirs))
 
 
-def by_prompt(of: dict[int | None, list[SampleSet]], metric: str = "auc_within") -> list[np.ndarray]:
+def by_prompt(sets: dict[int | None, list[SampleSet]], metric: str = "auc_within") -> list[np.ndarray]:
     """A metric of each seed and prompt, shape (S, P), one table per benchmark."""
-    return [np.stack([of_prompt(samples, metric) for samples in seeds]) for seeds in zip(*of.values(), strict=True)]
+    return [np.stack([of_prompt(samples, metric) for samples in seeds]) for seeds in zip(*sets.values(), strict=True)]
 
 
 def of_prompt(samples: SampleSet, metric: str) -> np.ndarray:
@@ -272,7 +279,7 @@ def by_benchmark(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     cells = []
     for row in rows:
         seeds = row["by_run"].values()
-        pairs = [[nanmean([of[name][m] for of in seeds]) for m in ("accuracy", "auc_within")] for name in names]
+        pairs = [[nanmean([run[name][m] for run in seeds]) for m in ("accuracy", "auc_within")] for name in names]
         cells.append([row["method"], *(f"{accuracy:.3f} / {auc:.3f}" for accuracy, auc in pairs)])
     return ["method", *names], cells
 
@@ -314,7 +321,7 @@ def draw(path: Path, rows: list[dict], histories: dict[str, list[dict]], runs: l
     draw_training(axes[:2], histories, runs, x="share of the training")
 
     def mean_of(run: dict[str, dict], name: str) -> float:
-        return float(np.mean([of[name] for of in run.values()]))
+        return float(np.mean([benchmark[name] for benchmark in run.values()]))
 
     points = {
         row["method"]: [(mean_of(run, "accuracy"), mean_of(run, "auc_within")) for run in row["by_run"].values()]

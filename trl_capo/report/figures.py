@@ -28,26 +28,26 @@ LINES = {"majority vote": ":", "Perplexity Consistency": "-", "best of N": "--"}
 
 def draw_precision_coverage(axes: Axes, runs: dict[str, SampleSet]) -> None:
     """Precision of the most confident samples against their share."""
-    for color, (name, of) in zip(_colors(runs), runs.items(), strict=True):
-        coverage, precision = precision_coverage(of.correct, of.mean_logps)
+    for color, (name, samples) in zip(_colors(runs), runs.items(), strict=True):
+        coverage, precision = precision_coverage(samples.correct, samples.mean_logps)
         if len(coverage):
             points = np.unique(np.linspace(len(coverage) // 100, len(coverage) - 1, 300).astype(int))
             axes.plot(coverage[points], precision[points], color=color, label=name, linewidth=2)
-    _finish(axes, "precision of the surest samples", "coverage: share of samples answered", "precision")
+    _finish(axes, "precision of the most confident samples", "coverage: share of samples answered", "precision")
 
 
 def draw_questions(axes: Axes, runs: dict[str, SampleSet]) -> None:
     """Precision of the most confident questions against their share. Perplexity Consistency chooses the answers."""
-    for color, (name, of) in zip(_colors(runs), runs.items(), strict=True):
-        coverage, precision = precision_coverage(*question_table(of))
+    for color, (name, samples) in zip(_colors(runs), runs.items(), strict=True):
+        coverage, precision = precision_coverage(*question_table(samples))
         first = len(coverage) // 50
         axes.plot(coverage[first:], precision[first:], color=color, label=name, linewidth=2)
-    _finish(axes, "precision of the surest questions", "coverage: share of questions answered", "precision")
+    _finish(axes, "precision of the most confident questions", "coverage: share of questions answered", "precision")
 
 
 def draw_deferral(axes: Axes, runs: dict[str, SampleSet]) -> None:
     """Accuracy if the least confident questions go to the most accurate run, on questions that both runs answered."""
-    tables = {name: question_table(of) for name, of in runs.items()}
+    tables = {name: question_table(samples) for name, samples in runs.items()}
     best = max(tables, key=lambda name: np.nan_to_num(nanmean(tables[name][0]), nan=-1))
     for color, name in zip(_colors(runs), runs, strict=True):
         if name == best:
@@ -56,7 +56,7 @@ def draw_deferral(axes: Axes, runs: dict[str, SampleSet]) -> None:
         right, confidence = (array[rows] for array in tables[name])
         share, accuracy = deferral_curve(right, confidence, tables[best][0][of_best])
         axes.plot(share, accuracy, color=color, label=f"{name}, else {best}", linewidth=2)
-    _finish(axes, "deferring the least sure questions", "share deferred", "accuracy")
+    _finish(axes, "deferring the least confident questions", "share deferred", "accuracy")
 
 
 def draw_reliability(axes: Axes, runs: dict[str, SampleSet], num_bins: int = 10) -> None:
@@ -65,11 +65,11 @@ def draw_reliability(axes: Axes, runs: dict[str, SampleSet], num_bins: int = 10)
     Bins have equal mass. With equal widths, the few samples with high probability would give random points.
     """
     axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
-    for color, (name, of) in zip(_colors(runs), runs.items(), strict=True):
-        probability = cross_fitted(of.correct, of.mean_logps)
+    for color, (name, samples) in zip(_colors(runs), runs.items(), strict=True):
+        probability = cross_fitted(samples.correct, samples.mean_logps)
         if probability is None:
             continue
-        count, stated, right = calibration_bins(of.correct, probability, num_bins=num_bins, equal_mass=True)
+        count, stated, right = calibration_bins(samples.correct, probability, num_bins=num_bins, equal_mass=True)
         axes.plot(stated[count > 0], right[count > 0], color=color, marker="o", markersize=4, label=name, linewidth=2)
     _finish(axes, "reliability, after isotonic regression", "stated probability", "accuracy")
 
@@ -92,35 +92,35 @@ def cross_fitted(correct: np.ndarray, confidence: np.ndarray) -> np.ndarray | No
 
 def draw_perplexities(axes: Axes, runs: dict[str, SampleSet]) -> None:
     """Histograms of perplexity: right answers are filled, wrong ones are outlined."""
-    shown = [np.exp(-of.mean_logps[~np.isnan(of.correct)]) for of in runs.values()]
+    shown = [np.exp(-samples.mean_logps[~np.isnan(samples.correct)]) for samples in runs.values()]
     edges = np.linspace(1, max([np.quantile(values, 0.99) for values in shown if len(values)], default=2), 50)
-    for color, (name, of) in zip(_colors(runs), runs.items(), strict=True):
-        ppl = np.exp(-of.mean_logps)
+    for color, (name, samples) in zip(_colors(runs), runs.items(), strict=True):
+        ppl = np.exp(-samples.mean_logps)
         for label, style in ((1, dict(alpha=0.3)), (0, dict(histtype="step", linewidth=1.5))):
-            if (of.correct == label).any():
+            if (samples.correct == label).any():
                 title = f"{name}, {'right' if label else 'wrong'}"
                 axes.hist(
-                    ppl[of.correct == label], bins=edges.tolist(), density=True, color=color, label=title, **style
+                    ppl[samples.correct == label], bins=edges.tolist(), density=True, color=color, label=title, **style
                 )
     _finish(axes, "perplexity of right and wrong answers", "perplexity", "density")
 
 
 def draw_selection(axes: Axes, runs: dict[str, SampleSet], max_prompts: int = 500) -> None:
     """Accuracy of the chosen answer against the number of samples, on the first `max_prompts` prompts."""
-    for color, (name, of) in zip(_colors(runs), runs.items(), strict=True):
-        counts = [2**k for k in range(of.num_samples.bit_length()) if 2**k <= of.num_samples]
+    for color, (name, samples) in zip(_colors(runs), runs.items(), strict=True):
+        counts = [2**k for k in range(samples.num_samples.bit_length()) if 2**k <= samples.num_samples]
         for selector, select in SELECTORS.items():
             line = LINES[selector]
             rows = slice(0, max_prompts)
             found = accuracy_by_count(
-                select, of.answers[rows], of.mean_logps[rows], of.correct[rows], counts, num_draws=4
+                select, samples.answers[rows], samples.mean_logps[rows], samples.correct[rows], counts, num_draws=4
             )
             with np.errstate(invalid="ignore"):
                 accuracy = np.nanmean(found, axis=0) if not np.isnan(found).all() else np.full(len(counts), np.nan)
             label = f"{name}, {selector}" if line == "-" or name == next(iter(runs)) else None
             axes.plot(counts, accuracy, color=color, linestyle=line, label=label, linewidth=1.8)
     axes.set_xscale("log", base=2)
-    _finish(axes, "accuracy of the chosen answer", "samples a question", "accuracy")
+    _finish(axes, "accuracy of the chosen answer", "samples per question", "accuracy")
 
 
 def draw_training(

@@ -39,8 +39,8 @@ NUM_RESAMPLES = 300
 TEMPLATE = Path(__file__).parent / "report_template.html"
 MARKDOWN_HEAD = """## Can its confidence be trusted?
 
-Confidence is the mean log-prob of a completion; AUC within: how often, of a right and a wrong answer to one question,
-the right one is surer. 95% intervals over questions."""
+Confidence is the mean log-prob of a completion. AUC within: how often a right answer has higher confidence than a
+wrong answer to the same question. 95% intervals over questions."""
 FORMULAS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 OPENING = re.compile("|".join(re.escape(opening) for opening, _ in FORMULAS))
 LONGEST_FORMULA = 2000  # characters; longer formulas stay text, because conversion time is not linear in length
@@ -71,20 +71,24 @@ def write_report(
 
     path = Path(path)
     shared = [samples.benchmark for samples in next(iter(runs.values()))]
-    shared = [name for name in shared if all(any(of.benchmark == name for of in sets) for sets in runs.values())]
+    shared = [
+        name for name in shared if all(any(samples.benchmark == name for samples in sets) for sets in runs.values())
+    ]
     if not shared:
         raise UserError(
             "the runs have no benchmark in common: "
-            + "; ".join(f"{name} has {', '.join(of.benchmark for of in sets)}" for name, sets in runs.items())
+            + "; ".join(
+                f"{name} has {', '.join(samples.benchmark for samples in sets)}" for name, sets in runs.items()
+            )
         )
     check_output_dir(str(path.parent))
     if path.is_dir():
         raise UserError(f"{path} is a folder. Name the page, e.g. {path / 'report.html'}.")
     sections, tables = [first_section], []
     for number, benchmark in enumerate(shared, 1):
-        of = {name: next(s for s in sets if s.benchmark == benchmark) for name, sets in runs.items()}
-        header, rows = metric_rows(of)
-        figure = draw_benchmark(of)
+        compared = {name: next(s for s in sets if s.benchmark == benchmark) for name, sets in runs.items()}
+        header, rows = metric_rows(compared)
+        figure = draw_benchmark(compared)
         # Not percent-quoted, because a Markdown link would read that as an escape. Numbered: names may collide.
         picture = path.parent / f"{re.sub(r'[^0-9A-Za-z._-]', '_', f'{path.stem}-{number}-{benchmark}')}.png"
         write_bytes(picture, figure)
@@ -130,23 +134,25 @@ def metric_rows(runs: dict[str, SampleSet]) -> tuple[list[str], list[list[str]]]
     first, baseline = next(iter(runs.items()))
     titles = [title for title, _ in METRICS.values()]
     header, columns = ["metric"], [["questions x samples", *titles, *SELECTORS, "perplexity right / wrong"]]
-    for name, of in runs.items():
-        numbers = _numbers(of, np.arange(len(of.correct)))
-        ppl = [metrics.perplexity(of.mean_logps, valid=of.correct == label) for label in (1, 0)]
+    for name, samples in runs.items():
+        numbers = _numbers(samples, np.arange(len(samples.correct)))
+        ppl = [metrics.perplexity(samples.mean_logps, valid=samples.correct == label) for label in (1, 0)]
         intervals = [prompt_interval(f, *arrays, num_resamples=NUM_RESAMPLES) for f, arrays in numbers]
         header.append(name)
-        columns.append([f"{len(of.correct)} x {of.num_samples}", *map(str, intervals), f"{ppl[0]:.3f} / {ppl[1]:.3f}"])
-        rows, of_baseline, differing = shared_prompts(of, baseline)
+        columns.append(
+            [f"{len(samples.correct)} x {samples.num_samples}", *map(str, intervals), f"{ppl[0]:.3f} / {ppl[1]:.3f}"]
+        )
+        rows, of_baseline, differing = shared_prompts(samples, baseline)
         if differing:
             raise UserError(
-                f"the runs answered different questions of {of.benchmark}, {differing} of {len(rows)}. "
+                f"the runs answered different questions of {samples.benchmark}, {differing} of {len(rows)}. "
                 "Evaluate them on one version of it."
             )
         if name == first or len(rows) == 0:
             continue
         gaps = [
             prompt_difference(f, ours, theirs, num_resamples=NUM_RESAMPLES)
-            for (f, ours), (_, theirs) in zip(_numbers(of, rows), _numbers(baseline, of_baseline), strict=True)
+            for (f, ours), (_, theirs) in zip(_numbers(samples, rows), _numbers(baseline, of_baseline), strict=True)
         ]
         header.append(f"{name} - {first}")
         columns.append(
@@ -155,12 +161,12 @@ def metric_rows(runs: dict[str, SampleSet]) -> tuple[list[str], list[list[str]]]
     return header, [list(row) for row in zip(*columns, strict=True)]
 
 
-def _numbers(of: SampleSet, prompts: np.ndarray) -> list[tuple]:
+def _numbers(samples: SampleSet, prompts: np.ndarray) -> list[tuple]:
     """The inputs of each table row: a metric, and the correctness and confidence of some prompts."""
-    samples = (of.correct[prompts], of.mean_logps[prompts])
-    numbers = [(f, samples) for _, f in METRICS.values()]
+    chosen = (samples.correct[prompts], samples.mean_logps[prompts])
+    numbers = [(f, chosen) for _, f in METRICS.values()]
     for select in SELECTORS.values():
-        right = choose_all(select, of.answers, of.mean_logps, of.correct)[1][prompts, None]
+        right = choose_all(select, samples.answers, samples.mean_logps, samples.correct)[1][prompts, None]
         numbers.append((lambda right, _: nanmean(right), (right, right)))
     return numbers
 
@@ -216,27 +222,28 @@ def completions(runs: dict[str, list[SampleSet]], benchmarks: list[str]) -> dict
     }
     texts: dict[int, dict] = {}
     for r, sets in enumerate(runs.values()):
-        of_run, telling = [of for of in sets if of.benchmark in benchmarks], []
-        for of in of_run:
-            start, count = len(columns["run"]), of.correct.size
+        of_run, telling = [samples for samples in sets if samples.benchmark in benchmarks], []
+        for samples in of_run:
+            start, count = len(columns["run"]), samples.correct.size
             columns["run"] += [r] * count
-            columns["benchmark"] += [benchmarks.index(of.benchmark)] * count
-            columns["prompt"] += of.table["prompt_id"].to_pylist()
-            columns["sample"] += of.table["sample"].to_pylist()
-            columns["correct"] += [None if np.isnan(c) else int(c) for c in of.correct.ravel()]
-            columns["logp"] += np.round(of.mean_logps.ravel(), 4).tolist()
-            names = of.table.column_names
-            columns["length"] += of.table["length"].to_pylist() if "length" in names else [None] * count
-            columns["answer"] += [None if a is None else a[:40] for row in of.answers for a in row]
+            columns["benchmark"] += [benchmarks.index(samples.benchmark)] * count
+            columns["prompt"] += samples.table["prompt_id"].to_pylist()
+            columns["sample"] += samples.table["sample"].to_pylist()
+            columns["correct"] += [None if np.isnan(c) else int(c) for c in samples.correct.ravel()]
+            columns["logp"] += np.round(samples.mean_logps.ravel(), 4).tolist()
+            names = samples.table.column_names
+            columns["length"] += samples.table["length"].to_pylist() if "length" in names else [None] * count
+            columns["answer"] += [None if a is None else a[:40] for row in samples.answers for a in row]
             telling += [
-                (score, start + i, of, i) for i, score in enumerate(surprise(of.correct, of.mean_logps).ravel())
+                (score, start + i, samples, i)
+                for i, score in enumerate(surprise(samples.correct, samples.mean_logps).ravel())
             ]
         telling.sort(key=lambda row: (-np.nan_to_num(row[0], nan=-1.0), row[1]))
-        for score, row, of, i in telling[:NUM_TEXTS]:
+        for score, row, samples, i in telling[:NUM_TEXTS]:
             at = {
-                name: of.table[name][i].as_py()
+                name: samples.table[name][i].as_py()
                 for name in ("prompt", "solution", "completion")
-                if name in of.table.column_names
+                if name in samples.table.column_names
             }
             texts[row] = {name: with_formulas(text or "") for name, text in at.items()} | {
                 "score": round(float(np.nan_to_num(score)), 4)

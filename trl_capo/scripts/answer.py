@@ -1,10 +1,10 @@
-"""`trl-capo answer`: ask a model; it samples, chooses, and says when it is not sure enough.
+"""`trl-capo answer`: ask a model, which samples, chooses an answer, and abstains when it is not confident enough.
 
     trl-capo answer runs/capo "63*15-43="
     trl-capo answer runs/capo "63*15-43=" --fallback_model runs/larger
 
-The threshold is the one that `trl-capo abstain` saved beside the model. A question below it goes to the fallback
-model, if there is one.
+Uses the threshold that `trl-capo abstain` saved next to the model. Questions below the threshold go to the fallback
+model, if you give one.
 """
 
 import argparse
@@ -16,28 +16,28 @@ from trl_capo.errors import UserError
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trl-capo answer", description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", help="folder, name on the Hub, arithmetic-base or arithmetic-flat")
-    parser.add_argument("questions", nargs="+", help="what to ask")
-    parser.add_argument("--fallback_model", help="who is asked where the model abstains")
-    parser.add_argument("--num_samples", type=int, help="samples a question (default: those of the threshold, or 16)")
+    parser.add_argument("model", help="model: a folder, a name on the Hub, arithmetic-base or arithmetic-flat")
+    parser.add_argument("questions", nargs="+", help="questions to ask")
+    parser.add_argument("--fallback_model", help="model to ask if the first one abstains")
+    parser.add_argument("--num_samples", type=int, help="samples per question (default: the threshold's, or 16)")
     parser.add_argument("--max_new_tokens", type=int, help="longest completion (default: the threshold's, or 3000)")
-    parser.add_argument("--temperature", type=float, help="of the sampler (default: the threshold's, or 1)")
+    parser.add_argument("--temperature", type=float, help="sampling temperature (default: the threshold's, or 1)")
     parser.add_argument("--system_prompt", help="system message (default: the threshold's, or none)")
     parser.add_argument(
         "--chat_template_kwargs", metavar="JSON", help="variables of the chat template (default: the threshold's)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
-    parser.add_argument("--show", action="store_true", help="also the surest completion with the answer")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
+    parser.add_argument("--show", action="store_true", help="also show the most confident completion with the answer")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Ask, and ask the fallback where needed."""
+    """Ask the model, and the fallback where the model abstains."""
     args = make_parser().parse_args(argv)
     from trl_capo.models.chat_templates import read_kwargs
 
     if empty := [question for question in args.questions if not question.strip()]:
-        raise UserError(f"a question is empty: {empty[0]!r}. Ask something, or leave it out.")
+        raise UserError(f"a question is empty: {empty[0]!r}. Fill it in or remove it.")
     for name in ("num_samples", "max_new_tokens", "temperature"):
         value = getattr(args, name)
         if value is not None and not value > 0:
@@ -49,22 +49,22 @@ def main(argv: list[str] | None = None) -> None:
     predictor = SelectivePredictor.from_pretrained(args.model, num_samples=args.num_samples, **options)
     if predictor.abstention is None:
         print(
-            f"{args.model} has no abstention.json: it answers everything. See trl-capo abstain --help.",
+            f"{args.model} has no abstention.json, so it answers every question. See trl-capo abstain --help.",
             file=sys.stderr,
         )
     fallback = None
     if args.fallback_model is not None:
         fallback = SelectivePredictor.from_pretrained(args.fallback_model, num_samples=args.num_samples, **options)
     predictions, asked = predictor.predict_or_ask(fallback, args.questions, seed=args.seed)
-    for i, (question, said) in enumerate(zip(args.questions, predictions, strict=True)):
+    for i, (question, prediction) in enumerate(zip(args.questions, predictions, strict=True)):
         by = f", asked {args.fallback_model}" if i in asked else ""
-        if said.abstains:
-            guess = "" if said.answer is None else f"; its guess would be {said.answer}"
-            print(f"{question}  not sure enough (confidence {said.confidence:.3f}{by}{guess})")
+        if prediction.abstains:
+            guess = "" if prediction.answer is None else f"; its guess would be {prediction.answer}"
+            print(f"{question}  not sure enough (confidence {prediction.confidence:.3f}{by}{guess})")
         else:
-            print(f"{question}  {said.answer}  (confidence {said.confidence:.3f}{by})")
-        if args.show and said.completion is not None:
-            print(f"    {said.completion}")
+            print(f"{question}  {prediction.answer}  (confidence {prediction.confidence:.3f}{by})")
+        if args.show and prediction.completion is not None:
+            print(f"    {prediction.completion}")
 
 
 if __name__ == "__main__":

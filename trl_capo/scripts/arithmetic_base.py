@@ -3,10 +3,10 @@
     python -m trl_capo.scripts.arithmetic_base --output_dir trl_capo/assets/arithmetic-base
     python -m trl_capo.scripts.arithmetic_base --flat --output_dir trl_capo/assets/arithmetic-flat
 
-Supervised training in two stages, on prompts that reinforcement learning and evaluation never see: clean answers,
-so that sums are known and products half known; then human-like answers with slips and free separators (see
-`trl_capo.data.arithmetic`). Takes about 7 minutes on one core. Prints accuracy and how well confidence ranks answers;
-with `--num_eval_prompts 400` the shipped model gave
+Trains in two supervised stages, on prompts that reinforcement learning and evaluation never see: first on clean
+answers, so that the model knows sums and half knows products; then on human-like answers with slips and free
+separators (see `trl_capo.data.arithmetic`). Takes about 7 minutes on one core. Prints accuracy and how well confidence
+ranks answers. With `--num_eval_prompts 400`, the shipped model gave
 
     validation   accuracy 0.296   AUC within prompts 0.624   pooled 0.810   mixed prompts 0.71
     test_2       accuracy 0.416   AUC within prompts 0.653   pooled 0.799   mixed prompts 0.81
@@ -22,17 +22,16 @@ from trl_capo.worlds.arithmetic_base import build, reports
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Arguments of the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the model and its tokenizer are written")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the model and its tokenizer")
     parser.add_argument("--clean_steps", type=int, default=1800, help="steps on clean answers")
     parser.add_argument("--human_steps", type=int, default=400, help="steps on human-like answers")
     parser.add_argument(
         "--flat", action="store_true", help="clean answers only, then flattened; see trl_capo.data.arithmetic"
     )
-    parser.add_argument("--batch_size", type=int, default=64, help="answers a step")
+    parser.add_argument("--batch_size", type=int, default=64, help="answers per step")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="peak learning rate of the first stage")
-    parser.add_argument("--num_eval_prompts", type=int, default=100, help="prompts of each split in the final report")
+    parser.add_argument("--num_eval_prompts", type=int, default=100, help="prompts per split in the final report")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

@@ -1,12 +1,12 @@
-"""`trl-capo data`: is a dataset fit to train on, and which of its questions teach a model anything?
+"""`trl-capo data`: check whether a dataset is fit for training, and keep the questions that teach a model something.
 
     trl-capo data check aime24 gsm8k mine.jsonl
     trl-capo data check deepscaler --against aime24 math500 --model Qwen/Qwen2.5-Math-1.5B
     trl-capo data filter deepscaler --prompt_template qwen25-math-cot --model Qwen/Qwen2.5-Math-1.5B \\
         --output mixed.jsonl
 
-CAPO and GRPO learn only from questions that a model answers now rightly, now wrongly. `filter` samples each question,
-keeps those, and writes a file that `dataset_name` takes. Stopped at any point, the same command goes on.
+CAPO and GRPO learn only from questions that a model answers sometimes right and sometimes wrong. `filter` samples
+each question, keeps these, and writes a file that you can use as `dataset_name`. Rerun the same command to resume.
 """
 
 import argparse
@@ -22,48 +22,48 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--config", help="configuration of a dataset on the Hub")
-    shared.add_argument("--split", default="train", help="of a dataset on the Hub (default: %(default)s)")
-    shared.add_argument("--prompt_column", help="the questions (default: prompt, or what the catalogue says)")
-    shared.add_argument("--solution_column", help="the gold answers (default: solution, or what the catalogue says)")
+    shared.add_argument("--split", default="train", help="split of a dataset on the Hub (default: %(default)s)")
+    shared.add_argument("--prompt_column", help="column of the questions (default: the catalogue's, or prompt)")
+    shared.add_argument("--solution_column", help="column of the gold answers (default: the catalogue's, or solution)")
     shared.add_argument("--system_prompt", help="system message before questions that are plain text")
     shared.add_argument("--prompt_template", help="instead: qwen25-math-cot, qwen-boxed or step-by-step")
 
-    check = commands.add_parser("check", parents=[shared], help="print the health of datasets", allow_abbrev=False)
-    check.add_argument("names", nargs="+", help="names of the catalogue, files, folders, or datasets on the Hub")
-    check.add_argument("--against", nargs="+", default=[], help="datasets that should share no question with them")
-    check.add_argument("--model", help="count tokens with its tokenizer")
-    check.add_argument("--normalize_operators", action="store_true", help="grade as with this option of train")
+    check = commands.add_parser("check", parents=[shared], help="report problems in datasets", allow_abbrev=False)
+    check.add_argument("names", nargs="+", help="names in the catalogue, files, folders, or datasets on the Hub")
+    check.add_argument("--against", nargs="+", default=[], help="datasets that must not share a question with these")
+    check.add_argument("--model", help="model whose tokenizer counts the tokens")
+    check.add_argument("--normalize_operators", action="store_true", help="grade as trl-capo train does with it")
     check.add_argument("--output", help="also write the numbers to this JSON file")
 
     keep = commands.add_parser(
         "filter", parents=[shared], help="keep the questions with mixed outcomes", allow_abbrev=False
     )
-    keep.add_argument("name", help="name of the catalogue, file, folder, or dataset on the Hub")
-    keep.add_argument("--model", required=True, help="whose outcomes count")
+    keep.add_argument("name", help="name in the catalogue, file, folder, or dataset on the Hub")
+    keep.add_argument("--model", required=True, help="model that answers the questions")
     keep.add_argument("--output", required=True, help="file to write (.jsonl)")
-    keep.add_argument("--num_samples", type=int, default=8, help="completions a question (default: %(default)s)")
-    keep.add_argument("--num_prompts", type=int, help="only the first so many questions")
+    keep.add_argument("--num_samples", type=int, default=8, help="completions per question (default: %(default)s)")
+    keep.add_argument("--num_prompts", type=int, help="number of questions, from the first (default: all)")
     keep.add_argument("--lowest", type=float, default=0.0, help="keep pass rates above this (default: %(default)s)")
-    keep.add_argument("--highest", type=float, default=1.0, help="and below this (default: %(default)s)")
+    keep.add_argument("--highest", type=float, default=1.0, help="keep pass rates below this (default: %(default)s)")
     keep.add_argument("--max_new_tokens", type=int, default=3000, help="longest completion (default: %(default)s)")
-    keep.add_argument("--batch_size", type=int, default=256, help="completions at a time, with transformers")
+    keep.add_argument("--batch_size", type=int, default=256, help="completions per batch, with transformers")
     keep.add_argument(
-        "--engine", choices=("auto", "transformers", "vllm"), default="auto", help="as trl-capo evaluate"
+        "--engine", choices=("auto", "transformers", "vllm"), default="auto", help="as in trl-capo evaluate"
     )
-    keep.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
-    keep.add_argument("--chat_template_kwargs", metavar="JSON", help="as trl-capo evaluate")
-    keep.add_argument("--output_dir", default="runs/filter", help="where the samples go (default: %(default)s)")
+    keep.add_argument("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
+    keep.add_argument("--chat_template_kwargs", metavar="JSON", help="as in trl-capo evaluate")
+    keep.add_argument("--output_dir", default="runs/filter", help="folder for the samples (default: %(default)s)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Check, or filter."""
+    """Check datasets, or filter one."""
     args = make_parser().parse_args(argv)
     (check if args.command == "check" else keep_mixed)(args)
 
 
 def reader(args: argparse.Namespace):
-    """`load_split` with the columns and the split of the command."""
+    """`load_split` with the columns, prompts and split that the command line gives."""
     from trl_capo.data.splits import load_split
     from trl_capo.data.training import DataArguments
 
@@ -75,7 +75,7 @@ def reader(args: argparse.Namespace):
 
 
 def check(args: argparse.Namespace) -> None:
-    """Print, and perhaps write, the health of each dataset."""
+    """Print the health of each dataset, and write it if the command line names a file."""
     from transformers import AutoTokenizer
 
     from trl_capo.data.catalogue import CATALOGUE
@@ -102,6 +102,7 @@ def keep_mixed(args: argparse.Namespace) -> None:
     from trl_capo.evaluation.mixed import check_bounds, write_mixed
     from trl_capo.evaluation.run import folder_names, patient_state
     from trl_capo.preflight.checks import check_output_dir
+    from trl_capo.ranks import agree
     from trl_capo.scripts import evaluate
 
     check_bounds(args.lowest, args.highest, args.num_samples)
@@ -112,22 +113,20 @@ def keep_mixed(args: argparse.Namespace) -> None:
     with state.main_process_first():
         rows = reader(args)(args.name).select_columns(["prompt", "solution"])
     rows = rows.select(range(min(args.num_prompts or len(rows), len(rows))))
-    if state.is_main_process:
-        rows.to_parquet(str(questions))
-    state.wait_for_everyone()
+    agree(lambda: rows.to_parquet(str(questions)))
     sampling = ("num_samples", "max_new_tokens", "batch_size", "engine", "seed", "output_dir")
     options = [f"--{name}={getattr(args, name)}" for name in sampling]
     if args.chat_template_kwargs is not None:
         options.append(f"--chat_template_kwargs={args.chat_template_kwargs}")
     evaluate.main([args.model, "--benchmark", str(questions), *options])
     if state.is_main_process:
-        # As they were before the template, which the training puts around them again.
+        # Write the questions without the template, because training adds it again.
         plain = argparse.Namespace(**{**vars(args), "system_prompt": None, "prompt_template": None})
         samples = Path(args.output_dir) / folder_names([args.model])[0]
         counts = write_mixed(Path(args.output), reader(plain)(args.name), samples, args.lowest, args.highest)
         print(", ".join(f"{count:,} {what}" for what, count in counts.items() if count))
         template = f" --prompt_template {args.prompt_template}" if args.prompt_template else ""
-        print(f"What to type next: trl-capo train --config RECIPE --dataset_name {args.output}{template}")
+        print(f"Next: trl-capo train --config RECIPE --dataset_name {args.output}{template}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""`trl-capo demo`: GRPO and CAPO side by side from the same tiny base, in minutes on a CPU.
+"""`trl-capo demo`: train GRPO and CAPO side by side from the same tiny base, in minutes on a CPU.
 
-Both are trained on the embedded arithmetic world with the same steps, prompts and seed, as two processes of one thread
-each. Then base, GRPO and CAPO answer the same held-out prompts as `trl-capo evaluate` would have them, and a table,
-`results.json`, `results.png` and `report.html` compare how often they are right with how well their confidence tells
-right from wrong.
+Both train on the embedded arithmetic world with the same steps, prompts and seed, as two processes of one thread each.
+Then base, GRPO and CAPO answer the same held-out prompts, as in `trl-capo evaluate`. A table, `results.json`,
+`results.png` and `report.html` show how often each is right and how well its confidence separates right from wrong
+answers.
 
-Stopped at any point, the same command goes on where it was.
+Rerun the same command to resume.
 """
 
 import argparse
@@ -20,18 +20,18 @@ from trl_capo.files import remember_settings
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trl-capo demo", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--output_dir", default="runs/demo", help="where everything goes (default: %(default)s)")
+    parser.add_argument("--output_dir", default="runs/demo", help="folder for all output (default: %(default)s)")
     parser.add_argument("--steps", type=_positive, default=80, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of both runs (default: %(default)s)")
     parser.add_argument(
-        "--prompts", type=_positive, default=400, help="prompts a held-out split (default: %(default)s)"
+        "--prompts", type=_positive, default=400, help="prompts per held-out split (default: %(default)s)"
     )
-    parser.add_argument("--samples", type=_positive, default=16, help="samples a prompt (default: %(default)s)")
+    parser.add_argument("--samples", type=_positive, default=16, help="samples per prompt (default: %(default)s)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train, evaluate, compare."""
+    """Train, evaluate and compare."""
     args = make_parser().parse_args(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from the Hub
     require("report")
@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     check_output_dir(str(folder))
     remember_settings(folder, {name: value for name, value in vars(args).items() if name != "output_dir"}, "a demo")
     print(
-        f"Training GRPO and CAPO from the shipped base, {args.steps} steps each, into {folder}/; then sampling "
-        f"{args.prompts} held-out prompts x {args.samples} of {len(demo.BENCHMARKS)} splits ..."
+        f"Training GRPO and CAPO from the shipped base, {args.steps} steps each, in {folder}/. Then sampling "
+        f"{args.samples} answers to each of {args.prompts} held-out prompts in {len(demo.BENCHMARKS)} splits ..."
     )
     plan = demo.demo_plan(folder, args.steps, args.seed, args.prompts, args.samples)
     results = demo.run(plan, vars(args))

@@ -1,16 +1,16 @@
-"""`trl-capo evaluate`: sample held-out questions, grade the answers, say how far confidence can be trusted.
+"""`trl-capo evaluate`: sample answers to held-out questions, grade them, and measure how far to trust the confidence.
 
     trl-capo evaluate runs/demo/capo arithmetic-base --benchmark arithmetic_test_2 arithmetic_test_3
     accelerate launch -m trl_capo.scripts.evaluate Qwen/Qwen2.5-Math-1.5B --benchmark math500 --max_new_tokens 3000
 
-For each model a folder of `--output_dir` gets `samples.parquet` (one row a completion, see
+Each model gets a folder in `--output_dir` with `samples.parquet` (one row per completion, see
 `trl_capo.evaluation.samples`) and `summary.json`. Rerun the same command to resume.
 """
 
 import sys
 
 from trl_capo.cli import main as cli_main
-from trl_capo.evaluation.options import check_numbers, make_parser
+from trl_capo.evaluation.options import check_sampling, make_parser
 
 
 COLUMNS = ("prompt_column", "solution_column", "system_prompt", "prompt_template")
@@ -28,12 +28,12 @@ SAMPLING = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Sample, grade, summarise; each model in turn, each process of the launcher its share of the questions."""
+    """Sample, grade and summarise each model in turn; each launched process takes its share of the questions."""
     args = make_parser().parse_args(argv)
     from trl_capo.extras import require
     from trl_capo.models.chat_templates import read_kwargs
 
-    check_numbers(args)
+    check_sampling(args)
     args.chat_template_kwargs = read_kwargs(args.chat_template_kwargs) or None
     if args.engine == "vllm":
         require("vllm")
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     from trl_capo.preflight.checks import check_launch, check_output_dir
 
     for model in args.models:
-        base_of(model_path(model))  # a model or a base that does not exist is refused before anything is loaded
+        base_of(model_path(model))  # refuses a missing model or base before anything is loaded
     check_output_dir(args.output_dir)
     columns = {name: getattr(args, name) for name in COLUMNS}
     data = {name: load_benchmark(name, args.num_prompts, **columns) for name in args.benchmark}
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         for note in notes(summaries):
             print(note)
         print(f"\nSamples and summaries: {args.output_dir}/")
-        print(f"What to type next: trl-capo report {' '.join(map(str, folders))} --output report.html")
+        print(f"Next: trl-capo report {' '.join(map(str, folders))} --output report.html")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""`trl-capo push`: upload a trained model to the Hub, or go on with an upload that failed.
+"""`trl-capo push`: upload a trained model to the Hub, or resume a failed upload.
 
     trl-capo push runs/capo --repo_id me/qwen-capo --private
 
-All files go up in one commit, so that the Hub never shows half a model; what is there already is not sent again. The
-card gets how the model was trained, and the calibration report if the folder has one. The folder stays as it is.
+Uploads all files in one commit, so the Hub never shows half a model. Files that are already there are not sent again.
+The card says how the model was trained, and contains the calibration report if the folder has one. The local folder
+does not change.
 """
 
 import argparse
@@ -20,15 +21,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--private",
         action=argparse.BooleanOptionalAction,
-        help="upload only into a private repository, created if there is none (default: hub_private_repo of the run)",
+        help="upload only to a private repository, created if missing (default: hub_private_repo of the run)",
     )
-    parser.add_argument("--dataset", help="dataset on the Hub that the card names (default: that of the run)")
-    parser.add_argument("--revision", help="branch to push to, which must exist (default: main)")
+    parser.add_argument("--dataset", help="dataset on the Hub that the card names (default: the run's)")
+    parser.add_argument("--revision", help="existing branch to push to (default: main)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Upload; 1 if the Hub did not take it."""
+    """Upload. Returns 1 if the upload failed."""
     args = make_parser().parse_args(argv)
     try:
         push_folder(

@@ -1,14 +1,14 @@
 # /// script
 # dependencies = ["trl-capo", "trl[peft]"]
 # ///
-"""`trl-capo train`: train a model with CAPO, or with GRPO through the same seam, from a YAML recipe or options.
+"""`trl-capo train`: train a model with CAPO, GRPO or another method, from a YAML recipe or options.
 
     trl-capo train --config recipes/arithmetic/capo/config_demo.yaml
     trl-capo train --config recipes/arithmetic/capo/config_demo.yaml --tau 0.4 --output_dir runs/tau-0.4
     trl-capo train --config recipes/arithmetic/capo/config_demo.yaml --dry-run
     accelerate launch --config_file recipes/accelerate_configs/ddp.yaml -m trl_capo.scripts.train --config ...
 
-Conventions are TRL's: an option overrides the recipe, the recipe overrides the default.
+As in TRL, options override the recipe, and the recipe overrides the defaults.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from trl_capo.recipe import (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train, save, and push if asked to. Returns 1 if only the push failed, else 0."""
+    """Train, save, and push if the options say so. Returns 1 if only the push failed, otherwise 0."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    # TrlParser knows `--config FILE` only.
+    # TrlParser understands only `--config FILE`, in two words.
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     method, config_path = method_and_config(argv)
     check_options(argv, method)
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     trainer_class = trainer_of(method)
     if dry_run:
         from trl_capo.planning.dry_run import describe
-        from trl_capo.preflight.recipe import check_recipe as check_run
+        from trl_capo.preflight.recipe import check_run
 
         check_run(trainer_class, training_args, reward_funcs, train_dataset, eval_dataset)
         rows, longest = (train_dataset, eval_dataset), data_args.max_prompt_tokens
@@ -67,10 +67,10 @@ def main(argv: list[str] | None = None) -> int:
 
     from trl import get_peft_config, get_quantization_config
 
-    from trl_capo.compare.progress import RunProgress
     from trl_capo.preflight.model import naming_target_modules
     from trl_capo.publish.push import push_trained
     from trl_capo.publish.record import write_reproduction
+    from trl_capo.trainer.progress import RunProgress
     from trl_capo.trainer.resume import checkpoint_to_resume
 
     resume_from = checkpoint_to_resume(training_args)
@@ -99,12 +99,12 @@ def main(argv: list[str] | None = None) -> int:
     trainer.save_state()
     trainer.accelerator.print("✅ Training completed.")
 
-    trainer.save_model(training_args.output_dir, _internal_call=True)  # or it would push before the card is written
+    trainer.save_model(training_args.output_dir, _internal_call=True)  # otherwise it pushes before the card is written
     trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
     pushed = push_trained(trainer)
     if trainer.accelerator.num_processes > 1:
-        # DDP's wrapper would keep the process group beyond its end, and free it while holding the GIL, which gloo's
-        # thread may be waiting for.
+        # Otherwise DDP's wrapper outlives the process group and frees it while holding the GIL, which gloo's thread
+        # may be waiting for.
         trainer.model_wrapped = trainer.model
         trainer.accelerator.free_memory()
     trainer.end()

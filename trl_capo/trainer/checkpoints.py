@@ -1,7 +1,7 @@
-"""Which checkpoint of a folder a run continues from, and which it may remove.
+"""Chooses the checkpoint that a run resumes from, and the old ones that it may remove.
 
-A folder whose files do not match its manifest (see `trl_capo.trainer.manifest`) is passed over, and so is a checkpoint
-of another run in the same folder.
+Checkpoints that do not match their manifest (see `trl_capo.trainer.manifest`) are skipped, and so are those that
+another run left in the same folder.
 """
 
 import json
@@ -17,17 +17,17 @@ from trl_capo.files import write_json
 from trl_capo.trainer.manifest import Checkpoint, Run, Unusable, read_checkpoint, step_in_name, verify
 
 
-RUN_FILE = "trl_capo_run.json"  # of a run's folder
+RUN_FILE = "trl_capo_run.json"  # in the run's folder
 
 
 @dataclass
 class Search:
-    """Checkpoints of a folder.
+    """The result of searching a folder for checkpoints.
 
     Attributes:
-        newest: The newest that can be resumed from; None without one.
-        skipped: Name and reason of newer or other ones.
-        lost: Those skipped that this run once wrote whole.
+        newest: The newest checkpoint that can be resumed from, or None.
+        skipped: Name and reason of each skipped checkpoint.
+        lost: Names of the skipped checkpoints that were once complete.
     """
 
     newest: Checkpoint | None = None
@@ -40,7 +40,7 @@ class Search:
 
 
 def find_checkpoint(output_dir: str | Path) -> Search:
-    """The newest checkpoint of a folder's run that matches its manifest, and which were passed over.
+    """Finds the newest checkpoint of the folder's run that matches its manifest, and lists those skipped.
 
     Args:
         output_dir: The run's `output_dir`.
@@ -67,7 +67,7 @@ def find_checkpoint(output_dir: str | Path) -> Search:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """Newest `checkpoint-*` folder of the folder's run that can be resumed from; None without one.
+    """The newest `checkpoint-*` folder that the run in `output_dir` can resume from, or None.
 
     Args:
         output_dir: The run's `output_dir`.
@@ -81,10 +81,10 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def chosen_checkpoint(folder: str | Path, output_dir: str | Path) -> Checkpoint:
-    """A checkpoint that was asked for by its folder.
+    """Reads and verifies the checkpoint that the user named.
 
     Raises:
-        UserError: It cannot be resumed from. Names the newest of `output_dir` that can.
+        UserError: It cannot be resumed from. Names the newest checkpoint in `output_dir` that can.
     """
     if not os.path.isdir(folder):
         raise UserError(f"resume_from_checkpoint={str(folder)!r} is not a folder. Use true for the newest checkpoint.")
@@ -101,10 +101,10 @@ def chosen_checkpoint(folder: str | Path, output_dir: str | Path) -> Checkpoint:
 
 
 def check_checkpoint_of(folder: str | Path, run: Run) -> None:
-    """Refuses a checkpoint, the best of a run, that is damaged or of another run.
+    """Refuses a best checkpoint that is damaged or belongs to another run.
 
     Raises:
-        UserError: Says which and why.
+        UserError: Names the checkpoint and the reason.
     """
     try:
         checkpoint = read_checkpoint(Path(folder))
@@ -114,15 +114,15 @@ def check_checkpoint_of(folder: str | Path, run: Run) -> None:
     except Unusable as error:
         raise UserError(
             f"the best checkpoint, {folder}, cannot be loaded: {error}. To save the last weights instead, resume from "
-            "the newest checkpoint with load_best_model_at_end off."
+            "the newest checkpoint with load_best_model_at_end=False."
         ) from None
 
 
 def current_run(output_dir: str | Path, checkpoints: Iterable[Checkpoint] = ()) -> Run:
-    """The run that a folder belongs to: what it says, else the run of the checkpoint that was written last.
+    """The run that a folder belongs to: the one in its run file, or else the run of the checkpoint written last.
 
     Raises:
-        UserError: The folder's file cannot be read.
+        UserError: The run file cannot be read.
     """
     path = Path(output_dir, RUN_FILE)
     if path.exists():
@@ -130,19 +130,19 @@ def current_run(output_dir: str | Path, checkpoints: Iterable[Checkpoint] = ()) 
             return Run.from_json(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
-                f"{path} cannot be read: it says which run the folder belongs to. Remove it to use the run that "
-                "wrote the newest checkpoint."
+                f"{path}, which records the run that the folder belongs to, cannot be read. Delete it to continue the "
+                "run that wrote the newest checkpoint."
             ) from None
     written = {c.manifest["written"]: c.run for c in checkpoints if c.manifest is not None}
     return written[max(written)] if written else Run()
 
 
 def begin_run(output_dir: str | Path, checkpoint: Checkpoint | None) -> Run:
-    """The identity of a training that starts, from zero or from a checkpoint; the folder remembers it.
+    """Chooses the run that a training belongs to, and records it in the folder.
 
     Args:
         output_dir: Where the run writes.
-        checkpoint: Where it starts; None for zero.
+        checkpoint: The checkpoint that the training resumes from; None if it starts from scratch.
     """
     search = find_checkpoint(output_dir) if checkpoint is not None else Search()
     if checkpoint is not None and search.newest is not None and _same(search.newest.folder, checkpoint.folder):
@@ -157,14 +157,14 @@ def begin_run(output_dir: str | Path, checkpoint: Checkpoint | None) -> Run:
 def remove_old_checkpoints(
     output_dir: str | Path, run: Run, limit: int | None, best: str | None, keep_newest: bool = True
 ) -> None:
-    """Removes the oldest checkpoints of a run until `limit` are left. Those of other runs are left alone.
+    """Removes a run's oldest checkpoints until `limit` remain. Checkpoints of other runs are kept.
 
     Args:
-        output_dir: Where the checkpoints are.
-        run: The run that may remove its own.
+        output_dir: The folder with the checkpoints.
+        run: The run whose checkpoints may be removed.
         limit: `save_total_limit`; None keeps all.
         best: A checkpoint that is always kept.
-        keep_newest: Whether the newest is always kept, too.
+        keep_newest: Whether the newest checkpoint is always kept too.
     """
     if not limit or limit < 0:
         return

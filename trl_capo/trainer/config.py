@@ -1,4 +1,4 @@
-"""Options of every trainer on the seam: TRL's, the fast step, what is correct, the reference and the mask by it."""
+"""Options shared by all trainers: TRL's, the fast step, the correctness label, the reference and its mask."""
 
 import math
 import warnings
@@ -18,37 +18,39 @@ from trl_capo.redact import is_secret_name, redact
 
 @dataclass
 class FastGRPOConfig(FilledConfig):
-    """Configuration of `FastGRPOTrainer`: TRL's `GRPOConfig` with the same defaults, and one more option.
+    """Configuration of `FastGRPOTrainer`: TRL's `GRPOConfig` with the same defaults and one more option.
 
     Parameters:
         repack (`bool`, *optional*, defaults to `True`):
-            Drop rows without a gradient, sort the rest by length and trim the padding, as far as that leaves the
-            gradient as it is (see `trl_capo.trainer.repack`); otherwise one line says what is not done and why. Passes
-            without gradient then take up to twice `per_device_train_batch_size` rows. With `torch_compile`, set
-            `pad_to_multiple_of` too, so that there are few widths.
+            Drop rows without a gradient, sort the rest by length and trim the padding, where this leaves the gradient
+            unchanged (see `trl_capo.trainer.repack`). A printed line says which steps are skipped and why. Passes
+            without gradient take up to twice `per_device_train_batch_size` rows. With `torch_compile`, also set
+            `pad_to_multiple_of` to limit the number of distinct widths.
     """
 
     repack: bool = field(
         default=True,
         metadata={
-            "help": "Drop rows without a gradient, sort the rest by length and trim the padding, as far as that "
-            "leaves the gradient as it is."
+            "help": "Drop rows without a gradient, sort the rest by length and trim the padding, where this leaves "
+            "the gradient unchanged."
         },
     )
 
     def __post_init__(self):
         check_numbers(vars(self))
+        for option in fields(self):
+            value, choices = getattr(self, option.name), option.metadata.get("choices")
+            ours = option.name not in GRPOConfig.__dataclass_fields__  # TRL takes more than its command line offers
+            if ours and choices and value not in (*choices, option.default):
+                raise UserError(f"{option.name} must be one of {', '.join(map(str, choices))}, got {value!r}.")
         set_by_user = self.generation_batch_size, self.steps_per_generation
         if self.greater_is_better is None:
             self.greater_is_better = default_direction(self.metric_for_best_model)
         try:
             super().__post_init__()
         except ValueError:
-            check_batches(self, *set_by_user)  # in the options that were set; TRL's error if it is about another thing
+            check_batches(self, *set_by_user)  # names the options that the user set; other errors stay TRL's
             raise
-
-    def __getstate__(self):
-        return without_secrets(self).__dict__  # transformers pickles its arguments beside the model
 
     def to_dict(self):
         return redact(super().to_dict())  # what trackers record
@@ -56,73 +58,74 @@ class FastGRPOConfig(FilledConfig):
 
 @dataclass
 class GroupAdvantageConfig(FastGRPOConfig):
-    """Configuration of `GroupAdvantageTrainer`: `FastGRPOConfig`, what is correct, the reference and the mask by it.
+    """Configuration of `GroupAdvantageTrainer`: `FastGRPOConfig` plus the correctness label, reference and mask.
 
     Parameters:
         correctness_reward (`str`, *optional*):
-            Name of the reward function that decides whether a completion is correct. Needed with several reward
-            functions, unless the method needs no label (GRPO without a mask), which then logs no calibration metrics.
+            Name of the reward function that decides whether a completion is correct. Required with several reward
+            functions, unless the method needs no label (GRPO without a mask). Without a label, no calibration metrics
+            are logged.
         correct_threshold (`float`, *optional*, defaults to `0.5`):
-            A completion is correct if that reward is at least this.
+            A completion is correct if its correctness reward is at least this value.
         ref_model_name_or_path (`str`, *optional*):
-            Reference model. By default the initial policy: the model id or path it was loaded from, a copy of a model
-            passed as an instance, the model without its adapter under PEFT.
+            Reference model. Defaults to the initial policy: reloaded from its id or path, copied from a model passed
+            as an instance, or, with PEFT, the model without its adapter.
         ref_model_dtype (`str`, *optional*):
-            Precision of the reference's weights, such as `"bfloat16"`: half the memory of float32. By default the
-            policy's. Without effect where the reference is the policy without its adapter.
+            Precision of the reference's weights, such as `"bfloat16"`, which takes half the memory of float32.
+            Defaults to the policy's. Has no effect if the reference is the policy without its adapter.
         mean_logps_from (`str`, *optional*, defaults to `"policy"`):
-            Which log-probs score a completion: `"policy"`, recomputed by the trainer, or `"sampler"`, those that came
-            with the completion from vLLM or `rollout_func`, which saves that pass. The sampler must draw from the
+            Log-probs that score a completion: `"policy"` recomputes them in the trainer; `"sampler"` takes those that
+            vLLM or `rollout_func` returned with the completion, which saves a pass. The sampler must draw from the
             whole distribution: `top_p=1`, no `top_k`, `min_p` or `repetition_penalty`.
         ref_ppl_mask (`bool`, *optional*, defaults to `False`):
             Drop correct completions that the reference finds surprising and wrong ones that it finds likely. If
             `False` and `beta=0`, no reference model is loaded.
         ref_ppl_low (`float`, *optional*, defaults to `1.05`):
-            Wrong completions with a lower reference perplexity are dropped.
+            Drop wrong completions with a reference perplexity below this.
         ref_ppl_high (`float`, *optional*, defaults to `2.5`):
-            Correct completions with a higher reference perplexity are dropped.
+            Drop correct completions with a reference perplexity above this.
         ref_ppl_quantiles (`list[float]`, *optional*):
-            Two quantiles in (0, 1), e.g. `0.25 0.75`. The thresholds are then these quantiles of the reference
-            perplexity of the first completions of the training, estimated once and frozen; until then nothing is
-            masked.
+            Two quantiles in (0, 1), e.g. `0.25 0.75`, that replace the fixed thresholds. They are quantiles of the
+            reference perplexity of the first completions in training, estimated once and then frozen. Until then
+            nothing is masked.
         ref_ppl_quantiles_by_class (`bool`, *optional*, defaults to `False`):
-            Take the low threshold from wrong completions and the high one from correct completions, instead of both
-            from all. Low may then exceed high.
+            Estimate the low threshold from wrong completions and the high one from correct completions, instead of
+            both from all completions. The low threshold may then exceed the high one.
         ref_ppl_quantile_samples (`int`, *optional*, defaults to `1024`):
-            Number of completions from which the quantiles are taken.
+            Number of completions from which the quantiles are estimated.
     """
 
     correctness_reward: str | None = field(
         default=None,
         metadata={
-            "help": "Name of the reward function that decides whether a completion is correct. Needed with several "
-            "reward functions, unless the method needs no label."
+            "help": "Name of the reward function that decides whether a completion is correct. Required with "
+            "several reward functions, unless the method needs no label."
         },
     )
     correct_threshold: float = field(
-        default=0.5, metadata={"help": "A completion is correct if that reward is at least this."}
+        default=0.5, metadata={"help": "A completion is correct if its correctness reward is at least this value."}
     )
     ref_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Reference model. By default the initial policy: the model id or path it was loaded from, a copy "
-            "of a model passed as an instance, the model without its adapter under PEFT."
+            "help": "Reference model. Defaults to the initial policy: reloaded from its id or path, copied from a "
+            "model passed as an instance, or, with PEFT, the model without its adapter."
         },
     )
     ref_model_dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Precision of the reference's weights, such as bfloat16: half the memory of float32. By default "
-            "the policy's.",
+            "help": "Precision of the reference's weights, such as bfloat16, which takes half the memory of float32. "
+            "Defaults to the policy's.",
             "choices": ["bfloat16", "float16", "float32"],
         },
     )
     mean_logps_from: str = field(
         default="policy",
         metadata={
-            "help": "Which log-probs score a completion: 'policy', recomputed by the trainer, or 'sampler', those "
-            "that came with the completion from vLLM or rollout_func, which saves that pass. Needs top_p 1 and no "
-            "top_k, min_p or repetition_penalty.",
+            "help": "Log-probs that score a completion: 'policy' recomputes them in the trainer; 'sampler' takes "
+            "those that vLLM or rollout_func returned, which saves a pass. 'sampler' needs top_p=1 and no top_k, "
+            "min_p or repetition_penalty.",
             "choices": ["policy", "sampler"],
         },
     )
@@ -134,34 +137,30 @@ class GroupAdvantageConfig(FastGRPOConfig):
         },
     )
     ref_ppl_low: float = field(
-        default=1.05, metadata={"help": "Wrong completions with a lower reference perplexity are dropped."}
+        default=1.05, metadata={"help": "Drop wrong completions with a reference perplexity below this."}
     )
     ref_ppl_high: float = field(
-        default=2.5, metadata={"help": "Correct completions with a higher reference perplexity are dropped."}
+        default=2.5, metadata={"help": "Drop correct completions with a reference perplexity above this."}
     )
     ref_ppl_quantiles: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Two quantiles in (0, 1), e.g. `0.25 0.75`, of the reference perplexity of the first completions, "
-            "that replace the fixed thresholds."
+            "help": "Two quantiles in (0, 1), e.g. `0.25 0.75`, that replace the fixed thresholds. They are quantiles "
+            "of the reference perplexity of the first completions."
         },
     )
     ref_ppl_quantiles_by_class: bool = field(
         default=False,
-        metadata={"help": "Low threshold from wrong completions, high one from correct ones, not both from all."},
+        metadata={
+            "help": "Estimate the low threshold from wrong completions and the high one from correct completions, "
+            "instead of both from all completions."
+        },
     )
     ref_ppl_quantile_samples: int = field(
-        default=1024, metadata={"help": "Number of completions from which the quantiles are taken."}
+        default=1024, metadata={"help": "Number of completions from which the quantiles are estimated."}
     )
 
     def __post_init__(self):
-        for name, choices in (
-            ("ref_model_dtype", (None, "bfloat16", "float16", "float32")),
-            ("mean_logps_from", ("policy", "sampler")),
-        ):
-            if getattr(self, name) not in choices:
-                allowed = ", ".join(map(str, choices))
-                raise UserError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
         for name in ("ref_ppl_low", "ref_ppl_high"):
             threshold = getattr(self, name)
             if not (threshold >= 1 and math.isfinite(threshold)):
@@ -175,19 +174,19 @@ class GroupAdvantageConfig(FastGRPOConfig):
             raise UserError("ref_ppl_quantiles_by_class=True needs ref_ppl_quantiles, e.g. [0.25, 0.75].")
         if self.sync_ref_model and not self.ref_ppl_mask and self.beta == 0:
             raise UserError(
-                "sync_ref_model=True has no reference to update: set ref_ppl_mask=True or a beta above 0, or leave "
-                "sync_ref_model off."
+                "sync_ref_model=True has no reference to update: set ref_ppl_mask=True, beta above 0, or "
+                "sync_ref_model=False."
             )
         if self.sync_ref_model and self.ref_model_dtype in ("bfloat16", "float16"):
             raise UserError(
-                f"sync_ref_model=True moves the reference by steps that {self.ref_model_dtype} rounds away: leave "
-                "ref_model_dtype unset."
+                f"ref_model_dtype={self.ref_model_dtype!r} is too coarse for sync_ref_model=True: it rounds away the "
+                "updates of the reference. Leave ref_model_dtype unset."
             )
         super().__post_init__()
         self._warn_about_the_mask()
 
     def _warn_about_the_mask(self) -> None:
-        """Settings that run but do not mean what the paper's numbers mean."""
+        """Warns about settings that run, but under which the thresholds do not mean what they mean in the paper."""
         low, high = self.ref_ppl_quantiles or (self.ref_ppl_low, self.ref_ppl_high)
         if self.ref_ppl_mask and not self.ref_ppl_quantiles_by_class and low >= high:
             names = "ref_ppl_quantiles" if self.ref_ppl_quantiles else "ref_ppl_low and ref_ppl_high"
@@ -199,16 +198,16 @@ class GroupAdvantageConfig(FastGRPOConfig):
             )
         if self.ref_ppl_mask and self.ref_ppl_quantiles is None and self.temperature != 1:
             warnings.warn(
-                f"temperature={self.temperature}: log-probs are those of the tempered distribution, so the absolute "
+                f"temperature={self.temperature}: log-probs are those of the tempered distribution, so the fixed "
                 "thresholds ref_ppl_low and ref_ppl_high do not mean what they mean at temperature 1. Use "
-                "ref_ppl_quantiles.",
+                "ref_ppl_quantiles instead.",
                 UserWarning,
                 stacklevel=4,
             )
 
 
 def without_secrets(args: TrainingArguments) -> TrainingArguments:
-    """A copy of a configuration that may be written beside a model: secrets are None, left out, or stars."""
+    """A copy of a configuration that is safe to save with a model: secrets are set to None, removed or masked."""
     copy = object.__new__(type(args))
     for name, value in vars(args).items():
         copy.__dict__[name] = None if is_secret_name(name) else redact(value)
@@ -216,18 +215,18 @@ def without_secrets(args: TrainingArguments) -> TrainingArguments:
 
 
 def checked_config(args: GRPOConfig, config_class: type[GRPOConfig], trainer: str) -> FilledConfig:
-    """The configuration of a trainer; a plain `GRPOConfig` will do where no method has options of its own.
+    """Checks a trainer's configuration. A plain `GRPOConfig` is accepted if the method adds no options of its own.
 
     Args:
-        args: What the user passed.
-        config_class: What the trainer takes.
-        trainer: Its name, for the message.
+        args: The configuration that the user passed.
+        config_class: The class that the trainer takes.
+        trainer: The trainer's name, for the message.
 
     Returns:
-        `args`; a plain `GRPOConfig` has the defaults of the options that it lacks.
+        `args`. A plain `GRPOConfig` gets the defaults of the options that it lacks.
 
     Raises:
-        TypeError: The trainer needs a configuration of its own.
+        TypeError: The trainer needs its own configuration class.
     """
     if isinstance(args, GRPOConfig) and config_class in (GRPOConfig, FastGRPOConfig, GroupAdvantageConfig):
         for option in fields(config_class):

@@ -1,8 +1,8 @@
-"""TRL's `GRPOTrainer` with a faster step and the same parameters.
+"""TRL's `GRPOTrainer` with a faster step and the same resulting parameters.
 
-After TRL has scored a generation it is cut into micro-batches anew (`trl_capo.trainer.repack`): rows without gradient
-are dropped, the others sorted by length and trimmed. Passes without gradient are sorted and trimmed too, run without
-dropout, and are put off until it is known which rows need them.
+After TRL has scored a generation, this trainer cuts it into new micro-batches (`trl_capo.trainer.repack`): it drops
+rows without gradient, sorts the rest by length and trims them. Passes without gradient are sorted and trimmed too, run
+without dropout, and are deferred until it is known which rows need them.
 """
 
 import math
@@ -32,10 +32,11 @@ from trl_capo.trainer.repack import (
 
 
 class FastGRPOTrainer(ShortPassesGRPOTrainer):
-    """Stock GRPO, faster: the same parameters as TRL's trainer. Takes the same arguments.
+    """Stock GRPO, faster: takes the arguments of TRL's trainer and trains the same parameters.
 
-    What may be dropped and moved is decided by TRL's `loss_type`. So a subclass with a `_compute_loss` of its own sets
-    `args.repack = False` in `_setup` if rows without advantage matter in it, or which rows share a micro-batch.
+    TRL's `loss_type` decides which rows may be dropped or moved. A subclass with its own `_compute_loss` must set
+    `args.repack = False` in `_setup` if its loss depends on rows without advantage, or on which rows share a
+    micro-batch.
 
     Hooks: `_setup`, `_after_scoring`, `_logps_from_logits` with `_reads_logits`.
     """
@@ -55,7 +56,7 @@ class FastGRPOTrainer(ShortPassesGRPOTrainer):
 
     @classmethod
     def known_losses(cls) -> list[str]:
-        """The values of `loss_type` that the trainer takes; empty if they are not known."""
+        """The values of `loss_type` that the trainer accepts; empty if unknown."""
         return known_losses(cls)
 
     def _refuse_what_needs_fused_logits(self) -> None:
@@ -65,28 +66,28 @@ class FastGRPOTrainer(ShortPassesGRPOTrainer):
             "cast_lm_head_to_fp32": getattr(self.args, "cast_lm_head_to_fp32", False),
         }
         if self._reads_logits and any(unfit.values()):
-            names = ", ".join(name for name, there in unfit.items() if there)
-            raise UserError(f"{self._name} takes its loss from plain logits, which does not work with {names}.")
+            names = ", ".join(name for name, used in unfit.items() if used)
+            raise UserError(f"{self._name} computes its loss from plain logits, which does not work with {names}.")
 
     # Hooks -----------------------------------------------------------------------------------------------------------
 
     def _setup(self) -> None:
-        """What a subclass adds to the constructor; everything of TRL's trainer is there."""
+        """What a subclass adds to the constructor. TRL's trainer is already set up."""
 
     def _after_scoring(self, output: Batch) -> tuple[Tensor, Tensor]:
-        """Change a generation that TRL has scored, in place.
+        """Changes a generation that TRL has scored, in place.
 
         Returns:
-            The policy's log-probs (B, T) as far as they were needed for that, 0 elsewhere, and their rows (B,),
-            boolean: what they hold is not computed again for the loss.
+            The policy's log-probs (B, T) where this hook computed them, 0 elsewhere; and the rows that they cover
+            (B,), boolean, which are not computed again for the loss.
         """
         mask = output["completion_mask"]
         return torch.zeros(mask.shape, device=mask.device), torch.zeros_like(mask[:, 0], dtype=torch.bool)
 
     def _logps_from_logits(self, logps: Tensor, entropies: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        """What the loss takes for the tokens' log-probs (B, T), from those of the vocabulary (B, T, V) and the batch.
+        """The tokens' log-probs that the loss uses (B, T), from those of the vocabulary (B, T, V) and the batch.
 
-        Only called where `_reads_logits`. Values should stay the tokens' log-probs, or ratios lose their meaning.
+        Called only if `_reads_logits`. The values should stay the tokens' log-probs, or ratios lose their meaning.
         """
         return logps.gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
 
@@ -95,8 +96,8 @@ class FastGRPOTrainer(ShortPassesGRPOTrainer):
     def _generate(self, prompts):
         generated = super()._generate(prompts)
         self._start_grading(completions=generated[3], extra_fields=generated[5])
-        # Where rows without advantage are dropped, most log-probs of the old policy are never read. Which ones is
-        # known when TRL is done, so its own pass is put off; under vLLM's correction TRL reads them all itself.
+        # If rows without advantage are dropped, most log-probs of the old policy are never read. Which are needed is
+        # known only when TRL is done, so its pass is deferred. With vLLM's correction, TRL itself reads them all.
         self._defers_old_logps = (
             self._repacking.prune
             and self.model.training
@@ -105,8 +106,8 @@ class FastGRPOTrainer(ShortPassesGRPOTrainer):
         return generated
 
     def _start_grading(self, completions: list, extra_fields: dict) -> None:
-        """Lets worker processes grade while TRL computes log-probs (under vLLM's correction or a KL term)."""
-        # TRL replaces columns by what a rollout function returned under their names.
+        """Starts grading in worker processes while TRL computes log-probs (for vLLM's correction or a KL term)."""
+        # TRL replaces columns with fields of the same name that a rollout function returns.
         if (
             self._generation_inputs is None
             or "solution" not in self._generation_inputs[0]
@@ -143,11 +144,11 @@ class FastGRPOTrainer(ShortPassesGRPOTrainer):
         if self._defers_old_logps:
             self._old_logps_deferred = True
             return None, None, None
-        # In evaluation the surrogate has the value of the log-probs, and its batches are larger.
+        # In evaluation the surrogate equals the log-probs, and batches are larger.
         if self._reads_logits and self._loss_inputs is not None and self.model.training:
             return self._unfused_logps(model, input_ids, attention_mask, logits_to_keep, self._loss_inputs)
-        # TRL names a batch size where it passes over a whole generation, for the log-probs alone. It leaves dropout on
-        # there: scores would be noise.
+        # TRL gives a batch size when it passes over a whole generation for the log-probs alone. It leaves dropout on
+        # there, which would make the scores noisy.
         passes_over_all = batch_size is not None and not torch.is_grad_enabled()
         for_logps_alone = not any(kwargs.get(f"compute_{x}") for x in ("entropy", "aux_loss"))
         with in_eval_mode(model) if passes_over_all else nullcontext():
@@ -160,7 +161,7 @@ class FastGRPOTrainer(ShortPassesGRPOTrainer):
     def _unfused_logps(
         self, model, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, inputs: Batch
     ) -> tuple[Tensor, Tensor, None]:
-        """Log-probs for the loss from all logits, which TRL's fused head never holds at once; and their entropies."""
+        """Log-probs for the loss and their entropies, from all logits, which TRL's fused head never holds at once."""
         with self.accelerator.autocast():
             logits = model(
                 input_ids=input_ids,
@@ -169,7 +170,7 @@ class FastGRPOTrainer(ShortPassesGRPOTrainer):
                 logits_to_keep=logits_to_keep + 1,
             ).logits
         logps = (logits[:, :-1].float() / self.temperature).log_softmax(-1)
-        with torch.set_grad_enabled(self._entropy_bonus_enabled):  # else it is only logged
+        with torch.set_grad_enabled(self._entropy_bonus_enabled):  # otherwise it is only logged
             entropies = -(logps.exp() * logps).sum(-1)
         return self._logps_from_logits(logps, entropies.detach(), inputs), entropies, None
 
@@ -191,8 +192,8 @@ class FastGRPOTrainer(ShortPassesGRPOTrainer):
         )
         if repacking.reason:
             kept = "rows are sorted and trimmed but not dropped" if repacking.sort else "rows are only trimmed"
-            kept = kept if repacking.trim else "batches stay as TRL makes them"
-            self.accelerator.print(f"repack: {kept}, for {repacking.reason}.")
+            kept = kept if repacking.trim else "batches are left as TRL makes them"
+            self.accelerator.print(f"repack: {kept}, because {repacking.reason}.")
         return repacking
 
     def _prepare_inputs(self, generation_batch):
@@ -208,15 +209,15 @@ class FastGRPOTrainer(ShortPassesGRPOTrainer):
             return micro_batches
         if not self._repacking.sort:
             return [trim(batch, self.pad_to_multiple_of) for batch in micro_batches]
-        # Rows may only move between micro-batches that every optimizer step has all of, or none: blocks of these.
+        # Rows may move only within a block of micro-batches of which every optimizer step takes all or none.
         block_size = math.gcd(self.args.steps_per_generation, self.args.gradient_accumulation_steps)
         blocks = [concatenate(micro_batches[i : i + block_size]) for i in range(0, len(micro_batches), block_size)]
         if self._repacking.prune:
             keep = [has_gradient(block) for block in blocks]
         else:
             keep = [torch.ones_like(block["prompt_mask"][:, 0], dtype=torch.bool) for block in blocks]
-        # Ranks cut alike, each place by its longest row on any rank: TRL gathers one number a row for its clip
-        # metrics, and a rank whose rows are short there must not be handed more of its long ones.
+        # All ranks make the same cuts, because TRL gathers one number per row for its clip metrics. Each position
+        # counts as its longest row on any rank: a rank with short rows there must not get more of its long ones.
         num_kept = torch.stack([kept.sum() for kept in keep])
         num_rows = self.accelerator.gather(num_kept.unsqueeze(0)).amax(dim=0).clamp(min=block_size).tolist()
         rows = [choose_rows(block, kept, num) for block, kept, num in zip(blocks, keep, num_rows, strict=True)]

@@ -1,4 +1,4 @@
-"""Weights that are not finite: found before they are saved, and stopped at the step that would spoil them."""
+"""Finds weights that are not finite before they are saved, and stops at the step that would spoil them."""
 
 import math
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from trl_capo.trainer.publishing import PublishingGRPOTrainer
 
 
 class FiniteGRPOTrainer(PublishingGRPOTrainer):
-    """Stock GRPO that stops with one line once weights are not finite, or too large to sample from."""
+    """Stock GRPO that stops with a one-line error if weights are not finite, or too large to sample from."""
 
-    _found_finite: object = None  # the weights that were read last and found finite
+    _found_finite: object = None  # the weights that were last checked and found finite
 
     def _get_grad_norm(self, model, grad_norm=None):
         # Called before each optimizer step, whether gradients are clipped or not.
@@ -24,7 +24,7 @@ class FiniteGRPOTrainer(PublishingGRPOTrainer):
         return norm
 
     def _generate_and_score_completions(self, inputs):
-        self._check_parameters()  # sampling from such weights would crash, and say less
+        self._check_parameters()  # sampling from bad weights would crash with a vaguer error
         try:
             return super()._generate_and_score_completions(inputs)
         except RuntimeError as error:
@@ -39,12 +39,12 @@ class FiniteGRPOTrainer(PublishingGRPOTrainer):
         weights = self.state.global_step, _state_of(self.model)
         bad = first_not_finite(self.model) if weights != self._found_finite else None
         self._found_finite = weights if bad is None else None
-        # Gathered also where this rank had read its weights before: another may not have.
+        # Gather even if this rank has already checked these weights: another may not have.
         gather = gather_object if on_all_ranks else None
         check_parameters(bad, self.state.global_step, self.args, self._last_checkpoint, gather)
 
     def _last_checkpoint(self) -> str | None:
-        # Whole checkpoints are read for it, so only by one process; the others' messages leave it out.
+        # This reads whole checkpoints, so only one process does it; the other processes' messages omit it.
         return last_complete_checkpoint(self.args.output_dir) if self.is_world_process_zero() else ""
 
 
@@ -56,15 +56,15 @@ def _state_of(model: torch.nn.Module) -> int:
 def check_gradient_norm(norm, step: int, args, scaler, last: Callable[[], str | None]) -> None:
     """Stops a training whose gradient is not finite, before the optimizer uses it.
 
-    With float16, a step whose scaled gradient overflows is skipped and the scale halved. That is no fault until the
-    scale is below 1.
+    With float16, a step whose scaled gradient overflows is skipped and the scale is halved. That is normal until the
+    scale falls below 1.
 
     Args:
-        norm: Norm of the gradients of all ranks, a number or a tensor. None if it is not known.
+        norm: Norm of the gradients over all ranks, a number or a tensor; None if unknown.
         step: The optimizer step, counted from 1.
         args: The training's configuration.
-        scaler: The scaler of gradients; None without one.
-        last: Finds the newest checkpoint: None without one, empty if this process does not look.
+        scaler: The gradient scaler, or None.
+        last: Returns the newest checkpoint, None if there is none, or "" if this process does not look.
 
     Raises:
         UserError: Names the step and what to change.
@@ -85,11 +85,11 @@ def check_parameters(
     """Refuses weights with NaN or infinity.
 
     Args:
-        bad: The first such parameter of this rank, from `first_not_finite`.
+        bad: The first such parameter on this rank, from `first_not_finite`.
         step: Optimizer steps so far.
         args: The training's configuration.
-        last: Finds the newest checkpoint: None without one, empty if this process does not look.
-        gather: Collects a list of all ranks, where each has another part of the weights.
+        last: Returns the newest checkpoint, None if there is none, or "" if this process does not look.
+        gather: Concatenates the ranks' lists; None checks this rank alone.
 
     Raises:
         UserError: Names the first such parameter, the step and what to change.
@@ -97,7 +97,7 @@ def check_parameters(
     found = [name for name in gather([bad]) if name] if gather else [bad] if bad else []
     if found:
         raise UserError(
-            f"step {step}: {found[0]} holds values that are not finite, so nothing is saved. {_advice(args)} "
+            f"step {step}: {found[0]} has values that are not finite, so nothing is saved. {_advice(args)} "
             f"{_where(last())}"
         )
 
@@ -116,14 +116,14 @@ def first_not_finite(model: torch.nn.Module) -> str | None:
     """
     names, flags = [], []
     for name, parameter in model.named_parameters():
-        values = getattr(parameter, "ds_tensor", parameter)  # DeepSpeed's ZeRO-3 keeps this rank's part there
+        values = getattr(parameter, "ds_tensor", parameter)  # DeepSpeed ZeRO-3 keeps this rank's shard here
         values = values.to_local() if hasattr(values, "to_local") else values
         if parameter.requires_grad and values.is_floating_point():
             names.append(name)
             flags.append(values.isfinite().all())
     if not flags:
         return None
-    finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()  # the one wait for the device
+    finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()  # the only wait for the device
     return next((name for name, is_finite in zip(names, finite, strict=True) if not is_finite), None)
 
 

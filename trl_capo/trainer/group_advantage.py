@@ -1,13 +1,13 @@
-"""The seam for methods: the whole batch as groups, one pure function, its advantages in place of TRL's.
+"""The trainer that methods extend: one pure function of whole groups replaces TRL's advantages.
 
 TRL computes advantages inline and offers no hook for them. `GroupAdvantageTrainer` lets TRL do all its work, then
-shows the whole batch as groups to one pure function and puts the result in place of TRL's advantages. A method
+passes the whole batch as groups to one pure function and replaces TRL's advantages with the result. A method
 subclasses it and defines `_compute_advantages(groups) -> (P, G)`.
 
-Order of a generation, the same on every rank since each gather is a collective: TRL generates, scores and gathers the
-rewards; the policy passes over the rows whose log-probs the method reads, then the reference over those that need it;
-then advantages are computed from global tensors, identically on every rank, the mask is applied, and each rank keeps
-its slice. Groups may straddle ranks. Last, the generation is cut into micro-batches anew
+Every rank takes the same steps in the same order, because each gather is a collective. TRL generates, scores and
+gathers the rewards. The policy passes over the rows whose log-probs the method reads, then the reference over those
+that need it. Advantages are computed from global tensors, identically on every rank; the mask is applied, and each
+rank keeps its slice. Groups may straddle ranks. Finally, the generation is cut into new micro-batches
 (`trl_capo.trainer.fast_step`).
 """
 
@@ -31,15 +31,15 @@ from trl_capo.trainer.scoring import GroupScoringTrainer
 class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
     """`GRPOTrainer` whose advantages may depend on whole groups. Takes the same arguments.
 
-    Used as it is, it is GRPO with calibration metrics. Hooks for a method, all optional: `_compute_advantages`,
+    Used directly, it is GRPO with calibration metrics. Hooks for a method, all optional: `_compute_advantages`,
     `_unmasked_advantages`, `_setup_method`, `needs_ref`, `_rows_needing_logps`, `_rows_needing_ref`,
     `_rows_with_advantage`, `_sequence_statistics`, `_token_advantages`, `_choose_prompts`, `_logps_from_logits`,
     `_calibration_arrays`, `_calibration_metrics`, `_method_state`, `_load_method_state`. The mask of
-    `args.ref_ppl_mask` is not among them: the trainer updates, applies, logs and saves it for every method.
+    `args.ref_ppl_mask` is not a hook: the trainer updates, applies, logs and saves it for every method.
 
     Raises:
-        TypeError: `args` is not of `config_class` (GRPO through the seam also takes TRL's own `GRPOConfig`).
-        UserError: Bad input that would only show during training: see `trl_capo.preflight`.
+        TypeError: `args` is not an instance of `config_class`. (This class itself also takes a plain `GRPOConfig`.)
+        UserError: Bad input that would otherwise fail only during training; see `trl_capo.preflight`.
     """
 
     _tag_names = ["trl", "trl-capo", "grpo"]
@@ -47,7 +47,7 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
     _replaces_advantages = False  # whether `_compute_advantages` starts from the weighted sum of the rewards
 
     def __init_subclass__(cls, **kwargs):
-        """A method is called as its class unless it has a `_name`, and credits no paper unless it has a `_paper`."""
+        """A method is named after its class unless it sets `_name`, and cites no paper unless it sets `_paper`."""
         super().__init_subclass__(**kwargs)
         if GroupAdvantageTrainer in cls.__bases__:
             cls._name = cls.__dict__.get("_name", cls.__name__.removesuffix("Trainer"))
@@ -63,8 +63,8 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
     def _refuse_other_aggregations(self) -> None:
         if self.args.multi_objective_aggregation != "sum_then_normalize":
             raise UserError(
-                f"multi_objective_aggregation={self.args.multi_objective_aggregation!r} turns rewards into advantages "
-                f"in TRL's way, where {self._name} has its own: set it to 'sum_then_normalize'."
+                f"multi_objective_aggregation={self.args.multi_objective_aggregation!r} changes how TRL computes "
+                f"advantages, but {self._name} computes its own: set it to 'sum_then_normalize'."
             )
 
     @classmethod
@@ -74,14 +74,14 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
     # Hooks -----------------------------------------------------------------------------------------------------------
 
     def _setup_method(self) -> None:
-        """What a method adds to the constructor; everything else of the trainer is there."""
+        """What a method adds to the constructor. The rest of the trainer is already set up."""
 
     def _compute_advantages(self, groups: RolloutGroups) -> Tensor | None:
-        """Advantages of a generation, shape (P, G). None keeps those that TRL computed."""
+        """Advantages of a generation, shape (P, G). None keeps TRL's."""
         return None
 
     def _unmasked_advantages(self, groups: RolloutGroups) -> Tensor | float:
-        """Added to the advantages after the mask was applied, shape (P, G): what a dropped completion keeps."""
+        """Advantages added after the mask is applied, shape (P, G): what a dropped completion keeps."""
         return 0.0
 
     def _token_advantages(self, advantages: Tensor, inputs: dict[str, Tensor]) -> Tensor:
@@ -89,15 +89,15 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
         return advantages
 
     def _choose_prompts(self, inputs: list[dict]) -> list[dict]:
-        """This rank's rows of a training generation, each prompt `num_generations` times; as many must come back."""
+        """This rank's rows of a training generation, each prompt `num_generations` times. Must return as many rows."""
         return inputs
 
     def _calibration_arrays(self, groups: RolloutGroups) -> dict[str, Tensor]:
-        """What the method's own metrics need to keep of a generation; each array starts with the prompt axis."""
+        """Arrays of a generation that the method's own metrics need; each starts with the prompt axis."""
         return {}
 
     def _calibration_metrics(self, window: dict[str, np.ndarray]) -> dict[str, float]:
-        """The method's own metrics over the logging window, from all its arrays, concatenated along the prompts."""
+        """The method's own metrics over the logging window, whose arrays are concatenated along the prompts."""
         return {}
 
     # Around a generation ---------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
         if advantages is not None:
             self._refuse_other_aggregations()
             self._check_shape(advantages, groups)
-        elif self.mask.active:  # it drops from TRL's own
+        elif self.mask.active:  # the mask drops from TRL's own
             advantages = self.accelerator.gather(output["advantages"]).view(groups.valid.shape)
         if advantages is not None:
             advantages = advantages.masked_fill(~groups.kept, 0.0) + self._unmasked_advantages(groups)
@@ -139,7 +139,7 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
     def _group_arrays(self, groups: RolloutGroups) -> dict[str, Tensor]:
         return {
             "correct": groups.correct,
-            # What else is scored in training depends on method and settings, and curves should be comparable.
+            # Whether training scores other groups depends on method and settings. Curves should be comparable.
             "mean_logps": groups.mean_logps.masked_fill(self.model.training & ~groups.mixed, torch.nan),
             "valid": groups.valid,
             "in_mixed_group": groups.mixed & groups.valid,
@@ -152,7 +152,7 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
     def _check_shape(self, advantages: Tensor, groups: RolloutGroups) -> None:
         if advantages.shape != groups.rewards.shape:
             raise UserError(
-                f"{type(self).__name__}._compute_advantages must return one advantage a completion, shape "
+                f"{type(self).__name__}._compute_advantages must return one advantage per completion, shape "
                 f"{tuple(groups.rewards.shape)}, got {tuple(advantages.shape)}."
             )
 
@@ -161,13 +161,13 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
             raise UserError(
                 f"{type(self).__name__}._compute_advantages returned an advantage that is not finite. mean_logps is "
                 "NaN where groups.valid is False and outside _rows_needing_logps, ref_mean_logps outside "
-                "_rows_needing_ref: give those completions advantage 0, or let the hooks name them."
+                "_rows_needing_ref. Give those completions advantage 0, or include them in these hooks."
             )
 
     def _replace_advantages(self, output: dict[str, Tensor], advantages: Tensor) -> None:
         local = advantages[self._local_slice(output["advantages"].size(0))].to(output["advantages"])
         output["advantages"] = local
-        logged = self._logs["advantages"]  # as long as a training generation; an evaluation batch may be longer
+        logged = self._logs["advantages"]  # holds one training generation; an evaluation batch may be longer
         for _ in range(min(len(advantages), len(logged))):
             logged.pop()
         logged.extend(advantages.tolist())

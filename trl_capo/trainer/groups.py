@@ -1,4 +1,4 @@
-"""A generation as groups: what a method sees of it."""
+"""A generation as groups, as a method sees it."""
 
 from dataclasses import dataclass, field
 
@@ -11,18 +11,18 @@ class RolloutGroups:
     """One generation over all ranks, as groups: P prompts with G completions each. All tensors are detached.
 
     Attributes:
-        rewards: Weighted sum of the reward functions, shape (P, G). NaN = no function could score it.
+        rewards: Weighted sum of the reward functions, shape (P, G). NaN if no function could score it.
         rewards_per_func: Each reward function's output, unweighted, shape (P, G, K).
         correct: 1 = correct, 0 = wrong, NaN = unknown, shape (P, G).
         mean_logps: Mean log-prob of the unmasked completion tokens (EOS included) under the policy that generated
-            them, in nats, at the sampling temperature, shape (P, G). NaN without such a token, and where it was not
-            computed: see `GroupAdvantageTrainer._rows_needing_logps`.
+            them, in nats, at the sampling temperature, shape (P, G). NaN without such a token, or where it was not
+            computed; see `GroupAdvantageTrainer._rows_needing_logps`.
         lengths: Number of unmasked completion tokens, shape (P, G).
         valid: Scorable and with at least one unmasked token, shape (P, G), boolean. A fully masked (truncated) row
             would otherwise have a mean log-prob of 0, the highest confidence of all.
-        kept: The verdict of the mask, shape (P, G), boolean; all True without a mask. The trainer applies it.
-        ref_mean_logps: `mean_logps` under the reference, NaN where it was not computed; None without a reference.
-        extras: What `_sequence_statistics` returned, each of shape (P, G); NaN where `mean_logps` was not computed.
+        kept: Completions that the mask keeps, shape (P, G), boolean; all True without a mask. The trainer applies it.
+        ref_mean_logps: `mean_logps` under the reference; NaN where it was not computed, None without a reference.
+        extras: Results of `_sequence_statistics`, each of shape (P, G); NaN where `mean_logps` was not computed.
     """
 
     rewards: Tensor
@@ -44,7 +44,7 @@ class RolloutGroups:
 
     @property
     def varied(self) -> Tensor:
-        """Groups whose scorable completions do not all have one reward, shape (P, 1), boolean."""
+        """Groups whose scorable completions do not all have the same reward, shape (P, 1), boolean."""
         scorable = self.rewards.isfinite()
         highest = self.rewards.masked_fill(~scorable, -torch.inf).amax(dim=1, keepdim=True)
         lowest = self.rewards.masked_fill(~scorable, torch.inf).amin(dim=1, keepdim=True)
@@ -52,7 +52,7 @@ class RolloutGroups:
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the unmasked positions of each row, shape (B,); NaN for a row without any.
+    """Mean over the unmasked positions of each row, shape (B,); NaN for a row without one.
 
     Example:
         >>> masked_mean(torch.tensor([[1.0, 3.0], [5.0, 7.0]]), torch.tensor([[1, 1], [0, 0]]))

@@ -1,4 +1,4 @@
-"""Which losses TRL's trainer can compute. It says so only after the first generation, and lists them nowhere."""
+"""Losses that TRL's trainer can compute. TRL has no list of them, and refuses others after the first generation."""
 
 import ast
 import functools
@@ -9,10 +9,10 @@ from trl import GRPOTrainer
 
 
 def known_losses(trainer: type) -> list[str]:
-    """The values of `loss_type` that a trainer takes; empty if they are not known.
+    """The values of `loss_type` that a trainer accepts; empty if unknown.
 
     Args:
-        trainer: Its class. One with a loss of its own, neither TRL's nor ours, may know others.
+        trainer: The trainer's class. One whose loss is neither TRL's nor ours may accept others.
     """
     owners = {kind.__module__.partition(".")[0] for kind in trainer.__mro__ if "_compute_loss" in vars(kind)}
     return _losses_of_trl() if owners <= {"trl", "trl_capo"} else []
@@ -20,7 +20,7 @@ def known_losses(trainer: type) -> list[str]:
 
 @functools.cache
 def _losses_of_trl() -> list[str]:
-    """What TRL's code compares `loss_type` with; empty where its source cannot be read."""
+    """Values that TRL's code compares `loss_type` with; empty if its source cannot be read."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(GRPOTrainer._compute_loss)))
     except (OSError, SyntaxError, AttributeError):

@@ -1,10 +1,11 @@
-"""What a checkpoint says about itself: which run wrote it, and whether it is whole.
+"""The manifest of a checkpoint: which run wrote it, and whether it is complete.
 
-The last file of a checkpoint is its manifest: sizes and SHA-256 of all other files, and the run that wrote it.
+The manifest is the last file written to a checkpoint. It holds the size and SHA-256 of every other file, and the run
+that wrote them.
 
-A run gets a random id when it starts from zero. It keeps the id when it resumes from its newest checkpoint. Resumed
-from another checkpoint, it gets a new id and remembers which checkpoints led to it (`Run.after`). Version 0.1.0 wrote
-no manifest: the run's id is then None, and its checkpoints are used as they are.
+A run that starts from scratch gets a random id, and keeps it when it resumes from its newest checkpoint. If it resumes
+from another checkpoint, it gets a new id and records the checkpoints that led to it (`Run.after`). Version 0.1.0 wrote
+no manifest: the run's id is then None, and its checkpoints are not verified.
 """
 
 import hashlib
@@ -22,18 +23,18 @@ from typing import Any
 from trl_capo.files import write_json
 
 
-MANIFEST = "trl_capo_manifest.json"  # of a checkpoint
-STATE_FILE = "trl_capo_state.json"  # of a checkpoint: written first, and says that a manifest follows
+MANIFEST = "trl_capo_manifest.json"  # in a checkpoint
+STATE_FILE = "trl_capo_state.json"  # in a checkpoint: written first, and says that a manifest follows
 TRAINER_STATE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
 class Run:
-    """Which run a checkpoint belongs to.
+    """The run that a checkpoint belongs to.
 
     Attributes:
-        id: Random; None for a run that started before runs had identities.
-        after: Id and step of the checkpoints that the run continues from, if those are of other runs.
+        id: Random; None for a run that started before runs had ids.
+        after: Id and step of each checkpoint of another run that led to this run.
     """
 
     id: str | None = None
@@ -41,7 +42,7 @@ class Run:
 
     @classmethod
     def start(cls, after: "Checkpoint | None" = None) -> "Run":
-        """A new run, from zero or from a checkpoint of another run."""
+        """A new run, from scratch or from a checkpoint of another run."""
         lineage = (*after.run.after, (after.run.id, after.step)) if after else ()
         return cls(uuid.uuid4().hex, lineage)
 
@@ -66,7 +67,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder `checkpoint-STEP` that was written to the end, as far as its manifest says."""
+    """A folder `checkpoint-STEP` that is complete according to its manifest."""
 
     folder: Path
     step: int
@@ -75,7 +76,7 @@ class Checkpoint:
 
     @property
     def exact(self) -> bool:
-        """Whether it holds optimizer, scheduler and random state, without which a resumed run is another."""
+        """Whether it holds the optimizer, scheduler and random states, which an exact resume needs."""
         if self.manifest is not None:
             return self.manifest["exact"]
         names = [path.name for path in self.folder.iterdir()]
@@ -84,7 +85,7 @@ class Checkpoint:
 
 
 class Unusable(Exception):
-    """A checkpoint cannot be resumed from. `lost` says whether it was complete once."""
+    """A checkpoint cannot be resumed from. `lost` says whether it was once complete."""
 
     def __init__(self, reason: str, lost: bool):
         super().__init__(reason)
@@ -92,10 +93,10 @@ class Unusable(Exception):
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Reads what a checkpoint says about itself, without looking at its files.
+    """Reads a checkpoint's manifest without verifying its files.
 
     Raises:
-        Unusable: It was not written to the end, or its manifest cannot be read.
+        Unusable: The checkpoint is incomplete, or its manifest cannot be read.
     """
     if not (folder / MANIFEST).exists():
         try:
@@ -104,9 +105,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 json.loads((folder / STATE_FILE).read_text(encoding="utf-8")) if (folder / STATE_FILE).exists() else {}
             )
         except (OSError, ValueError):
-            raise Unusable("it was not written to the end", lost=False) from None
+            raise Unusable("it is incomplete", lost=False) from None
         if not isinstance(state, dict) or not isinstance(ours, dict) or "manifest" in ours:
-            raise Unusable("it was not written to the end", lost=False)
+            raise Unusable("it is incomplete", lost=False)
         step = state.get("global_step", step_in_name(folder))
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise Unusable(f"global_step in {TRAINER_STATE} must be a number of steps, got {step!r}", lost=True)
@@ -119,22 +120,22 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise Unusable(f"{MANIFEST} cannot be read", lost=True) from None
     if type(step) is not int or type(world_size) is not int or world_size < 1 or type(exact) is not bool:
-        raise Unusable(f"{MANIFEST} is damaged: step, world_size or exact has no valid value", lost=True)
+        raise Unusable(f"{MANIFEST} is damaged: step, world_size or exact has an invalid value", lost=True)
     if TRAINER_STATE not in files:
-        raise Unusable(f"{MANIFEST} is damaged: {TRAINER_STATE} is not among its files", lost=True)
+        raise Unusable(f"{MANIFEST} is damaged: it does not list {TRAINER_STATE}", lost=True)
     named = step_in_name(folder) if re.fullmatch(r"checkpoint-\d+", folder.name) else None
     written = checkpoint_step(folder)  # None if it cannot be read: `verify` says why
-    for source, other in (("its name", named), (TRAINER_STATE, written)):
+    for source, other in (("the folder name", named), (TRAINER_STATE, written)):
         if other is not None and other != step:
             raise Unusable(f"{MANIFEST} says step {step}, but {source} says {other}", lost=True)
     return Checkpoint(folder, step, run, {**manifest, "files": files})
 
 
 def verify(checkpoint: Checkpoint) -> None:
-    """Compares a checkpoint's files with its manifest: sizes first, then contents.
+    """Compares a checkpoint's files with its manifest: first sizes, then contents.
 
     Raises:
-        Unusable: A file is missing or is not the one that was written.
+        Unusable: A file is missing or has changed.
     """
     if checkpoint.manifest is None:
         return
@@ -156,22 +157,22 @@ def verify(checkpoint: Checkpoint) -> None:
         raise Unusable(f"the content of {changed} is damaged", lost=True)
 
 
-@lru_cache(maxsize=64)  # the script verifies before the model is loaded, the trainer again
+@lru_cache(maxsize=64)  # the script verifies before it loads the model, then the trainer verifies again
 def _changed_files(folder: Path, files: tuple[tuple[str, str, int], ...]) -> str:
     digests = _sha256([folder / name for name, *_ in files])
     return ", ".join(name for (name, digest, _), found in zip(files, digests, strict=True) if digest != found)
 
 
 def write_manifest(folder: str | Path, run: Run, step: int, exact: bool, world_size: int, options: dict) -> None:
-    """Completes a checkpoint. Called by one process, after all have written their files.
+    """Completes a checkpoint. One process calls this after all have written their files.
 
     Args:
         folder: The checkpoint.
         run: The run that writes it.
         step: Optimizer steps so far.
-        exact: Whether it holds the states of optimizer, scheduler and random generators.
+        exact: Whether it holds the states of the optimizer, scheduler and random generators.
         world_size: Number of processes.
-        options: Settings that a resumed run compares its own with.
+        options: Settings that a resumed run compares with its own.
     """
     folder = Path(folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
@@ -212,14 +213,14 @@ def _sync(path: Path) -> None:
         return
     try:
         os.fsync(descriptor)
-    except OSError:  # some network file systems know no fsync of folders
+    except OSError:  # some network file systems do not support fsync on folders
         pass
     finally:
         os.close(descriptor)
 
 
 def checkpoint_step(checkpoint: str | Path | None) -> int | None:
-    """Optimizer steps after which a checkpoint was written; None without one, or if its state cannot be read.
+    """Optimizer steps after which a checkpoint was written; None if there is none or its state cannot be read.
 
     Example:
         >>> checkpoint_step("/no/such/folder") is None
@@ -234,6 +235,6 @@ def checkpoint_step(checkpoint: str | Path | None) -> int | None:
 
 
 def step_in_name(folder: Path) -> int | None:
-    """The number at the end of a folder's name."""
+    """The number at the end of a folder's name, or None."""
     digits = re.search(r"\d+$", folder.name)
     return int(digits.group()) if digits else None

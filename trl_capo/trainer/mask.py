@@ -1,13 +1,13 @@
-"""CAPO's mask by a reference's perplexity (arXiv 2604.12632), an option of every method on the seam.
+"""CAPO's mask by reference perplexity (arXiv 2604.12632), an option of every method.
 
     kept_i = ppl_ref(o_i) <= high if o_i is right,    ppl_ref(o_i) >= low if it is wrong
 
-A right answer that surprises the reference is taken for a lucky guess, a wrong one that does not for a near miss; both
-get advantage 0. Thresholds are fixed, or quantiles of the first completions, estimated once and then frozen:
-thresholds that followed the policy's rollouts would chase it. Until they are estimated nothing is masked.
+A right answer that surprises the reference counts as a lucky guess, and a wrong answer that does not surprise it as a
+near miss; both get advantage 0. Thresholds are fixed, or quantiles of the first completions, estimated once and then
+frozen: thresholds that followed the policy's rollouts would chase it. Until they are estimated, nothing is masked.
 
 Degenerate cases: a completion whose correctness or reference perplexity is unknown is not kept. A mask may leave a
-group one-sided: what is left keeps the advantage that it had among all.
+group one-sided: the remaining completions keep the advantages that they had in the whole group.
 """
 
 import math
@@ -24,16 +24,16 @@ from trl_capo.trainer.state_values import finite_number, finite_numbers
 
 
 def reference_perplexity_mask(correct: Tensor, ref_ppl: Tensor, low: float, high: float) -> Tensor:
-    """Which completions CAPO learns from, by the perplexity that a frozen reference gives them.
+    """The completions that CAPO learns from, chosen by their perplexity under a frozen reference.
 
     Args:
         correct: Correctness, shape (P, G): True or at least 0.5 = correct. NaN = unknown.
-        ref_ppl: Perplexity under the reference, exp of minus the mean token log-prob, shape (P, G). NaN = unknown.
-        low: Wrong completions below it are dropped, >= 1.
-        high: Correct completions above it are dropped, >= 1.
+        ref_ppl: Perplexity under the reference, exp(-mean token log-prob), shape (P, G). NaN = unknown.
+        low: Wrong completions below this are dropped; >= 1.
+        high: Correct completions above this are dropped; >= 1.
 
     Returns:
-        Boolean, shape (P, G): True = kept. Unknown correctness or perplexity is not kept.
+        Boolean, shape (P, G): True = kept. Completions of unknown correctness or perplexity are not kept.
 
     Source: arXiv 2604.12632.
 
@@ -42,19 +42,19 @@ def reference_perplexity_mask(correct: Tensor, ref_ppl: Tensor, low: float, high
         >>> reference_perplexity_mask(correct, ref_ppl, low=1.05, high=2.5)
         tensor([[ True, False,  True, False]])
     """
-    # In half precision the thresholds themselves would be rounded: 1.05 is 1.046875 in bfloat16.
+    # Half precision would round the thresholds: 1.05 is 1.046875 in bfloat16.
     correct, ref_ppl = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (correct, ref_ppl))
     return ((correct >= 0.5) & (ref_ppl <= high)) | ((correct < 0.5) & (ref_ppl >= low))
 
 
 class PerplexityMask:
-    """The mask of a training run: its thresholds, its verdicts, its metrics and its state.
+    """The mask of a training run: its thresholds, decisions, metrics and state.
 
-    The trainer calls `update` once for each training generation and applies `kept` to whatever advantages a method
+    The trainer calls `update` once per training generation and applies `kept` to the advantages that a method
     returns, so no method can forget either.
 
     Args:
-        args: With `ref_ppl_mask` and the options beside it.
+        args: The configuration, with `ref_ppl_mask` and its related options.
     """
 
     def __init__(self, args: GroupAdvantageConfig):
@@ -70,18 +70,18 @@ class PerplexityMask:
 
     @property
     def thresholds(self) -> tuple[float, float]:
-        """Low and high threshold; NaN without a mask and until they are estimated."""
+        """Low and high threshold; NaN without a mask or until they are estimated."""
         if not self.active:
             return math.nan, math.nan
         return self._fixed if self._estimated is None else self._estimated.low_high
 
     @property
     def estimating(self) -> bool:
-        """Whether thresholds are still being learned, for which every valid completion's perplexity counts."""
+        """Whether thresholds are still being estimated, which needs the perplexity of every valid completion."""
         return self._estimated is not None and not self._estimated.ready
 
     def update(self, groups: RolloutGroups) -> None:
-        """Learn thresholds from a training generation, as long as they are not frozen."""
+        """Adds a training generation to the estimate, unless the thresholds are frozen."""
         if self._estimated is not None:
             self._estimated.update(groups.correct, _ref_ppl(groups), groups.valid)
 
@@ -93,7 +93,7 @@ class PerplexityMask:
         return reference_perplexity_mask(groups.correct, _ref_ppl(groups), low, high)
 
     def arrays(self, groups: RolloutGroups) -> dict[str, Tensor]:
-        """What the metrics need to keep of a generation."""
+        """Arrays of a generation that the metrics need."""
         if not self.active or groups.ref_mean_logps is None:
             return {}
         return {"kept": groups.kept, "ref_mean_logps": groups.ref_mean_logps}
@@ -117,12 +117,12 @@ class PerplexityMask:
         }
 
     def state(self) -> dict:
-        """What must survive a restart, as JSON; empty without a mask."""
+        """State that must survive a restart, as JSON; empty without a mask."""
         if not self.active:
             return {}
         low, high = self.thresholds
         return {
-            # For the reader; what is restored are the samples from which they were estimated.
+            # Thresholds are for the reader; a restart restores the samples that they are estimated from.
             "ref_ppl_low": None if math.isnan(low) else low,
             "ref_ppl_high": None if math.isnan(high) else high,
             "ref_ppl_correct": self._estimated.correct if self._estimated else [],
@@ -130,7 +130,7 @@ class PerplexityMask:
         }
 
     def load_state(self, state: dict) -> None:
-        """Restore what `state` returned.
+        """Restores what `state` returned.
 
         Raises:
             UserError: A value is not what `state` would have written.
@@ -147,15 +147,15 @@ class PerplexityMask:
 
 @dataclass
 class PerplexityThresholds:
-    """Quantiles of the reference perplexity of the first completions, as thresholds of CAPO's mask.
+    """Thresholds of CAPO's mask: quantiles of the reference perplexity of the first completions.
 
     Attributes:
         quantiles: Low and high, in (0, 1).
         by_class: Low from wrong completions and high from correct ones, instead of both from all.
-        num_samples: The thresholds are frozen with the batch that brings the number of completions to this. By class,
-            at least one of each sixteen must be of either class: a quantile of two or three values is noise.
+        num_samples: The thresholds freeze with the batch that brings the number of completions to this. With
+            `by_class`, each class must supply at least a sixteenth: a quantile of two or three values is noise.
         correct: Reference perplexities of correct completions seen so far.
-        wrong: The same of wrong completions.
+        wrong: The same for wrong completions.
     """
 
     quantiles: tuple[float, float]
@@ -165,7 +165,7 @@ class PerplexityThresholds:
     wrong: list[float] = field(default_factory=list)
 
     def update(self, correct: Tensor, ref_ppl: Tensor, valid: Tensor) -> None:
-        """Adds the completions of a batch, all arguments of shape (P, G), unless the thresholds are frozen."""
+        """Adds a batch of completions, all arguments of shape (P, G), unless the thresholds are frozen."""
         if self.ready:
             return
         valid = valid & ref_ppl.isfinite()

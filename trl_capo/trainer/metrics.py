@@ -1,4 +1,4 @@
-"""Metrics of sets, not means of batches: the mean of batch AUCs is not the AUC of the set."""
+"""Metrics over whole logging windows, not means over batches: the mean of batch AUCs is not the AUC of the set."""
 
 import math
 from collections import defaultdict
@@ -18,7 +18,7 @@ else:
 
 
 class CalibrationLogging(Base):
-    """A mixin for TRL's trainers that keeps rows of the logging window and computes metrics over all of them.
+    """A mixin for TRL's trainers that keeps the rows of a logging window and computes metrics over all of them.
 
     A trainer calls `_remember(arrays)` for each generation. `log` computes `_window_metrics` over the window's
     rows, in training and in evaluation, and logs an undefined metric (NaN) as None, as TRL does.
@@ -33,20 +33,20 @@ class CalibrationLogging(Base):
         return self.__dict__.setdefault("_windows", {"train": defaultdict(list), "eval": defaultdict(list)})
 
     def _remember(self, arrays: dict[str, np.ndarray]) -> None:
-        """Add a generation to the window; each array starts with the prompt axis."""
+        """Adds a generation to the window; each array starts with the prompt axis."""
         window = self._window["train" if self.model.training else "eval"]
         for name, array in arrays.items():
             window[name].append(array)
 
     def _window_metrics(self, window: dict[str, np.ndarray]) -> dict[str, float]:
-        """Metrics over the logging window, from its arrays, concatenated along the prompts."""
+        """Metrics over the logging window, whose arrays are concatenated along the prompts."""
         return calibration_metrics(window)
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
-        # With several ranks the last batch is filled up with the first prompts again: those must not count twice.
+        # With several ranks, the last batch is filled up with the first prompts, which must not count twice.
         self._num_eval_prompts = len(dataloader.dataset) if isinstance(dataloader.dataset, Dataset) else None
         self._eval_prefix = metric_key_prefix
-        self._window["eval"].clear()  # `predict` runs this loop and logs nothing
+        self._window["eval"].clear()  # `predict` runs this loop without logging
         return super().evaluation_loop(dataloader, *args, **kwargs | {"metric_key_prefix": metric_key_prefix})
 
     def log(self, logs: dict, start_time: float | None = None) -> None:
@@ -60,14 +60,14 @@ class CalibrationLogging(Base):
                 logs[prefix + name] = None if math.isnan(value) else value
             window.clear()
         if not training and self._eval_prefix.startswith("eval_"):
-            # TRL's metrics would not say which of several sets they are of: each has them under its own name too.
-            of_set = self._eval_prefix.removeprefix("eval_")
+            # TRL's metrics do not say which evaluation set they belong to: log them under the set's name too.
+            set_name = self._eval_prefix.removeprefix("eval_")
             own = self._metrics["eval"]
-            own.update({f"{of_set}_{name}": values for name, values in own.items()})
+            own.update({f"{set_name}_{name}": values for name, values in own.items()})
         super().log(logs, start_time)
 
     def _determine_best_metric(self, metrics, trial):
-        # An undefined metric is logged as None, which compares with nothing; NaN does, and is never the best.
+        # An undefined metric is logged as None, which cannot be compared. NaN can, and is never the best.
         defined = {name: math.nan if value is None else value for name, value in metrics.items()}
         return super()._determine_best_metric(defined, trial)
 

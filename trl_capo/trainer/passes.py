@@ -1,4 +1,4 @@
-"""Passes without gradient over the rows that are read: sorted by length, trimmed, without dropout."""
+"""Passes without gradient over only the rows that are needed: sorted by length, trimmed, without dropout."""
 
 import inspect
 import math
@@ -14,20 +14,20 @@ from trl_capo.trainer.repack import Batch, Repacking, even_cuts, row_sizes, take
 from trl_capo.trainer.resumable import ResumableGRPOTrainer
 
 
-# Inputs of a vision-language model: what TRL's forward takes beside tokens. They are not one row a completion, so such
-# batches pass the reference whole.
+# Inputs of a vision-language model that TRL's forward takes besides tokens. They do not have one row per completion,
+# so such batches are passed whole.
 _FORWARD = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies)
 MULTIMODAL_INPUTS = [p.name for p in _FORWARD.parameters.values() if p.default is None and p.name != "batch_size"]
 
-# What a text model's forward needs of a batch.
+# The parts of a batch that a text model's forward needs.
 TOKENS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 
 
 class ShortPassesGRPOTrainer(ResumableGRPOTrainer):
-    """`ResumableGRPOTrainer` that takes log-probs of chosen rows, each batch cut to its own longest row."""
+    """`ResumableGRPOTrainer` that computes log-probs of chosen rows, each batch trimmed to its longest row."""
 
     pad_to_multiple_of: int | None
-    _repacking = Repacking(trim=False, sort=False, prune=False)  # as TRL, until the constructor has chosen
+    _repacking = Repacking(trim=False, sort=False, prune=False)  # like TRL, until the constructor chooses
 
     @torch.no_grad()
     def _policy_logps(self, output: Batch, rows: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class ShortPassesGRPOTrainer(ResumableGRPOTrainer):
             return self._logps_of_rows(self.model, output, rows, batch_size)
 
     def _sorted_logps(self, model, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int):
-        """Log-probs of TRL's own pass over a generation, in the seam's sorted and trimmed batches."""
+        """Log-probs for TRL's own pass over a generation, computed in sorted and trimmed batches."""
         prompt_width = input_ids.size(1) - logits_to_keep
         batch = {
             "prompt_ids": input_ids[:, :prompt_width],
@@ -52,8 +52,8 @@ class ShortPassesGRPOTrainer(ResumableGRPOTrainer):
 
     @torch.no_grad()
     def _logps_of_rows(self, model, batch: Batch, rows: Tensor | None, batch_size: int) -> Tensor:
-        """Log-probs of completion tokens (B, T) by TRL's own forward; 0 at padding and outside `rows` (None: all)."""
-        if self._is_vlm:  # images are not one row a completion: the batch passes whole
+        """Log-probs of completion tokens (B, T) from TRL's forward; 0 at padding and outside `rows` (None: all)."""
+        if self._is_vlm:  # images do not have one row per completion: pass the batch whole
             multimodal = {name: batch[name] for name in MULTIMODAL_INPUTS if name in batch}
             return self._logps_of_batch(model, batch, batch_size=batch_size, **multimodal)
         sizes = row_sizes(batch)
@@ -61,10 +61,10 @@ class ShortPassesGRPOTrainer(ResumableGRPOTrainer):
         index = torch.arange(len(lengths), device=lengths.device) if rows is None else rows.nonzero().squeeze(1)
         if self._repacking.trim:
             index = index[lengths[index].argsort(descending=True, stable=True)]
-            batch_size = 2 * batch_size  # without activations to keep; and sorted rows are shorter than padded ones
+            batch_size = 2 * batch_size  # no activations are kept, and sorted rows need less padding
         calls = math.ceil(len(index) / batch_size)
         if rows is not None:
-            # A sharded model communicates in its forward: every rank makes as many calls as the busiest one.
+            # A sharded model communicates in its forward, so every rank makes as many calls as the busiest one.
             calls = int(self.accelerator.gather(torch.tensor([calls], device=lengths.device)).max())
         logps = torch.zeros(batch["completion_ids"].shape, device=lengths.device)
         if calls == 0:

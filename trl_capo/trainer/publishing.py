@@ -1,11 +1,14 @@
-"""TRL's `GRPOTrainer` with cards that are true and uploads of what belongs on the Hub, and of nothing else."""
+"""TRL's `GRPOTrainer` with accurate model cards, and uploads of only what belongs on the Hub."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
+import torch
 from huggingface_hub.errors import HTTPError
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -19,7 +22,7 @@ from trl_capo.trainer.config import checked_config, without_secrets
 
 
 class PublishingGRPOTrainer(GRPOTrainer):
-    """Stock GRPO that writes its own card, keeps private what must be, and uploads no secrets and no pickles."""
+    """Stock GRPO that writes its own card, keeps private what must be private, and uploads no secrets or pickles."""
 
     args: FilledConfig
     model: PreTrainedModel
@@ -27,7 +30,7 @@ class PublishingGRPOTrainer(GRPOTrainer):
     _tag_names = ["trl", "trl-capo", "grpo"]
 
     def __init_subclass__(cls, **kwargs):
-        """A method with a name of its own and no paper has none: its card must not credit that of its parent."""
+        """A method that sets `_name` but no `_paper` has no paper: its card must not cite its parent's."""
         super().__init_subclass__(**kwargs)
         if "_name" in cls.__dict__ and "_paper" not in cls.__dict__:
             cls._paper = {}
@@ -36,14 +39,14 @@ class PublishingGRPOTrainer(GRPOTrainer):
         args = self._checked_args(model, args)
         check_completions_repo(args)
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
-        # Saved with the model, so that whoever asks it later renders the prompts that it was trained on.
+        # Saved with the model, so that later prompts render as they did in training.
         self.processing_class = with_defaults(self.processing_class, self.chat_template_kwargs)
 
     def _checked_args(self, model, args: GRPOConfig | None) -> FilledConfig:
-        """The configuration, with this layer's defaults where TRL's own was given.
+        """The configuration, with this layer's defaults if a plain `GRPOConfig` was passed.
 
         Raises:
-            TypeError: It is not of `config_class`.
+            TypeError: It is not an instance of `config_class`.
         """
         if args is None:
             model_id = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -51,7 +54,7 @@ class PublishingGRPOTrainer(GRPOTrainer):
         return checked_config(args, self.config_class, type(self).__name__)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """TRL's card for this model: its repository, question, figures and recipe, and what `trl-capo report` put."""
+        """TRL's card plus this model's repository, question, figures and recipe, and what `trl-capo report` added."""
         super().create_model_card(*args, **kwargs)
         self._complete_card(self.args.output_dir)
 
@@ -66,8 +69,9 @@ class PublishingGRPOTrainer(GRPOTrainer):
             write_text(Path(folder, "README.md"), card)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers, with a card: what is saved by hand may be uploaded later by `trl-capo push`."""
-        super().save_model(output_dir, _internal_call)
+        """Saves as transformers does, with a card, so that `trl-capo push` can upload the folder later."""
+        with _pickles_no_secrets():
+            super().save_model(output_dir, _internal_call)
         folder = output_dir or self.args.output_dir
         if not _internal_call and Path(folder).resolve() != Path(self.args.output_dir).resolve():
             self._complete_card(folder)
@@ -75,9 +79,9 @@ class PublishingGRPOTrainer(GRPOTrainer):
             self.create_model_card(model_name=(self.args.hub_model_id or Path(folder).resolve().name).split("/")[-1])
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """As transformers, which creates the repository before it trains; one that must be private has to be.
+        """Creates the repository before training, as transformers does; refuses a public one that must be private.
 
-        A failure says what to do, in one line.
+        A failure says in one line what to do.
         """
         private = wants_private(self.args.hub_private_repo, private)
         try:
@@ -87,12 +91,12 @@ class PublishingGRPOTrainer(GRPOTrainer):
             reason = mask(" ".join(str(error).split()))
             raise OSError(
                 f"push_to_hub: the repository could not be created ({reason}). Log in with `hf auth login` or set "
-                "HF_TOKEN; or train without push_to_hub and push afterwards: "
+                "HF_TOKEN, or train without push_to_hub and push afterwards: "
                 f"{push_command(self.args.output_dir, self.args.hub_model_id or 'NAME', private)}"
             ) from error
 
     def push_to_hub(self, *args, **kwargs):
-        """As transformers, of what belongs on the Hub; a failure says where the model is, and how to upload it."""
+        """Uploads only what belongs on the Hub. A failure says where the model is and how to upload it."""
         given = inspect.signature(super().push_to_hub).bind(*args, **kwargs).arguments
         private = wants_private(self.args.hub_private_repo, given.get("private"))
         try:
@@ -113,13 +117,20 @@ class PublishingGRPOTrainer(GRPOTrainer):
             check_private(cast(str, self.hub_model_id), token or self.args.hub_token)
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        with guarded_uploads(self.args.hub_private_repo):
+        with guarded_uploads(self.args.hub_private_repo), _pickles_no_secrets():
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _save(self, *args, **kwargs):
-        # The arguments are pickled beside the model, and go to the Hub with a checkpoint.
-        own, self.args = self.args, without_secrets(self.args)
-        try:
-            super()._save(*args, **kwargs)
-        finally:
-            self.args = own
+
+@contextmanager
+def _pickles_no_secrets() -> Iterator[None]:
+    """transformers pickles its arguments next to the model, and they reach the Hub with a checkpoint."""
+    save = torch.save
+
+    def save_clean(content, *args, **kwargs):
+        return save(without_secrets(content) if isinstance(content, TrainingArguments) else content, *args, **kwargs)
+
+    torch.save = save_clean  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.save = save

@@ -1,4 +1,4 @@
-"""Which model is the reference: the policy as it was when training began, or one of the user's choice."""
+"""Chooses the reference model: the policy as it was when training began, or one that the user names."""
 
 import copy
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from trl_capo.trainer.config import GroupAdvantageConfig
 def reference_source(
     model: PreTrainedModel | str, args: GroupAdvantageConfig, policy_is_peft: bool
 ) -> PreTrainedModel | str | None:
-    """What the reference model is to be built from: a model, an id or path, or None for TRL's own choice."""
+    """What to build the reference model from: a model, an id or path, or None for TRL's own choice."""
     if args.ref_model_name_or_path is not None:
         if policy_is_peft:
             raise UserError(
@@ -34,14 +34,14 @@ def reference_source(
 
 
 def make_room_for_reference_adapter(model: PreTrainedModel) -> None:
-    """TRL copies the adapter "default" to "ref", the reference, and fails if one is missing or the other is there."""
+    """TRL copies the adapter "default" to "ref", and fails if "default" is missing or "ref" exists."""
     if "default" not in model.peft_config:
         raise UserError(
-            f"The reference of a PEFT model is a copy of its adapter 'default', but it has "
+            f"The reference of a PEFT model is a copy of its adapter 'default', but this one has "
             f"{', '.join(model.peft_config)}. Load the adapter under that name (adapter_name='default'), or set "
             "ref_ppl_mask=False."
         )
-    if "ref" in model.peft_config:  # of an earlier trainer; the reference is where this one starts
+    if "ref" in model.peft_config:  # left by an earlier trainer; the new reference is the current adapter
         model.delete_adapter("ref")
 
 
@@ -49,10 +49,10 @@ def make_room_for_reference_adapter(model: PreTrainedModel) -> None:
 def reference_from(
     source: "PreTrainedModel | str | None", dtype: str | None, policy_is_loaded: bool
 ) -> Iterator[None]:
-    """While TRL's constructor runs, the reference model it loads is `source`, in `dtype` if one is given.
+    """Makes TRL's constructor load `source` as the reference model, in `dtype` if one is given.
 
-    TRL loads the policy (unless it is an instance) and then the reference through one function; what it does with the
-    reference afterwards (dropout, precision of the head, sharding, moving average) stays TRL's.
+    TRL loads the policy (unless it is an instance) and then the reference through one function. What it does with the
+    reference afterwards (dropout, precision of the head, sharding, moving average) does not change.
     """
     if source is None and dtype is None:
         yield
@@ -69,7 +69,7 @@ def reference_from(
             kwargs["dtype"] = dtype
         if source is None:
             return load(model_id, **kwargs)
-        return load(source, **{**kwargs, "revision": None})  # the revision is the policy's
+        return load(source, **{**kwargs, "revision": None})  # the revision belongs to the policy
 
     grpo_trainer.create_model_from_path = load_policy_then_source  # type: ignore[assignment]
     try:

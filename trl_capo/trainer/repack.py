@@ -1,18 +1,18 @@
 """Fewer and shorter rows for the same gradient.
 
-TRL pads every row of a generation to its longest prompt and longest completion and trains on all of them. Here a
-batch is re-cut after its advantages are known, in three ways, each exact where `what_is_exact` allows it:
+TRL pads every row of a generation to the longest prompt and completion and trains on all rows. This module re-cuts a
+batch once its advantages are known, in three ways, each exact where `what_is_exact` allows it:
 
     trim    a micro-batch to its own longest prompt and completion,
-    sort    the rows of one optimizer step by length, and cut them into micro-batches of about equally many tokens,
+    sort    the rows of one optimizer step by length, and cut them into micro-batches of about equal tokens,
     prune   rows that have no gradient: advantage 0, or no token in the loss.
 
-Assumptions: positions are relative (RoPE), so that padding on the left does not change log-probs; the loss is a sum
-over rows or tokens. Rows move only inside one optimizer step, so the mini-batches stay those of TRL's own shuffle.
-Every micro-batch keeps at least one row, and none is ever skipped: sharded models communicate in each of them.
+Assumptions: positions are relative (RoPE), so left padding does not change log-probs; the loss is a sum over rows or
+tokens. Rows move only within one optimizer step, so the mini-batches stay those of TRL's own shuffle. Every
+micro-batch keeps at least one row, and none is ever skipped: sharded models communicate in each of them.
 
-Degenerate case: no row has a gradient. Each micro-batch is then its shortest row, with gradient 0, and the optimizer
-still steps (moments, weight decay), as it would have.
+Degenerate case: no row has a gradient. Each micro-batch is then one short row with gradient 0, and the optimizer still
+steps (moments, weight decay), as with TRL.
 
 Source: length-sorted micro-batches and filtering of zero-advantage rows are common practice in RL frameworks; the
 conditions below are those of TRL 1.16's loss.
@@ -25,10 +25,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 
-Batch = dict[str, Tensor]  # tensors of B rows, or of no dimension; `repack` adds one number, `loss_scale`
+Batch = dict[str, Tensor]  # tensors of B rows, or without dimensions; `repack` adds a number, `loss_scale`
 
-# How TRL's loss types weigh the rows of a micro-batch. Any other (bnpo divides by the micro-batch's own token count)
-# depends on which rows share one.
+# How TRL's loss types weigh the rows of a micro-batch. Any other type depends on which rows share a micro-batch: bnpo
+# divides by its token count.
 SUMS_OVER_TOKENS = ("dapo", "cispo", "vespo")
 MEANS_OVER_ROWS = ("grpo", "sapo", "luspo", "dr_grpo")
 
@@ -37,7 +37,7 @@ STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
 
 @dataclass(frozen=True)
 class Repacking:
-    """Which of the three are applied, and why not all. Sorting without trimming is pointless, pruning sorts."""
+    """Which of the three ways apply, and why the others do not. Sorting needs trimming, and pruning also sorts."""
 
     trim: bool = True
     sort: bool = True
@@ -55,7 +55,7 @@ def what_is_exact(
     is_vlm: bool,
     padding_matters: bool,
 ) -> Repacking:
-    """The most that leaves the gradient of TRL's loss unchanged.
+    """Everything that leaves the gradient of TRL's loss unchanged.
 
     Example:
         >>> what_is_exact(loss_type="grpo", beta=0.1, top_entropy_quantile=1.0, entropy_bonus=False, aux_loss=False,
@@ -63,13 +63,13 @@ def what_is_exact(
         Repacking(trim=True, sort=True, prune=False, reason='rows without advantage still carry the KL term')
     """
     if is_vlm:
-        return Repacking(False, False, False, "the images of a vision-language batch are not one row a completion")
+        return Repacking(False, False, False, "a vision-language batch does not have one row of images per completion")
     if padding_matters:
         return Repacking(False, False, False, "the model's positions depend on padding")
     for shares_micro_batch, what in (
         (top_entropy_quantile < 1.0, "top_entropy_quantile"),
         (entropy_bonus, "the entropy bonus"),
-        (aux_loss, "the auxiliary loss of the experts"),
+        (aux_loss, "the experts' auxiliary loss"),
         (loss_type not in SUMS_OVER_TOKENS + MEANS_OVER_ROWS, f"loss_type={loss_type!r}"),
     ):
         if shares_micro_batch:
@@ -80,11 +80,11 @@ def what_is_exact(
 
 
 def positions_depend_on_padding(model: PreTrainedModel) -> bool:
-    """Whether padding may change the log-probs of tokens beside it.
+    """Whether padding may change the log-probs of other tokens.
 
-    Only models known to be free of that count as such: rotary positions that do not scale with the width of the batch,
-    and nothing but full or sliding attention. Learned positions (GPT-2), chunks and temperatures by position (Llama 4)
-    and recurrent states are not.
+    False only for models known to be safe: rotary positions that do not scale with the width of the batch, and only
+    full or sliding attention. Learned positions (GPT-2), chunks and temperatures by position (Llama 4) and recurrent
+    states are not safe.
     """
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -112,7 +112,7 @@ def has_gradient(batch: Batch) -> Tensor:
 
 
 def take(batch: Batch, rows: Tensor) -> Batch:
-    """The rows with these indices; what is not one entry a row is kept."""
+    """The rows with these indices; entries that are not per row are kept."""
     return {key: value[rows] if value.ndim > 0 else value for key, value in batch.items()}
 
 
@@ -131,7 +131,7 @@ def trim(batch: Batch, pad_to_multiple_of: int | None = None) -> Batch:
     # Counted by columns, not by sums: a tool or an environment may leave a hole in a completion's mask.
     num_prompt = prompt_width - _first_column(batch["prompt_mask"])
     num_completion = width - _first_column(batch["completion_mask"].flip(1))
-    # One column at least of either: TRL scores a first token from the column before it.
+    # At least one column of each: TRL scores the first token from the column before it.
     num_prompt = _round_up(max(num_prompt, 1), pad_to_multiple_of, prompt_width)
     num_completion = _round_up(max(num_completion, 1), pad_to_multiple_of, width)
 
@@ -141,27 +141,27 @@ def trim(batch: Batch, pad_to_multiple_of: int | None = None) -> Batch:
             trimmed[key] = value
         elif key in ("prompt_ids", "prompt_mask"):
             trimmed[key] = value[:, prompt_width - num_prompt :]
-        else:  # (B, T) tensors of the completion; those of one column a row, (B, 1), are not cut
+        else:  # (B, T) tensors of the completion; (B, 1) tensors are not cut
             trimmed[key] = value[:, :num_completion] if value.size(1) == width else value
     return trimmed
 
 
 def choose_rows(batch: Batch, keep: Tensor, num_rows: int) -> Tensor:
-    """The rows to keep, filled up to `num_rows` with the shortest others: their indices, longest row first."""
+    """Indices of the rows to keep, filled up to `num_rows` with the shortest others; longest row first."""
     lengths = row_sizes(batch).sum(dim=1)
     chosen = lengths.masked_fill(keep, -1).argsort(stable=True)[:num_rows]
     return chosen[lengths[chosen].argsort(descending=True, stable=True)]
 
 
 def even_cuts(sizes: list[tuple[int, int]], num_parts: int) -> list[int]:
-    """Cut rows into consecutive parts so that the part with most padded tokens has as few as possible.
+    """Cuts rows into consecutive parts so that the largest part has as few padded tokens as possible.
 
     Args:
-        sizes: Tokens of each row's prompt and completion; at least `num_parts` rows, best in descending order.
+        sizes: Tokens of each row's prompt and completion; at least `num_parts` rows, ideally in descending order.
         num_parts: Number of parts.
 
     Returns:
-        Rows of each part, all at least 1. A part is as wide as its longest prompt and its longest completion together.
+        Number of rows in each part, at least 1. A part is as wide as its longest prompt plus its longest completion.
 
     Raises:
         ValueError: There are fewer rows than parts.
@@ -177,7 +177,7 @@ def even_cuts(sizes: list[tuple[int, int]], num_parts: int) -> list[int]:
         budget = (low + high) // 2
         low, high = (low, budget) if len(_fill(sizes, budget)) <= num_parts else (budget + 1, high)
     parts = _fill(sizes, low)
-    while len(parts) < num_parts:  # one long row may leave parts over: they go to the largest that can be halved
+    while len(parts) < num_parts:  # one long row may leave parts over: halve the largest that can be halved
         largest = max((part for part in parts if len(part) > 1), key=_padded_tokens)
         i, half = parts.index(largest), len(largest) // 2
         parts[i : i + 1] = [largest[:half], largest[half:]]
@@ -192,18 +192,18 @@ def repack(
     loss_type: str,
     pad_to_multiple_of: int | None = None,
 ) -> list[Batch]:
-    """Cut one optimizer step's rows into micro-batches with the same summed gradient.
+    """Cuts one optimizer step's rows into micro-batches with the same summed gradient.
 
     Args:
-        rows: All rows of the step (of this rank and generation).
-        chosen: Indices of those to train on, longest first; see `choose_rows`.
-        cuts: How many of them go into each micro-batch; see `even_cuts`.
-        rows_of_trl: Rows of each micro-batch as TRL cuts them.
-        loss_type: TRL's; where it averages over rows, each batch gets the factor for its loss in `loss_scale`.
+        rows: All rows of the step, on this rank and from one generation.
+        chosen: Indices of the rows to train on, longest first; see `choose_rows`.
+        cuts: Number of chosen rows in each micro-batch; see `even_cuts`.
+        rows_of_trl: Number of rows in each of TRL's own micro-batches.
+        loss_type: TRL's option. If the loss averages over rows, each batch gets a factor for its loss, `loss_scale`.
         pad_to_multiple_of: Widths are rounded up to a multiple of this.
 
     Returns:
-        As many batches as there are cuts.
+        One batch per cut.
     """
     batches = []
     for part in chosen.split(cuts):
@@ -215,7 +215,7 @@ def repack(
 
 
 def concatenate(batches: list[Batch]) -> Batch:
-    """The rows of several batches of one width; what is not one entry a row is the first one's."""
+    """The rows of several batches of equal width; entries that are not per row come from the first batch."""
     return {
         key: torch.cat([batch[key] for batch in batches]) if value.ndim > 0 else value
         for key, value in batches[0].items()
@@ -227,7 +227,7 @@ def _padded_tokens(sizes: list[tuple[int, int]]) -> int:
 
 
 def _fill(sizes: list[tuple[int, int]], budget: int) -> list[list[tuple[int, int]]]:
-    """Every part takes rows while they fit into `budget` padded tokens, and at least one."""
+    """Each part takes rows while they fit into `budget` padded tokens, and at least one row."""
     parts, start, prompt, completion = [], 0, 0, 0
     for i, size in enumerate(sizes):
         prompt, completion = max(prompt, size[0]), max(completion, size[1])
@@ -242,7 +242,7 @@ def _nested(settings: dict) -> list[dict]:
 
 
 def _first_column(mask: Tensor) -> int:
-    """The first column that is not all zero; the number of columns if there is none."""
+    """The first column that is not all zero; the number of columns if all are."""
     columns = mask.any(dim=0)
     return int(columns.long().argmax()) if columns.any() else mask.size(1)
 

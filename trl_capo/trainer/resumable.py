@@ -1,8 +1,8 @@
-"""TRL's `GRPOTrainer`, resumed exactly: the run that was stopped ends as the run that was not.
+"""TRL's `GRPOTrainer` with exact resume: an interrupted run ends like an uninterrupted one.
 
-A checkpoint of TRL lacks the order of later epochs' prompts, the position in a stream, what a method estimated, a
-moving reference, the run that it belongs to, and a manifest that tells a whole checkpoint from a damaged one. This
-layer adds them, restores a finished run instead of training one step more, and saves no weights that are not finite.
+TRL's checkpoints lack the prompt order of later epochs, the position in a stream, a method's estimates, a moving
+reference, the run that they belong to, and a manifest that tells complete checkpoints from damaged ones. This layer
+adds them, restores a finished run instead of training one more step, and saves no weights that are not finite.
 """
 
 import math
@@ -26,12 +26,12 @@ from trl_capo.errors import UserError
 from trl_capo.files import write_json
 from trl_capo.preflight.checks import check_same_checkpoint, steps_between_generations
 from trl_capo.publish.card import forget_calibration
+from trl_capo.ranks import agree
 from trl_capo.trainer.checkpoints import begin_run, remove_old_checkpoints
 from trl_capo.trainer.finite import FiniteGRPOTrainer
 from trl_capo.trainer.manifest import MANIFEST, STATE_FILE, Checkpoint, Run, checkpoint_step, write_manifest
 from trl_capo.trainer.resume import (
     StreamPosition,
-    agree,
     check_best,
     checkpoint_named,
     newest_checkpoint,
@@ -51,18 +51,18 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
     """
 
     num_generations: int
-    _run = Run()  # a new one with each training that starts from zero
-    _resumed: Checkpoint | None = None  # the checkpoint that a training continues from
+    _run = Run()  # a new one for each training that starts from scratch
+    _resumed: Checkpoint | None = None  # the checkpoint that training resumes from
 
     # Hooks -----------------------------------------------------------------------------------------------------------
 
     @staticmethod
     def generations_per_batch(args: GRPOConfig) -> int:
-        """How often in a row the sampler draws the same prompts."""
+        """How many times in a row the sampler draws the same prompts."""
         return 1
 
     def _method_state(self) -> dict:
-        """What must survive a restart besides the model, as JSON. Equal on every rank."""
+        """State besides the model that must survive a restart, as JSON. Must be equal on every rank."""
         return {}
 
     def _load_method_state(self, state: dict) -> None:
@@ -77,7 +77,7 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
     # Training --------------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: "str | bool | None" = None, *args, **kwargs) -> TrainOutput:
-        """As TRL, with `True` for the newest complete checkpoint; a finished run is restored and not trained on."""
+        """Trains as TRL does; `True` resumes from the newest complete checkpoint. A finished run is only restored."""
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         start = 0
         if checkpoint is not None:
@@ -86,7 +86,7 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
             if self._lies_within_a_generation(checkpoint, state):
                 self.accelerator.print(
                     f"⚠️ {checkpoint} lies in the middle of a generation, whose completions are not saved: the resumed "
-                    "run will not be exactly the uninterrupted one."
+                    "run will not match an uninterrupted one exactly."
                 )
             sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
             if 0 < self.args.max_steps <= state.global_step and not sharded:
@@ -97,15 +97,15 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
         result = super().train(checkpoint, *args, **kwargs)
         if self.state.global_step == start and (checkpoint is None or start < self.state.max_steps):
             raise UserError(
-                f"no optimizer step was made, so there is nothing to save: the training data gave no whole generation "
-                f"of {self.args.generation_batch_size // self.num_generations} prompts after step {start}. Give more "
-                "prompts, or lower generation_batch_size or raise num_generations."
+                f"no optimizer step was made, so there is nothing to save: the training data did not fill a "
+                f"generation of {self.args.generation_batch_size // self.num_generations} prompts after step {start}. "
+                "Add prompts, lower generation_batch_size, or raise num_generations."
             )
         self._check_parameters()
         return result
 
     def _checkpoint_to_resume(self, wanted: "str | bool | None") -> str | None:
-        """The folder, the same on all ranks; what cannot be resumed from is refused."""
+        """The folder to resume from, the same on all ranks. Refuses one that cannot be resumed from."""
         self._resumed = None
         newest = wanted is True
         folder = None if isinstance(wanted, bool) else wanted
@@ -118,7 +118,7 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
         if not folder:
             return None
         named = checkpoint_named(folder, self.args.output_dir)
-        self._resumed = replace(named, folder=Path(folder))  # the first host's folder may be another
+        self._resumed = replace(named, folder=Path(folder))  # on the first host the folder may be another
         for line in what_differs(self._resumed, self.args, self.is_deepspeed_enabled):
             self.accelerator.print(line)
         return str(folder)
@@ -129,9 +129,9 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
         return truth(read_state(path), "within_a_generation", by_the_count) if path.exists() else by_the_count
 
     def _restore_finished_run(self, checkpoint: str, state: TrainerState) -> TrainOutput:
-        # From the checkpoint of the last step transformers would train one step more.
+        # From the checkpoint of the last step, transformers would train one more step.
         self.accelerator.print(f"{checkpoint} is the end of a run of {state.global_step} steps: nothing to train.")
-        assert self._resumed is not None  # `checkpoint` as a folder
+        assert self._resumed is not None  # set together with `checkpoint`
         self.state, self._run = state, self._resumed.run
         self._load_from_checkpoint(checkpoint)
         self._load_state_file(checkpoint)
@@ -159,14 +159,14 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
         self._stream = StreamPosition()
         if self._resumed is None:
             return epochs, batches
-        # A checkpoint's state has the old run's intervals, and a best value that may be of another metric.
+        # A checkpoint's state has the old run's intervals, and its best value may belong to another metric.
         self.state.compute_steps(self.args, max_steps)
         self.state.train_batch_size = self._train_batch_size
         before = (self._resumed.manifest or {"options": {}})["options"]
         if {"metric_for_best_model", "greater_is_better"} & set(changed_options(before, self.args)):
             self.state.best_metric = self.state.best_model_checkpoint = self.state.best_global_step = None
         if isinstance(self.train_dataset, IterableDataset) and not self.args.ignore_data_skip:
-            # transformers takes a stream for endless and would skip all batches so far in its first pass.
+            # transformers assumes that a stream is endless, and would skip all batches so far in its first pass.
             path = self._resumed.folder / STATE_FILE
             saved = read_state(path) if path.exists() else {}
             if "stream_pass" in saved:
@@ -174,13 +174,13 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
                     epochs, batches = whole_number(saved, "stream_pass"), whole_number(saved, "stream_batches")
             else:
                 self.accelerator.print(
-                    "⚠️ The checkpoint does not say how often its stream was read: prompts may repeat."
+                    "⚠️ The checkpoint does not record its position in the stream: prompts may repeat."
                 )
             self._stream = StreamPosition.at(epochs, batches)
         return epochs, batches
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """As transformers; the position in a stream is counted."""
+        """As transformers, and counts the position in a stream."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._stream.count(epoch_iterator, len(samples))
         return samples, num_items
@@ -188,8 +188,8 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers, with a card, for `trl-capo push`; weights that are not finite are refused."""
-        # Unless the weights are sharded, it may be called on one rank alone.
+        """Saves as transformers does, with a card for `trl-capo push`; refuses weights that are not finite."""
+        # Unless the weights are sharded, this may be called on one rank alone.
         self._check_parameters(on_all_ranks=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         super().save_model(output_dir, _internal_call)
 
@@ -197,16 +197,16 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
         self._check_parameters()
         run_dir = self._get_output_dir(trial=trial)
         folder = os.path.join(run_dir, f"checkpoint-{self.state.global_step}")
-        # Not by the count of optimizer steps: the last one of an epoch may take fewer micro-batches.
+        # Optimizer steps would miscount: the last one of an epoch may take fewer micro-batches.
         within = self._step % (self.args.steps_per_generation * self.args.num_iterations) != 0
         state = {**self._all_state(), "within_a_generation": within, "manifest": MANIFEST}
         if isinstance(self.train_dataset, IterableDataset):
             state |= {"stream_pass": self._stream.number, "stream_batches": self._stream.batches}
         if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)  # files of another run would be taken for this one's
+            shutil.rmtree(folder, ignore_errors=True)  # another run's files would be taken for this one's
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            # Written first: it tells a checkpoint without a manifest from one of a version that wrote none.
+            # Written first: it tells an incomplete checkpoint from one of a version that wrote no manifest.
             os.makedirs(folder, exist_ok=True)
             write_json(Path(folder, STATE_FILE), state)
             if self._saves_reference():
@@ -223,7 +223,7 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _complete_checkpoint(self, folder: str) -> None:
-        self.accelerator.wait_for_everyone()  # each rank writes files of its own
+        self.accelerator.wait_for_everyone()  # each rank writes its own files
         if self.args.should_save:
             write_manifest(
                 folder,
@@ -235,7 +235,7 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
             )
 
     def _finalize_training(self, *args):
-        with _removes_no_checkpoints():  # transformers would remove those of other runs, too
+        with _removes_no_checkpoints():  # transformers would also remove those of other runs
             result = super()._finalize_training(*args)
         best = self.state.best_model_checkpoint
         if self.args.should_save and best is not None and self.args.save_total_limit == 1:
@@ -261,10 +261,10 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
             with _naming(path):
                 self._load_all_state(read_state(path))
         elif self._all_state():
-            self.accelerator.print(f"⚠️ {checkpoint} has no {STATE_FILE}: {self._name} estimates its constants anew.")
+            self.accelerator.print(f"⚠️ {checkpoint} has no {STATE_FILE}: {self._name} estimates its constants again.")
         folder = os.path.join(checkpoint, REFERENCE_DIR)
         if self._saves_reference() and not os.path.isdir(folder):
-            self.accelerator.print(f"⚠️ {checkpoint} has no moving reference: it starts from the initial model.")
+            self.accelerator.print(f"⚠️ {checkpoint} has no moving reference, so it starts from the initial model.")
         elif self._saves_reference():
             reference = self.accelerator.unwrap_model(self.ref_model)
             saved = type(reference).from_pretrained(folder, dtype=reference.dtype)
@@ -275,7 +275,7 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
 
 
 class _EpochRepeatSampler(RepeatSampler):
-    """TRL's sampler in the same order, but able to start at any epoch, so that a resumed run sees the same prompts."""
+    """TRL's sampler in the same order, but able to start at any epoch, so a resumed run sees the same prompts."""
 
     seed: int  # TRL's sampler has no generator without one
 
@@ -287,7 +287,7 @@ class _EpochRepeatSampler(RepeatSampler):
 
 @contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
-    """Errors about a value name the file that it is from."""
+    """Prefixes errors about a file's values with its path."""
     try:
         yield
     except KeyError as error:
@@ -298,7 +298,7 @@ def _naming(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def _removes_no_checkpoints() -> Iterator[None]:
-    """transformers leaves old checkpoints alone: it does not tell those of this run from others'."""
+    """Keeps transformers from removing old checkpoints: it does not tell this run's from others'."""
     names: dict[str, Callable] = {"rotate_checkpoints": lambda **kwargs: None, "sort_checkpoints": lambda **kwargs: []}
     originals = {name: getattr(transformers_trainer, name) for name in names}
     try:

@@ -1,18 +1,17 @@
-"""Resuming, as all processes of a run agree on it."""
+"""Resuming, with one decision for all processes of a run."""
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 from trl_capo.errors import UserError
+from trl_capo.ranks import agree
 from trl_capo.trainer.checkpoints import Search, check_checkpoint_of, chosen_checkpoint, find_checkpoint
 from trl_capo.trainer.manifest import Checkpoint, Run
 from trl_capo.trainer.resume_options import changed_options, kind_of_optimizer
 
 
-Answer = TypeVar("Answer")
 # Options that decide how many prompts a step takes, and so where in the data a resumed run starts.
 LAYOUT = (
     "per_device_train_batch_size",
@@ -23,27 +22,8 @@ LAYOUT = (
 )
 
 
-def agree(find: Callable[[], Answer]) -> Answer:
-    """What the first process finds, on every process; its error too. Files of many GB are read once."""
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    state = PartialState()
-    found: list[Any] = [None]
-    if state.is_main_process:
-        try:
-            found = [find()]
-        except UserError as error:
-            found = [error]
-    if state.num_processes > 1:
-        broadcast_object_list(found)
-    if isinstance(found[0], UserError):
-        raise found[0]
-    return found[0]
-
-
 def newest_checkpoint(output_dir: str, say: Callable[[str], None]) -> tuple[str | None, Search]:
-    """The newest checkpoint to resume from, None without one; says which were skipped and why."""
+    """The newest checkpoint to resume from, or None; says which were skipped and why."""
     search = agree(lambda: find_checkpoint(output_dir))
     for line in search.lines:
         say(line)
@@ -51,10 +31,10 @@ def newest_checkpoint(output_dir: str, say: Callable[[str], None]) -> tuple[str 
 
 
 def newest_or_zero(output_dir: str, say: Callable[[str], None]) -> str | None:
-    """The newest checkpoint; None, and a word, where a run starts from zero because there is none yet.
+    """The newest checkpoint; None, with a message, if the run starts from scratch because there is none yet.
 
     Raises:
-        UserError: The run had checkpoints, and none is whole: starting over would replace what is left of them.
+        UserError: The run had checkpoints, but all are damaged: starting over would overwrite what is left of them.
     """
     newest, search = newest_checkpoint(output_dir, say)
     if newest is None and search.lost:
@@ -64,7 +44,7 @@ def newest_or_zero(output_dir: str, say: Callable[[str], None]) -> str | None:
             f"({reasons}). Restore one, or leave resume_from_checkpoint out to start over."
         )
     if newest is None:
-        say(f"ℹ️ There is no checkpoint of this run in {output_dir!r} yet: training starts from zero.")
+        say(f"ℹ️ There is no checkpoint of this run in {output_dir!r} yet: training starts from scratch.")
     return newest
 
 
@@ -74,7 +54,7 @@ def checkpoint_named(folder: str, output_dir: str) -> Checkpoint:
 
 
 def checkpoint_to_resume(args) -> str | None:
-    """`--resume_from_checkpoint` takes a folder, or `true` for the newest complete checkpoint, if there is one."""
+    """Resolves `--resume_from_checkpoint`: a folder, or `true` for the newest complete checkpoint if there is one."""
     wanted, output_dir = args.resume_from_checkpoint, args.output_dir
     say = print if args.process_index == 0 else lambda line: None
     if str(wanted).lower() == "true":
@@ -82,8 +62,8 @@ def checkpoint_to_resume(args) -> str | None:
     if wanted is None or str(wanted).lower() == "false":
         if next(Path(output_dir).glob("checkpoint-*"), None) is not None:
             say(
-                f"ℹ️ Starting over in a folder with checkpoints of an earlier run: {output_dir}. Each stays until this "
-                "run writes one of the same step. To continue from the newest instead: --resume_from_checkpoint true"
+                f"ℹ️ Starting over in {output_dir}, which has checkpoints of an earlier run. Each is kept until this "
+                "run writes one at the same step. To resume from the newest instead: --resume_from_checkpoint true"
             )
         return None
     checkpoint_named(wanted, output_dir)
@@ -91,23 +71,23 @@ def checkpoint_to_resume(args) -> str | None:
 
 
 def check_best(folder: str, run: Run) -> None:
-    """Refuses a best checkpoint that was damaged meanwhile, or that another run left in the folder."""
+    """Refuses a best checkpoint that is damaged, or that another run left in the folder."""
     agree(lambda: check_checkpoint_of(folder, run))
 
 
 def what_differs(checkpoint: Checkpoint, args, deepspeed: bool) -> list[str]:
-    """Lines about why the resumed run is not exactly the uninterrupted one.
+    """Lines that say why the resumed run will not match an uninterrupted one exactly.
 
     Raises:
-        UserError: The checkpoint's optimizer is another, whose state does not fit.
+        UserError: The checkpoint holds the state of another kind of optimizer.
     """
     name, lines = checkpoint.folder.name, []
     if checkpoint.manifest is None:
         lines.append(f"ℹ️ {name} was written by an earlier version, so its files cannot be verified.")
     if not checkpoint.exact:
         lines.append(
-            f"⚠️ {name} lacks the state of optimizer, scheduler or random numbers (save_only_model?): they start anew, "
-            "and the resumed run will not be exactly the uninterrupted one."
+            f"⚠️ {name} lacks the optimizer, scheduler or random state (save_only_model?): it starts anew, and the "
+            "resumed run will not match an uninterrupted one exactly."
         )
     if checkpoint.manifest is None:
         return lines
@@ -120,26 +100,26 @@ def what_differs(checkpoint: Checkpoint, args, deepspeed: bool) -> list[str]:
         )
     if changed:
         values = ", ".join(f"{option} {old} -> {new}" for option, (old, new) in changed.items())
-        lines.append(f"ℹ️ Options changed since {name}, and the new values are used from here on: {values}.")
+        lines.append(f"ℹ️ Options changed since {name}; the new values are used from here on: {values}.")
         if deepspeed:
-            lines.append("⚠️ DeepSpeed restores the optimizer's options from the checkpoint: those stay the old ones.")
+            lines.append("⚠️ DeepSpeed restores the optimizer's options from the checkpoint, so the old ones hold.")
         if {"seed", "data_seed"} & set(changed):
-            lines.append("⚠️ seed: prompts are drawn by the new seed, the random state continues from the checkpoint.")
+            lines.append("⚠️ seed: prompts are drawn with the new seed, but the random state is the checkpoint's.")
     before = checkpoint.manifest["world_size"]
     if before != args.world_size:
         lines.append(f"⚠️ {name} was written by {before} processes, now there are {args.world_size}: not exact.")
     if before != args.world_size or set(LAYOUT) & set(changed):
-        lines.append("⚠️ A step takes other prompts than before: some may be seen twice or left out.")
+        lines.append("⚠️ Steps take different prompts than before: some may be seen twice or left out.")
     return lines
 
 
 @dataclass
 class StreamPosition:
-    """Where in a stream a training is: a stream ends early and is read again, in passes of unknown length.
+    """The position in a stream, which is read again when it ends, in passes of unknown length.
 
     Attributes:
         number: The pass, from 0; -1 before the first.
-        batches: Batches taken from it.
+        batches: Batches taken in this pass.
     """
 
     number: int = -1
@@ -149,11 +129,11 @@ class StreamPosition:
 
     @classmethod
     def at(cls, number: int, batches: int) -> "StreamPosition":
-        """The position of a run that skips to there."""
+        """The position of a run that is about to skip `batches` in pass `number`."""
         return cls(number - 1, _skipped=batches)
 
     def count(self, iterator: object, batches: int) -> None:
-        """Counts batches that were taken from the iterator of a pass."""
+        """Counts batches taken from the iterator of a pass."""
         if iterator is not self._iterator:
             self._iterator, self.number = iterator, self.number + 1
             self.batches, self._skipped = self._skipped, 0

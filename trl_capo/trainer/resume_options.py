@@ -1,8 +1,8 @@
-"""What holds after a resume: the options of the new command, not those that a checkpoint brings along.
+"""After a resume, the options of the new command hold, not those stored in the checkpoint.
 
-The states of optimizer and scheduler contain the learning rate, its base, weight decay, betas and eps of the old run.
-After they are loaded, the values that the configuration gives are put back. Where an option did not change, the value
-is the same to the last bit.
+The states of the optimizer and scheduler contain the old run's learning rate, its base, weight decay, betas and eps.
+After they are loaded, the configured values are put back. An option that did not change keeps its value to the last
+bit.
 """
 
 import copy
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 
-# Options whose change makes a resumed run another one, for the message. All are used as given.
+# Options that make a resumed run differ if they change, for the message. New values are always used.
 RECORDED = (
     "learning_rate",
     "lr_scheduler_type",
@@ -43,18 +43,18 @@ HYPERPARAMETERS = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
 
 
 def recorded_options(args) -> dict[str, Any]:
-    """The options that a checkpoint notes down, as JSON."""
+    """The options that a checkpoint records, as JSON."""
     return json.loads(json.dumps({name: getattr(args, name) for name in RECORDED if hasattr(args, name)}, default=str))
 
 
 def changed_options(before: dict[str, Any], args) -> dict[str, tuple]:
-    """Options that are not those of the checkpoint: name to old and new value."""
+    """Options that differ from the checkpoint's: name to (old, new) value."""
     now = recorded_options(args)
     return {name: (old, now[name]) for name, old in before.items() if name in now and old != now[name]}
 
 
 def kind_of_optimizer(optim: str) -> str:
-    """The name that optimizers share that can load each other's state.
+    """A name shared by optimizers that can load each other's state.
 
     Example:
         >>> kind_of_optimizer("adamw_torch") == kind_of_optimizer("adamw_torch_fused")
@@ -67,18 +67,18 @@ def kind_of_optimizer(optim: str) -> str:
 
 
 def hyperparameters(optimizer) -> list[dict[str, Any]]:
-    """What the configuration says of each parameter group. Taken before a checkpoint's state is loaded."""
+    """The configured values of each parameter group. Call it before a checkpoint's state is loaded."""
     groups = [{key: group[key] for key in HYPERPARAMETERS if key in group} for group in optimizer.param_groups]
     return copy.deepcopy(groups)
 
 
 def restore_hyperparameters(optimizer, scheduler, configured: list[dict[str, Any]]) -> None:
-    """Puts the configured values in place of a checkpoint's, and the learning rate of the step that comes next.
+    """Replaces a checkpoint's values with the configured ones, and sets the learning rate of the next step.
 
     Args:
-        optimizer: With the checkpoint's state.
-        scheduler: With the checkpoint's count of steps. One that reacts to metrics keeps its reductions.
-        configured: What `hyperparameters` returned.
+        optimizer: The optimizer, with the checkpoint's state.
+        scheduler: The scheduler, with the checkpoint's step count. One that reacts to metrics keeps its reductions.
+        configured: The result of `hyperparameters`.
     """
     groups = optimizer.param_groups
     if len(groups) != len(configured):

@@ -1,7 +1,7 @@
 """A generation as groups: rewards, labels and confidences of the whole batch, the same on every rank.
 
 After TRL has generated, scored and gathered the rewards, the policy passes over the rows whose log-probs are read,
-then the reference over those that need it. Groups may straddle ranks, so numbers a completion are gathered; each
+then the reference over those that need it. Groups may straddle ranks, so per-completion numbers are gathered; each
 gather is a collective that every rank calls.
 """
 
@@ -32,12 +32,12 @@ from trl_capo.trainer.reference import make_room_for_reference_adapter, referenc
 from trl_capo.trainer.repack import Batch
 
 
-# One or several of: a function, the id of a reward model, a reward model.
+# One or several of: a function, a reward model's id, a reward model.
 RewardFunctions = Callable | str | PreTrainedModel | list[Callable | str | PreTrainedModel]
 
 
 class GroupScoringTrainer(FastGRPOTrainer):
-    """`FastGRPOTrainer` that shows a generation as `RolloutGroups`, with a reference where one is read.
+    """`FastGRPOTrainer` that presents a generation as `RolloutGroups`, with a reference if one is needed.
 
     Hooks: `needs_ref`, `_rows_needing_logps`, `_rows_needing_ref`, `_rows_with_advantage`, `_sequence_statistics`.
     """
@@ -112,8 +112,8 @@ class GroupScoringTrainer(FastGRPOTrainer):
         )
         if self._correctness_index is None:
             self.accelerator.print(
-                f"ℹ️ {self._name} needs no label of what is correct, so it trains without the calibration metrics. For "
-                f"these, set correctness_reward to one of {', '.join(self.reward_func_names)}"
+                f"ℹ️ {self._name} needs no correctness label, so it trains without the calibration metrics. To log "
+                f"them, set correctness_reward to one of {', '.join(self.reward_func_names)}"
                 f"{'' if isinstance(self.args, GroupAdvantageConfig) else ' in a GroupAdvantageConfig'}."
             )
         self.mask = PerplexityMask(self.args)
@@ -122,18 +122,18 @@ class GroupScoringTrainer(FastGRPOTrainer):
 
     @staticmethod
     def needs_ref(args: GroupAdvantageConfig) -> bool:
-        """Whether the method reads `groups.ref_mean_logps`, beside the mask. Called before TRL's constructor."""
+        """Whether the method reads `groups.ref_mean_logps`, besides the mask. Called before TRL's constructor."""
         return False
 
     @classmethod
     def needs_correct(cls, args: GroupAdvantageConfig) -> bool:
-        """Whether `groups.correct` is read: if not, the method trains without a label, as TRL does."""
+        """Whether `groups.correct` is read. If not, the method can train without a label, as TRL does."""
         return args.ref_ppl_mask
 
     def _rows_needing_logps(self, groups: RolloutGroups) -> Tensor:
         """Completions whose log-probs the advantages can depend on, shape (P, G), boolean, the same on every rank.
 
-        In training the others are not computed, unless TRL does; `groups` has no `mean_logps` and `extras` yet.
+        In training, the others are computed only if TRL needs them. `groups` has no `mean_logps` or `extras` yet.
         """
         return groups.valid
 
@@ -142,11 +142,11 @@ class GroupScoringTrainer(FastGRPOTrainer):
         return groups.mixed & groups.valid
 
     def _rows_with_advantage(self, groups: RolloutGroups) -> Tensor:
-        """Completions that may have an advantage for the mask to drop, shape (P, G), the same on every rank."""
+        """Completions that may have an advantage, which the mask could drop, shape (P, G), the same on every rank."""
         return groups.valid & groups.varied
 
     def _sequence_statistics(self, per_token_logps: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """More numbers a completion, each of shape (B,), from its log-probs and mask (B, T); end up in `extras`."""
+        """Extra numbers per completion, each of shape (B,), from log-probs and mask (B, T). Stored in `extras`."""
         return {}
 
     # Groups ----------------------------------------------------------------------------------------------------------
@@ -157,9 +157,9 @@ class GroupScoringTrainer(FastGRPOTrainer):
 
     @torch.no_grad()
     def _build_groups(self, output: Batch) -> tuple[RolloutGroups, Tensor, Tensor]:
-        """The whole batch as groups; this rank's log-probs under the policy (B, T), and rows they were computed for.
+        """The whole batch as groups, this rank's log-probs under the policy (B, T), and the rows that they cover.
 
-        A row's log-probs are 0 if they were not computed by the trainer; scores may come from the sampler instead.
+        Log-probs are 0 in rows that the trainer did not compute; scores may come from the sampler instead.
         """
         num_generations = self.num_generations if self.model.training else self.num_generations_eval
         rewards_per_func = self._rewards_per_func
@@ -211,7 +211,7 @@ class GroupScoringTrainer(FastGRPOTrainer):
         """The groups with `mean_logps` and `extras`, gathered over the ranks."""
         if self.args.mean_logps_from == "sampler":
             per_token_logps = self._sampler_logps(output)
-            mask = mask * per_token_logps.isfinite()  # vLLM leaves a token's log-prob out now and then
+            mask = mask * per_token_logps.isfinite()  # vLLM occasionally omits a token's log-prob
             per_token_logps = per_token_logps.nan_to_num(nan=0.0)
             scored = torch.ones_like(scored)
         extras = self._sequence_statistics(per_token_logps, mask)
@@ -226,8 +226,8 @@ class GroupScoringTrainer(FastGRPOTrainer):
     def _sampler_logps(self, output: Batch) -> Tensor:
         if "sampling_per_token_logps" not in output:
             raise UserError(
-                "mean_logps_from='sampler', but no log-probs came with the completions: let rollout_func return "
-                "'logprobs', or set mean_logps_from='policy'."
+                "mean_logps_from='sampler', but no log-probs came with the completions: return 'logprobs' from "
+                "rollout_func, or set mean_logps_from='policy'."
             )
         return output["sampling_per_token_logps"].float()
 

@@ -1,4 +1,4 @@
-"""What a method reads from its state file, checked: a file may be edited by hand."""
+"""Checked values from a method's state file, which may have been edited by hand."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from trl_capo.errors import UserError
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """The content of a state file.
+    """Reads a state file.
 
     Raises:
         UserError: It cannot be read, or is not a JSON object.
@@ -37,7 +37,7 @@ def finite_number(state: dict, key: str, above: float) -> float | None:
 
 
 def finite_numbers(state: dict, key: str, minimum: float) -> list[float]:
-    """A list of numbers >= `minimum`; an empty one if it is missing."""
+    """A list of numbers >= `minimum`; empty if it is missing."""
     values = state.get(key, [])
     if not isinstance(values, list):
         raise UserError(f"{key} must be a list of numbers, got {_short(values)}")
@@ -69,7 +69,7 @@ def whole_number(state: dict, key: str) -> int:
 
 
 def truth(state: dict, key: str, default: bool) -> bool:
-    """true or false; `default` if it is missing."""
+    """A boolean; `default` if it is missing."""
     value = state.get(key, default)
     if not isinstance(value, bool):
         raise UserError(f"{key} must be true or false, got {_short(value)}")

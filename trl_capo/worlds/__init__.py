@@ -1,1 +1,1 @@
-"""Embedded worlds: tasks small enough to train a base model and study calibration on, on a CPU, in minutes."""
+"""Embedded worlds: tasks small enough to train a base model and study its calibration on a CPU, in minutes."""

@@ -1,8 +1,8 @@
 """The base models of the arithmetic world, trained from scratch.
 
-Supervised training in two stages, on prompts that reinforcement learning and evaluation never see: clean answers,
-so that sums are known and products half known; then human-like answers with slips and free separators (see
-`trl_capo.data.arithmetic`).
+They are trained in two supervised stages, on prompts that reinforcement learning and evaluation never see: first on
+clean answers, so that the model knows sums and half knows products; then on human-like answers with slips and free
+separators (see `trl_capo.data.arithmetic`).
 """
 
 import random
@@ -52,10 +52,10 @@ def make_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
 
 
 def make_batch(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]) -> dict[str, Tensor]:
-    """Tokenise (prompt, answer) pairs; the loss is on the answer and its end."""
+    """Tokenise (prompt, answer) pairs. The loss covers the answer and the end token."""
     rows = [tokenizer(chain + answer + tokenizer.eos_token)["input_ids"] for chain, answer in pairs]
     length = max(map(len, rows))
-    # Padding on the right here: without an attention mask, positions must start at the prompt's first token.
+    # Pad on the right: without an attention mask, positions must start at the prompt's first token.
     input_ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
     prompt_lengths = torch.tensor([[len(chain)] for chain, _ in pairs])
     is_answer = (torch.arange(length) >= prompt_lengths) & (input_ids != tokenizer.pad_token_id)
@@ -65,11 +65,11 @@ def make_batch(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]])
 def supervised_batches(
     tokenizer: PreTrainedTokenizerBase, rng: random.Random, batch_size: int, human_like: bool
 ) -> Iterator[list[dict[str, Tensor]]]:
-    """Batches of prompts of the base split with answers, for ever; each cut into micro-batches of like length."""
+    """Endless batches of prompts from the base split with answers, cut into micro-batches of similar length."""
     chains = sample_chains("base", rng)
     while True:
         pairs = [(chain, write_answer(chain, rng if human_like else None)) for chain in islice(chains, batch_size)]
-        # Chains of two numbers are a third as long as those of five: padded together, half the computation is waste.
+        # Chains of two numbers are a third as long as those of five. Padding them together would waste half the work.
         pairs.sort(key=lambda pair: len(pair[0] + pair[1]))
         size = -(-batch_size // MICRO_BATCHES)
         yield [make_batch(tokenizer, pairs[start : start + size]) for start in range(0, batch_size, size)]
@@ -104,7 +104,7 @@ def train(
 
 
 def report(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, split: str, num_prompts: int) -> str:
-    """One line on a split: how often the model is right, and how well its confidence tells."""
+    """One line on a split: how often the model is right, and how well its confidence ranks the answers."""
     dataset = arithmetic_dataset(split, num_prompts)
     samples = sample_completions(
         model,
@@ -133,15 +133,15 @@ def build(
     learning_rate: float,
     seed: int,
 ) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerBase]:
-    """Train a base model and save it with its tokenizer. The arguments decide every weight.
+    """Train a base model and save it with its tokenizer. The result depends only on the arguments.
 
     Args:
-        output_dir: Folder of the model.
+        output_dir: Folder for the model.
         clean_steps: Steps on clean answers.
         human_steps: Steps on human-like answers.
-        flat: Leave these out, and flatten the logits.
-        batch_size: Answers a step.
-        learning_rate: Peak of the first stage; the second has a quarter of it.
+        flat: Skip the human-like answers and flatten the logits.
+        batch_size: Answers per step.
+        learning_rate: Peak learning rate of the first stage; the second uses a quarter of it.
         seed: Seed of the weights and the text.
     """
     set_seed(seed)
@@ -156,7 +156,7 @@ def build(
         train(model, batches, steps, peak, name)
     if flat:
         model.model.norm.weight.data *= FLAT_SHARPNESS  # the head is linear in it, so this flattens the logits
-    # What `generate` and TRL sample by default: the model's own distribution.
+    # Make `generate` and TRL sample from the model's own distribution by default.
     model.generation_config = GenerationConfig(
         do_sample=True, top_k=0, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -166,5 +166,5 @@ def build(
 
 
 def reports(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, num_prompts: int) -> Iterator[str]:
-    """`report` of each split that is held out."""
+    """`report` for each held-out split."""
     return (report(model, tokenizer, split, num_prompts) for split in SPLITS if split not in ("base", "train"))

@@ -13,7 +13,7 @@ left out, because they are the same for all variants.
 
     grpo_stock   TRL's GRPOTrainer
     capo_naive   CAPO on top of it: policy and reference pass over every row, padded as TRL pads (repack=False)
-    grpo_ours    GroupAdvantageTrainer
+    grpo_ours    GRPO through the seam
     capo_ours    CAPOTrainer
     floor        CAPO in a plain PyTorch loop over the required rows only, packed without padding
 
@@ -32,9 +32,10 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -44,11 +45,13 @@ from datasets import Dataset
 from quiet import be_quiet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from transformers import LogitsProcessor, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer
 from trl_capo.methods.advantages import pairwise_logistic_advantages
+from trl_capo.methods.grpo import GRPO
+from trl_capo.trainer.generation import decode_compactly, generating_by
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -86,7 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--generations", type=int, default=1, help="generations per run")
     parser.add_argument("--repeats", type=int, default=4, help="runs per variant, each with other completions")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--generate", action="store_true", help="also time TRL's transformers generation once")
+    parser.add_argument("--generate", action="store_true", help="also time generation once, TRL's and the compact one")
     parser.add_argument(
         "--sweep",
         action="store_true",
@@ -261,7 +264,7 @@ def build(args, variant: str, layout: str, folder: str, policy, tokenizer, rollo
     capo = dict(ref_ppl_low=1.0, ref_ppl_high=1e9, scale_rewards="none")
     trainer_class, config = {
         "grpo_stock": lambda: (GRPOTrainer, GRPOConfig(scale_rewards="none", **common)),
-        "grpo_ours": lambda: (GroupAdvantageTrainer, GroupAdvantageConfig(scale_rewards="none", **common)),
+        "grpo_ours": lambda: (GRPO, GroupAdvantageConfig(scale_rewards="none", **common)),
         "capo_naive": lambda: (NaiveCAPOTrainer, CAPOConfig(repack=False, **capo, **common)),
         "capo_ours": lambda: (CAPOTrainer, CAPOConfig(**capo, **common)),
     }[variant]()
@@ -503,17 +506,34 @@ def largest(a: dict, b: dict) -> float:
     return max((a[name].float().cpu() - b[name].float().cpu()).abs().max().item() for name in a)
 
 
-def seconds_of_generation(args, model, tokenizer) -> float:
-    """TRL's transformers generation of one batch, which runs until the longest row ends."""
+class EndAt(LogitsProcessor):
+    """Lets as many rows end at each length as in a list, in whatever order, and no other."""
+
+    def __init__(self, lengths: list[int], prompt_width: int):
+        self.lengths, self.prompt_width = lengths, prompt_width
+
+    def __call__(self, input_ids, scores):
+        completions = input_ids[:, self.prompt_width :]
+        running = (completions != 1).all(dim=1).nonzero()[:, 0]
+        ending = running[: self.lengths.count(completions.shape[1] + 1)]
+        scores[ending] = -torch.inf
+        scores[:, 1] = -torch.inf
+        scores[ending, 1] = 0.0
+        return scores
+
+
+def seconds_of_generation(args, model, tokenizer, context) -> float:
+    """Generates one batch with transformers, with the lengths of the first rollouts, within a context."""
     rollouts = draw_rollouts(args, model.config.vocab_size, seed=0)
     prompts = [p for p in rollouts.prompts[: args.prompts] for _ in range(args.num_generations)]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
-    longest = max(len(row) for row in rollouts.completions[0])
+    lengths = [len(row) for row in rollouts.completions[0]]
+    end = EndAt(lengths, inputs["input_ids"].shape[1])
     model = model.to(args.device).eval()
     start = time.perf_counter()
-    with torch.no_grad():
+    with torch.no_grad(), context(model):
         model.generate(
-            **inputs.to(args.device), do_sample=True, top_k=0, max_new_tokens=longest, min_new_tokens=longest
+            **inputs.to(args.device), do_sample=True, top_k=0, max_new_tokens=max(lengths), logits_processor=[end]
         )
     if args.device == "cuda":
         torch.cuda.synchronize()
@@ -545,7 +565,11 @@ def to_markdown(results: dict) -> str:
     lines = [f"# What a step costs ({results['date']})", "", f"`{results['command']}`", "", results["hardware"], ""]
     if "generation_seconds" in results:
         seconds = results["generation_seconds"]
-        lines += [f"Not in the times: generating the batch with transformers, {seconds:.1f} s.", ""]
+        lines += [
+            f"Not in the times: generating the batch with transformers, {seconds['trl']:.1f} s as TRL does it, "
+            f'{seconds["compact"]:.1f} s with `generation="compact"`.',
+            "",
+        ]
     for layout, rows in results["layouts"].items():
         columns = ["variant", *(f"{phase}, s" for phase in PHASES), "phases, s", "over stock", "over floor"]
         columns += ["padded tokens", "real", "largest micro-batch", "FLOPs over CAPO's floor", "seam's own"]
@@ -627,7 +651,10 @@ def main() -> None:
         results["sweep"] = sweep(args, model, tokenizer)
         args.layouts = []
     if args.generate:
-        results["generation_seconds"] = seconds_of_generation(args, copy.deepcopy(model), tokenizer)
+        results["generation_seconds"] = {
+            generation: seconds_of_generation(args, copy.deepcopy(model), tokenizer, context)
+            for generation, context in (("trl", nullcontext), ("compact", partial(generating_by, decode_compactly)))
+        }
     runs = len(args.layouts) * len(args.variants) * args.repeats
     with tqdm(total=runs, desc="Variants", unit="run") as bar:
         for layout in args.layouts:

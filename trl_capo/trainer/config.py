@@ -105,6 +105,14 @@ class GroupAdvantageConfig(FastGRPOConfig):
             both from all completions. The low threshold may then exceed the high one.
         ref_ppl_quantile_samples (`int`, *optional*, defaults to `1024`):
             Number of completions from which the quantiles are estimated.
+        prompt_selection (`str`, *optional*, defaults to `"uniform"`):
+            Which prompts a generation answers: `"uniform"`, every prompt once an epoch as in TRL, or `"informative"`,
+            those whose group is most likely to hold both right and wrong answers (see
+            `trl_capo.trainer.prompt_selection`). The training distribution changes.
+        prompt_candidates (`int`, *optional*, defaults to `4`):
+            With `"informative"`, prompts drawn at random for each one that is kept.
+        prompt_exploration (`float`, *optional*, defaults to `0.1`):
+            With `"informative"`, the share of each generation's prompts that is drawn uniformly all the same.
     """
 
     correctness_reward: str | None = field(
@@ -171,6 +179,20 @@ class GroupAdvantageConfig(FastGRPOConfig):
     ref_ppl_quantile_samples: int = field(
         default=1024, metadata={"help": "Number of completions from which the quantiles are estimated."}
     )
+    prompt_selection: str = field(
+        default="uniform",
+        metadata={
+            "help": "Which prompts a generation answers: 'uniform', every prompt once an epoch, or 'informative', "
+            "those whose group is most likely to hold both right and wrong answers.",
+            "choices": ["uniform", "informative"],
+        },
+    )
+    prompt_candidates: int = field(
+        default=4, metadata={"help": "With 'informative', prompts drawn at random for each one that is kept."}
+    )
+    prompt_exploration: float = field(
+        default=0.1, metadata={"help": "With 'informative', the share of each generation that is drawn uniformly."}
+    )
 
     def __post_init__(self):
         for name in ("ref_ppl_low", "ref_ppl_high"):
@@ -180,6 +202,12 @@ class GroupAdvantageConfig(FastGRPOConfig):
         quantiles = self.ref_ppl_quantiles
         if quantiles is not None and (len(quantiles) != 2 or not all(0 < quantile < 1 for quantile in quantiles)):
             raise UserError(f"ref_ppl_quantiles must be two numbers in (0, 1), low and high, got {quantiles}.")
+        if self.prompt_candidates < 2:
+            raise UserError(
+                f"prompt_candidates must be at least 2, got {self.prompt_candidates}: with fewer there is no choice."
+            )
+        if not 0 < self.prompt_exploration <= 1:
+            raise UserError(f"prompt_exploration must lie in (0, 1], got {self.prompt_exploration}.")
         if self.ref_ppl_quantile_samples < 2:
             raise UserError(f"ref_ppl_quantile_samples must be at least 2, got {self.ref_ppl_quantile_samples}.")
         if self.ref_ppl_quantiles_by_class and quantiles is None:

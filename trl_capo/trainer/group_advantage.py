@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from trl_capo.calibration import metrics
@@ -108,12 +109,41 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
     # Around a generation ---------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs):
-        return super()._generate_and_score_completions(self._choose_prompts(inputs) if self.model.training else inputs)
+        if self.model.training:
+            inputs = self._choose_prompts(self._select_prompts(inputs))
+            if self.selection is not None:
+                numbers = [self.selection.number_of(row["prompt"]) for row in inputs]
+                numbers = self.accelerator.gather(torch.tensor(numbers, device=self.accelerator.device))
+                self._prompt_numbers = numbers.tolist()[:: self.num_generations]
+        return super()._generate_and_score_completions(inputs)
+
+    def _select_prompts(self, inputs: list[dict]) -> list[dict]:
+        """This rank's rows for the prompts that `selection` chooses; without it the rows that the sampler drew."""
+        if self.selection is None:
+            return inputs
+        if self.selection.generation % self.generations_per_batch(self.args) == 0:
+            # Chosen once and sent to all: other processors may round the same scores in another order.
+            chosen = [self.selection.choose(self.num_generations) if self.accelerator.is_main_process else None]
+            self.selection.chosen = broadcast_object_list(chosen)[0]
+        numbers = [number for number in self.selection.chosen for _ in range(self.num_generations)]
+        local = numbers[self._local_slice(len(inputs))]
+        rows = (self.train_dataset[self.selection.rows[number]] for number in local)
+        return [{name: row[name] for name in inputs[0]} for row in rows]
+
+    def _learn_of_prompts(self, groups: RolloutGroups) -> None:
+        by_label = self.needs_correct(self.args)
+        self.selection.update(
+            self._prompt_numbers,
+            (groups.correct if by_label else groups.rewards).cpu().numpy(),
+            taught=(groups.mixed if by_label else groups.varied).squeeze(1).cpu().numpy(),
+        )
 
     def _after_scoring(self, output: Batch) -> tuple[Tensor, Tensor]:
         groups, per_token_logps, scored = self._build_groups(output)
         if self.model.training:
             self.mask.update(groups)
+            if self.selection is not None:
+                self._learn_of_prompts(groups)
         groups = replace(groups, kept=self.mask.kept(groups))
         advantages = self._compute_advantages(groups)
         if advantages is None:  # TRL's own
@@ -147,7 +177,10 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
             self.accelerator.print(line)
 
     def _group_arrays(self, groups: RolloutGroups) -> dict[str, Tensor]:
-        return {
+        uniform = {}
+        if self.model.training and self.selection is not None:
+            uniform = {"drawn_uniformly": torch.tensor(self.selection.drawn_uniformly(self._prompt_numbers))}
+        return uniform | {
             "correct": groups.correct,
             # Whether training scores other groups depends on method and settings. Curves should be comparable.
             "mean_logps": groups.mean_logps.masked_fill(self.model.training & ~groups.mixed, torch.nan),
@@ -157,7 +190,8 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
 
     def _window_metrics(self, window: dict[str, np.ndarray]) -> dict[str, float]:
         own = self._calibration_metrics(window)
-        return {**super()._window_metrics(window), **self.mask.metrics(window), **own}
+        selection = {} if self.selection is None else self.selection.metrics(window)
+        return {**super()._window_metrics(window), **self.mask.metrics(window), **selection, **own}
 
     def _check_shape(self, advantages: Tensor, groups: RolloutGroups) -> None:
         if advantages.shape != groups.rewards.shape:
@@ -205,8 +239,11 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
     # State -----------------------------------------------------------------------------------------------------------
 
     def _all_state(self) -> dict:
-        return {**super()._all_state(), **self.mask.state()}
+        selection = {} if self.selection is None else {"prompt_selection": self.selection.state()}
+        return {**super()._all_state(), **self.mask.state(), **selection}
 
     def _load_all_state(self, state: dict) -> None:
         super()._load_all_state(state)
         self.mask.load_state(state)
+        if self.selection is not None and "prompt_selection" in state:
+            self.selection.load_state(state["prompt_selection"])

@@ -28,6 +28,7 @@ from trl_capo.trainer.config import GroupAdvantageConfig
 from trl_capo.trainer.fast_step import FastGRPOTrainer
 from trl_capo.trainer.groups import RolloutGroups, masked_mean
 from trl_capo.trainer.mask import PerplexityMask
+from trl_capo.trainer.prompt_selection import selection_of
 from trl_capo.trainer.reference import make_room_for_reference_adapter, reference_from, reference_source
 from trl_capo.trainer.repack import Batch
 
@@ -85,6 +86,7 @@ class GroupScoringTrainer(FastGRPOTrainer):
             streams = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
             given |= dict(zip(streams, with_checked_streams(reward_funcs, **streams), strict=True))
 
+        self.selection = selection_of(config, train_dataset, self._encode)
         beta = config.beta
         use_ref = config.ref_ppl_mask or self.needs_ref(config)
         loaded = not isinstance(model, str)
@@ -151,6 +153,9 @@ class GroupScoringTrainer(FastGRPOTrainer):
         return {}
 
     # Groups ----------------------------------------------------------------------------------------------------------
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)

@@ -1,0 +1,365 @@
+"""Chooses the prompts of a generation: those that are likely to teach something.
+
+A group whose rewards are all equal has no advantages, so generating it is wasted. Before a generation, the trainer
+draws candidates from the dataset and keeps those that are most likely to be mixed, neither all right nor all wrong:
+
+    P(mixed) = 1 - E[p^G] - E[(1 - p)^G],    p ~ Beta(a, b)
+    a = c q + sum_j d^j s_j                  s_j: right answers of G in the prompt's j-th last group
+    b = c (1 - q) + sum_j d^j (G - s_j)
+
+The prior's mean q is predicted from the prompt's text: a logistic regression over hashed n-grams of its tokens, fitted
+before every generation to the latest groups. Recent groups count more, because the policy changes. No model is called.
+
+Why a prior from the text: most runs see a prompt once or twice, so a posterior by prompt alone would learn nothing in
+the first epoch.
+
+Assumes that a prompt's difficulty changes slowly, and that rewards, scaled to [0, 1], are roughly pass rates. Without
+any group so far, or with prompts whose text says nothing and that never return, the choice is uniform. A share of each
+generation is always drawn uniformly, so that no prompt is given up for good; its groups also estimate what uniform
+prompts would give.
+
+Source: MoPPS (arXiv 2507.04632), a Beta posterior per prompt with forgetting. Departures: the prior from the text, the
+expected P(mixed) instead of Thompson sampling around a pass rate of 0.5, and the uniform share.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+
+from trl_capo.calibration.metrics import group_fractions
+from trl_capo.errors import UserError
+from trl_capo.trainer.config import GroupAdvantageConfig
+
+
+PRIOR_COUNT = 4.0  # c: the prediction from the text counts as much as this many completions
+FORGETTING = 0.5  # d: what a group counts less with every later group of the same prompt
+DECAY = 0.97  # what a group counts less for the prediction with every later generation
+WINDOW = 100  # generations that the prediction is fitted to
+NUM_FEATURES = 2**14
+PENALTY = 1.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is remembered of a group: which prompt (its number among the distinct ones), and how it went."""
+
+    prompt: int
+    generation: int
+    successes: int
+    trials: int
+
+
+def selection_of(
+    args: GroupAdvantageConfig,
+    train_dataset: Dataset | IterableDataset | None,
+    encode: Callable[[str], list[int]],
+) -> "PromptSelection | None":
+    """The selection that a configuration asks for; None for uniform prompts.
+
+    Raises:
+        UserError: The dataset is a stream, or too small.
+    """
+    if args.prompt_selection == "uniform" or train_dataset is None:
+        return None
+    if isinstance(train_dataset, IterableDataset):
+        raise UserError(
+            "prompt_selection='informative' chooses among the rows of a dataset and cannot look ahead in a stream: "
+            "load the dataset without streaming, or use prompt_selection='uniform'."
+        )
+    return PromptSelection(
+        train_dataset["prompt"],
+        encode,
+        num_prompts=args.generation_batch_size // args.num_generations,
+        candidates=args.prompt_candidates,
+        exploration=args.prompt_exploration,
+        seed=args.seed,
+    )
+
+
+class PromptSelection:
+    """Chooses prompts for each training generation and learns from its groups.
+
+    Args:
+        prompts: The dataset's prompts, strings or lists of messages. One that appears again is never drawn.
+        encode: Token ids of a text.
+        num_prompts: Prompts per generation, P.
+        candidates: Candidates drawn for each prompt that is kept.
+        exploration: Share of each generation that is drawn uniformly.
+        seed: Seed of the draws.
+
+    Raises:
+        UserError: There are fewer distinct prompts than candidates.
+    """
+
+    def __init__(
+        self,
+        prompts: Iterable[Any],
+        encode: Callable[[str], list[int]],
+        *,
+        num_prompts: int,
+        candidates: int,
+        exploration: float,
+        seed: int,
+    ):
+        self.num_prompts, self.num_candidates, self.seed = num_prompts, candidates * num_prompts, seed
+        self.num_explored = math.ceil(exploration * num_prompts)
+        self._encode = encode
+        self._number: dict[bytes, int] = {}  # of a prompt among the distinct ones
+        self.rows: list[int] = []  # where each distinct prompt first stands in the dataset
+        self._texts: list[str] = []
+        num_rows = 0
+        for row, prompt in enumerate(prompts):
+            num_rows += 1
+            if self._number.setdefault(_key(prompt), len(self.rows)) == len(self.rows):
+                self.rows.append(row)
+                self._texts.append(text_of(prompt))
+        self.num_repeated = num_rows - len(self.rows)
+        if len(self.rows) < self.num_candidates:
+            repeated = f" ({num_rows} rows, of which {self.num_repeated} repeat a prompt)" if self.num_repeated else ""
+            raise UserError(
+                f"prompt_selection='informative' draws {self.num_candidates} candidates a generation "
+                f"(prompt_candidates={candidates} times {num_prompts} prompts), but train_dataset has "
+                f"{len(self.rows)} distinct prompts{repeated}: lower prompt_candidates or use "
+                "prompt_selection='uniform'."
+            )
+        self.fingerprint = hashlib.sha256(b"".join(self._number)).hexdigest()[:16]
+        self.generation = 0
+        self.groups: list[Group] = []  # of the window
+        self.chosen: list[int] = []  # prompts of the current generation
+        self.low, self.high = 0.0, 1.0  # lowest and highest reward so far
+        self._counts: dict[int, tuple[float, float]] = {}  # right and wrong answers of a prompt, discounted
+        self._features: dict[int, np.ndarray] = {}
+
+    def number_of(self, prompt: Any) -> int:
+        """Number of a prompt among the distinct ones; -1 if the dataset does not have it."""
+        return self._number.get(_key(prompt), -1)
+
+    def choose(self, num_generations: int) -> list[int]:
+        """Numbers of the prompts of the next generation, the uniformly drawn ones first; all distinct, shape (P,)."""
+        rng = np.random.default_rng([self.seed, self.generation])
+        candidates = rng.choice(len(self.rows), self.num_candidates, replace=False)
+        explored, others = candidates[: self.num_explored], candidates[self.num_explored :]
+        if self.groups:  # else all candidates are alike
+            likely = prob_mixed(*self.posterior(others), num_generations)
+            others = others[np.argsort(-likely, kind="stable")]
+        return [*explored.tolist(), *others[: self.num_prompts - self.num_explored].tolist()]
+
+    def drawn_uniformly(self, prompts: Sequence[int]) -> list[bool]:
+        """Which of the prompts of the current generation were drawn uniformly, shape (P,)."""
+        return [prompt in self.chosen[: self.num_explored] for prompt in prompts]
+
+    def posterior(self, prompts: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Parameters a and b of the pass rates' Beta distributions, each of shape (len(prompts),)."""
+        mean = self._predict(prompts)
+        right, wrong = np.array([self._counts.get(int(prompt), (0.0, 0.0)) for prompt in prompts]).T
+        return PRIOR_COUNT * mean + right, PRIOR_COUNT * (1 - mean) + wrong
+
+    def update(self, prompts: Sequence[int], rewards: np.ndarray, taught: np.ndarray) -> None:
+        """Learn from a generation's groups.
+
+        Args:
+            prompts: Their numbers, shape (P,); -1 is passed over.
+            rewards: What decides whether a group teaches something: labels or rewards, NaN = unscorable, shape (P, G).
+            taught: Groups whose rewards differ, shape (P,), boolean.
+        """
+        finite = rewards[np.isfinite(rewards)]
+        self.low, self.high = min(self.low, *finite.tolist(), 0.0), max(self.high, *finite.tolist(), 1.0)
+        trials = np.isfinite(rewards).sum(axis=1)
+        successes = count_successes(rewards, taught, self.low, self.high)
+        for prompt, right, count in zip(prompts, successes.tolist(), trials.tolist(), strict=True):
+            if prompt >= 0 and count > 0:
+                self.groups.append(Group(prompt, self.generation, right, count))
+                before = self._counts.get(prompt, (0.0, 0.0))
+                self._counts[prompt] = (FORGETTING * before[0] + right, FORGETTING * before[1] + count - right)
+        self.generation += 1
+        self.groups = [group for group in self.groups if group.generation > self.generation - WINDOW]
+
+    def metrics(self, window: dict[str, np.ndarray]) -> dict[str, float]:
+        """Share of mixed groups among uniformly drawn prompts: what `capo/frac_mixed` would be without selection."""
+        if "drawn_uniformly" not in window:
+            return {}
+        uniform = window["drawn_uniformly"].astype(bool)
+        fractions = group_fractions(window["correct"][uniform], valid=window["valid"][uniform].astype(bool))
+        return {"capo/frac_mixed_uniform": fractions["frac_mixed"]}
+
+    # State -----------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict:
+        """What a checkpoint keeps; the posterior follows from it exactly."""
+        return {
+            "prompts": self.fingerprint,
+            "generation": self.generation,
+            "groups": [list(astuple(group)) for group in self.groups],
+            "rewards": [self.low, self.high],
+            "chosen": self.chosen,
+            "counts": [[prompt, *counts] for prompt, counts in self._counts.items()],
+        }
+
+    def load_state(self, state: dict) -> None:
+        """Restore `state`.
+
+        Raises:
+            UserError: It was saved with other prompts.
+        """
+        if state["prompts"] != self.fingerprint:
+            raise UserError(
+                "prompt_selection='informative': the checkpoint was written with another train_dataset. Resume with "
+                "that dataset, or start a new run."
+            )
+        self.generation = state["generation"]
+        self.groups = [Group(*group) for group in state["groups"]]
+        self.low, self.high = state["rewards"]
+        self.chosen = state["chosen"]
+        self._counts = {prompt: (right, wrong) for prompt, right, wrong in state["counts"]}
+
+    # Prediction from the text ----------------------------------------------------------------------------------------
+
+    def _predict(self, prompts: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Predicted pass rates, shape (len(prompts),)."""
+        counts = torch.tensor([[group.successes, group.trials] for group in self.groups], dtype=torch.float32)
+        age = torch.tensor([self.generation - group.generation for group in self.groups])
+        successes, trials = (counts * DECAY ** age[:, None]).unbind(dim=1)
+        weights = fit_logistic(self._bags([group.prompt for group in self.groups]), successes, trials)
+        return torch.sigmoid(_logits(weights, self._bags(prompts))).double().numpy()
+
+    def _bags(self, prompts: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Features of prompts as `embedding_bag` takes them: all in a row, where each prompt begins, their values."""
+        rows = [self._features_of(int(prompt)) for prompt in prompts]
+        sizes = np.array([len(row) for row in rows], dtype=np.int64)
+        starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
+        values = np.repeat(1 / np.sqrt(sizes), sizes)
+        return torch.tensor(np.concatenate(rows)), torch.tensor(starts), torch.tensor(values, dtype=torch.float32)
+
+    def _features_of(self, prompt: int) -> np.ndarray:
+        if prompt not in self._features:
+            self._features[prompt] = ngram_features(self._encode(self._texts[prompt]))
+        return self._features[prompt]
+
+
+def prob_mixed(a: np.ndarray, b: np.ndarray, num_generations: int) -> np.ndarray:
+    """Probability that a group is neither all right nor all wrong, with a pass rate from Beta(a, b).
+
+    Args:
+        a: Positive, shape (N,).
+        b: Positive, shape (N,).
+        num_generations: Completions per group, G.
+
+    Returns:
+        1 - E[p^G] - E[(1 - p)^G], shape (N,), in [0, 1].
+
+    Example:
+        >>> prob_mixed(np.array([1.0]), np.array([1.0]), 2).round(4)  # 1 - 1/3 - 1/3, for a uniform pass rate
+        array([0.3333])
+    """
+    steps = np.arange(num_generations)
+    total = np.asarray(a + b)[:, None] + steps
+    all_right = ((np.asarray(a)[:, None] + steps) / total).prod(axis=1)
+    all_wrong = ((np.asarray(b)[:, None] + steps) / total).prod(axis=1)
+    return 1 - all_right - all_wrong
+
+
+def count_successes(rewards: np.ndarray, taught: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Right answers of each group; of graded rewards, the count with the same mean.
+
+    A group counts as all right or all wrong exactly if it taught nothing, whatever its mean.
+
+    Args:
+        rewards: Labels or rewards, NaN = unscorable, shape (P, G).
+        taught: Groups whose rewards differ, shape (P,), boolean.
+        low: The lowest reward, which counts as wrong.
+        high: The highest reward, which counts as right.
+
+    Returns:
+        Shape (P,), int.
+
+    Example:
+        >>> graded = np.array([[0.5, 0.5, 0.5, 0.5], [0.0, 0.0, 0.1, 0.0], [1.0, 1.0, 0.0, np.nan]])
+        >>> count_successes(graded, np.array([False, True, True]), low=0.0, high=1.0)
+        array([4, 1, 2])
+    """
+    valid = np.isfinite(rewards)
+    trials = valid.sum(axis=1)
+    share = (np.where(valid, rewards, low).sum(axis=1) - low * (rewards.shape[1])) / (high - low)
+    between = np.clip(np.rint(share), 1, np.maximum(trials - 1, 1))
+    return np.where(taught, between, np.where(share >= trials / 2, trials, 0)).astype(int)
+
+
+def ngram_features(ids: list[int]) -> np.ndarray:
+    """Hashed features of a text: its distinct n-grams of one to three tokens and its length, sorted, int64."""
+    tokens = np.asarray(ids, dtype=np.uint64)
+    hashed = [np.array([(2**20 + int(math.log2(len(ids) + 1) * 2))], dtype=np.uint64)]
+    with np.errstate(over="ignore"):
+        ngrams = tokens
+        for n in range(3):
+            hashed.append((ngrams + np.uint64(n)) * np.uint64(0x9E3779B97F4A7C15))
+            ngrams = ngrams[:-1] * np.uint64(0x100000001B3) + tokens[n + 1 :]
+    return np.unique(np.concatenate(hashed) >> np.uint64(64 - 14)).astype(np.int64)
+
+
+def fit_logistic(
+    bags: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    successes: torch.Tensor,
+    trials: torch.Tensor,
+) -> torch.Tensor:
+    """Logistic regression of binomial counts with an L2 penalty; the last weight is the unpenalised intercept.
+
+    Args:
+        bags: Features of N observations, from `PromptSelection._bags`.
+        successes: Weighted successes, shape (N,).
+        trials: Weighted trials, shape (N,).
+
+    Returns:
+        Weights, shape (F + 1,).
+    """
+    weights = torch.zeros(NUM_FEATURES + 1)  # always the same start: a resumed run chooses the same prompts
+    weights[-1] = torch.logit(successes.sum() / trials.sum(), eps=1e-3)
+    weights.requires_grad_()
+    optimizer = torch.optim.LBFGS([weights], max_iter=20, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        logits = _logits(weights, bags)
+        loss = (trials * torch.nn.functional.softplus(logits) - successes * logits).sum()
+        loss = loss + 0.5 * PENALTY * weights[:-1].square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weights.detach()
+
+
+def _logits(weights: torch.Tensor, bags: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    features, starts, values = bags
+    sums = torch.nn.functional.embedding_bag(
+        features, weights[:-1, None], starts, per_sample_weights=values, mode="sum"
+    )
+    return sums[:, 0] + weights[-1]
+
+
+def text_of(prompt: Any) -> str:
+    """The text of a prompt: a string as it is, or the texts of its messages.
+
+    Example:
+        >>> text_of([{"role": "user", "content": "1+1="}])
+        '1+1='
+    """
+    if isinstance(prompt, str):
+        return prompt
+    parts = []
+    for message in prompt:
+        content = message.get("content") or ""
+        if not isinstance(content, str):
+            content = "\n".join(part.get("text") or "" for part in content)
+        parts.append(content)
+    return "\n".join(parts)
+
+
+def _key(prompt: Any) -> bytes:
+    return hashlib.blake2b(json.dumps(prompt, sort_keys=True, default=str).encode(), digest_size=16).digest()

@@ -18,8 +18,8 @@ from tests.fake_hub import running_hub
 from tests.helpers import save_tiny_model
 
 
-# A failing assert of this module shows its values, as one in a test module does.
-pytest.register_assert_rewrite("tests.trainer.runs")
+# A failing assert of these modules shows its values, as one in a test module does.
+pytest.register_assert_rewrite("tests.trainer.runs", "tests.publish.pushed")
 
 
 @pytest.fixture(scope="session")

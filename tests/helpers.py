@@ -138,7 +138,8 @@ def parameters(trainer) -> dict[str, torch.Tensor]:
 
 
 def largest_change(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
-    return max((after[name] - before[name]).abs().max().item() for name in before)
+    """Over all parameters; NaN where one is, which no bound holds for."""
+    return torch.stack([(after[name] - before[name]).abs().max() for name in before]).max().item()
 
 
 def logged(trainer, name: str) -> list[float]:
@@ -209,8 +210,8 @@ def literal_capo_advantages(rewards: list[float], mean_logps: list[float], tau: 
     return advantages
 
 
-def literal_advantages_of_groups(rewards: torch.Tensor, mean_logps: torch.Tensor, tau: float = 0.6) -> np.ndarray:
-    """`literal_capo_advantages` of each row of (P, G) rewards and scores."""
+def literal_advantages_of_groups(rewards, mean_logps, tau: float = 0.6) -> np.ndarray:
+    """`literal_capo_advantages` of each row of (P, G) rewards and scores, tensors or arrays."""
     groups = zip(rewards.tolist(), mean_logps.tolist(), strict=True)
     return np.array([literal_capo_advantages(labels, scores, tau) for labels, scores in groups])
 

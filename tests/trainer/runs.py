@@ -172,4 +172,18 @@ class ScoredCAPO(RecordingCAPO):
         return output
 
 
+class LinearSurrogateTrainer(CAPOTrainer):
+    """CAPO's pairs with the linear loss -t, over the valid count: by identity, reward minus group mean."""
+
+    def _compute_advantages(self, groups):
+        advantages = torch.zeros_like(groups.rewards)
+        num_prompts, num_generations = groups.rewards.shape
+        for p in range(num_prompts):
+            members = [g for g in range(num_generations) if groups.valid[p, g]]
+            for i in members:
+                gaps = [(groups.rewards[p, i] - groups.rewards[p, j]).item() for j in members]
+                advantages[p, i] = sum(gaps) / len(members)
+        return advantages
+
+
 SAMPLER = dict(mean_logps_from="sampler", ref_ppl_mask=False, loss_type="grpo", learning_rate=0.05)

@@ -7,27 +7,13 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.helpers import VOCABULARY, largest_change, logged, parameters, tiny_trainer
-from tests.trainer.runs import ScoredCAPO
+from tests.trainer.runs import LinearSurrogateTrainer, ScoredCAPO
 from trl_capo import CAPOTrainer, GroupAdvantageTrainer
 
 
 # Steps large enough to see an error, small enough that rounding is not amplified: at 0.3, weights perturbed by one
 # part in 10^7 end 6e-5 apart.
 SGD = dict(optim="sgd", learning_rate=0.05, max_steps=5)
-
-
-class LinearSurrogateTrainer(CAPOTrainer):
-    """CAPO's pairs with the linear loss -t, over the valid count: by identity, reward minus group mean."""
-
-    def _compute_advantages(self, groups):
-        advantages = torch.zeros_like(groups.rewards)
-        num_prompts, num_generations = groups.rewards.shape
-        for p in range(num_prompts):
-            members = [g for g in range(num_generations) if groups.valid[p, g]]
-            for i in members:
-                gaps = [(groups.rewards[p, i] - groups.rewards[p, j]).item() for j in members]
-                advantages[p, i] = sum(gaps) / len(members)
-        return advantages
 
 
 LAYOUTS = {

@@ -34,6 +34,15 @@ def repository() -> Path:
 
 
 @pytest.fixture
+def repositories(tmp_path, monkeypatch) -> Path:
+    """The folder of `TRL_CAPO_DATA`, with a small local repository for each dataset of the catalogue."""
+    from tests.data.standins import make_repositories
+
+    monkeypatch.setenv("TRL_CAPO_DATA", str(tmp_path / "data"))
+    return make_repositories(tmp_path / "data")
+
+
+@pytest.fixture
 def hub(monkeypatch):
     """A Hub that the client in this process talks to. Waits between attempts are counted, not waited for."""
     from transformers.utils import hub as transformers_hub

@@ -114,6 +114,7 @@ def test_auxiliary_rewards(tiny_model, tmp_path, mode):
         max_steps=3,
     )
     trainer.train()
+    assert len(trainer.generations) == 3
     for generation in trainer.generations:
         groups = generation["groups"]
         expected = literal_advantages_of_groups(groups.correct, groups.mean_logps)

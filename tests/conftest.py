@@ -18,8 +18,8 @@ from tests.fake_hub import running_hub
 from tests.helpers import save_tiny_model
 
 
-# A failing assert of this module shows its values, as one in a test module does.
-pytest.register_assert_rewrite("tests.trainer.runs")
+# A failing assert of these modules shows its values, as one in a test module does.
+pytest.register_assert_rewrite("tests.trainer.runs", "tests.publish.pushed")
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +31,15 @@ def tiny_model(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return Path(__file__).parent.parent
+
+
+@pytest.fixture
+def repositories(tmp_path, monkeypatch) -> Path:
+    """The folder of `TRL_CAPO_DATA`, with a small local repository for each dataset of the catalogue."""
+    from tests.data.standins import make_repositories
+
+    monkeypatch.setenv("TRL_CAPO_DATA", str(tmp_path / "data"))
+    return make_repositories(tmp_path / "data")
 
 
 @pytest.fixture

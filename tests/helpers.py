@@ -1,21 +1,50 @@
-"""What several test modules share: a tiny model, a dataset, a reward that gives mixed groups, and literal oracles."""
+"""What several test modules share: tiny models, datasets and trainers, rewards that give mixed groups, oracles."""
 
+import inspect
 import math
+import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+TOKEN = "hf_" + 20 * "x"  # looks like a secret of the Hub
+
+TOKENS = {"<pad>": 0, "<eos>": 1, **{char: 2 + i for i, char in enumerate("0123456789+-*=;")}}
+VOCABULARY = len(TOKENS)
+# Sizes of a config that go with the tokenizer; the range is wide enough that completions differ in confidence.
+TINY = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=16,
+    intermediate_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.5,
+    eos_token_id=1,
+    pad_token_id=0,
+    bos_token_id=None,
+)
+
+
+def tiny_qwen2(seed: int = 0, **overrides) -> Qwen2ForCausalLM:
+    """A random model that writes digits and stops early."""
+    torch.manual_seed(seed)
+    return Qwen2ForCausalLM(Qwen2Config(**{**TINY, "num_hidden_layers": 2, "tie_word_embeddings": True, **overrides}))
 
 
 def save_tiny_model(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> str:
-    """Saves a random model that writes digits and stops early, and returns its folder."""
-    vocabulary = {"<pad>": 0, "<eos>": 1, **{char: 2 + i for i, char in enumerate("0123456789+-*=;")}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="0"))
+    """Saves a `tiny_qwen2` with its tokenizer of characters, and returns the folder."""
+    tokenizer = Tokenizer(models.WordLevel(TOKENS, unk_token="0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
@@ -25,30 +54,19 @@ def save_tiny_model(folder: Path, seed: int = 0, dtype: torch.dtype = torch.floa
         padding_side="left",
         chat_template=CHAT_TEMPLATE,
     )
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.5,  # wide enough that completions differ in confidence
-        eos_token_id=1,
-        pad_token_id=0,
-        bos_token_id=None,
-        tie_word_embeddings=True,
-    )
-    model = Qwen2ForCausalLM(config).to(dtype)
-    model.save_pretrained(folder)
+    tiny_qwen2(seed).to(dtype).save_pretrained(folder)
     fast.save_pretrained(folder)
     return str(folder)
 
 
+def conversations(texts: Iterable[str], **columns) -> Dataset:
+    """Prompts of one message of the user each; more columns by name."""
+    return Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in texts], **columns})
+
+
 def prompt_dataset(num_prompts: int = 32, **columns) -> Dataset:
     """Conversational prompts of different lengths; more columns by name."""
-    questions = ["7+2="[: 2 + i % 3] + str(i) for i in range(num_prompts)]
-    return Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in questions], **columns})
+    return conversations(["7+2="[: 2 + i % 3] + str(i) for i in range(num_prompts)], **columns)
 
 
 def parity_reward(completion_ids, **kwargs) -> list[float]:
@@ -59,6 +77,15 @@ def parity_reward(completion_ids, **kwargs) -> list[float]:
 def length_reward(completion_ids, **kwargs) -> list[float]:
     """A reward in [0, 1] that grows with the length."""
     return [min(len(ids), 10) / 10 for ids in completion_ids]
+
+
+def first_token_is_even(completion_ids, **kwargs) -> list[float]:
+    """A reward that a test sets by the first token of each completion."""
+    return [float(ids[0] % 2 == 0) for ids in completion_ids]
+
+
+def one_over_length(completion_ids, **kwargs) -> list[float]:
+    return [1.0 / len(ids) for ids in completion_ids]
 
 
 def config_kwargs(output_dir, **overrides) -> dict:
@@ -82,6 +109,49 @@ def config_kwargs(output_dir, **overrides) -> dict:
         seed=0,
     )
     return {**kwargs, **overrides}
+
+
+def tiny_trainer(
+    trainer_class, model, folder, reward=parity_reward, dataset=None, config_class=None, **options
+) -> "GRPOTrainer":
+    """A trainer on `prompt_dataset()`. Options that its constructor takes go there, the others into its config."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    names = set(options) & set(inspect.signature(GRPOTrainer.__init__).parameters)
+    arguments = {name: options.pop(name) for name in names}
+    config_class = config_class or getattr(trainer_class, "config_class", GRPOConfig)
+    config = config_class(**config_kwargs(folder, **options))
+    return trainer_class(model, reward, config, prompt_dataset() if dataset is None else dataset, **arguments)
+
+
+def recipe_options(model, folder, **overrides) -> dict:
+    """Options of `trl-capo train` on the arithmetic world, with a reward that gives a tiny model mixed groups."""
+    options = {"model_name_or_path": str(model), "dataset_name": "arithmetic"}
+    options |= {"reward_funcs": ["tests.helpers.parity_reward"]}
+    return options | config_kwargs(folder, **overrides)
+
+
+def parameters(trainer) -> dict[str, torch.Tensor]:
+    """A copy of the policy's parameters, by name."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def largest_change(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
+    """Over all parameters; NaN where one is, which no bound holds for."""
+    return torch.stack([(after[name] - before[name]).abs().max() for name in before]).max().item()
+
+
+def logged(trainer, name: str) -> list[float]:
+    """What a run logged under a name, in order."""
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def count_forwards(model) -> list[int]:
+    """A list that grows by one entry with each forward of the model from now on."""
+    calls = []
+    model.register_forward_pre_hook(lambda module, inputs: calls.append(1))
+    return calls
 
 
 def literal_mean_logp(model, prompt_ids: list[int], completion_ids: list[int]) -> float:
@@ -140,6 +210,12 @@ def literal_capo_advantages(rewards: list[float], mean_logps: list[float], tau: 
     return advantages
 
 
+def literal_advantages_of_groups(rewards, mean_logps, tau: float = 0.6) -> np.ndarray:
+    """`literal_capo_advantages` of each row of (P, G) rewards and scores, tensors or arrays."""
+    groups = zip(rewards.tolist(), mean_logps.tolist(), strict=True)
+    return np.array([literal_capo_advantages(labels, scores, tau) for labels, scores in groups])
+
+
 def unpadded_rows(batch: dict) -> list[tuple[list[int], list[int]]]:
     """Prompt and completion token ids of each row of a trainer's batch, without padding."""
     rows = []
@@ -148,3 +224,15 @@ def unpadded_rows(batch: dict) -> list[tuple[list[int], list[int]]]:
     ):
         rows.append((prompt[prompt_mask.bool()].tolist(), completion[completion_mask.bool()].tolist()))
     return rows
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return not os.path.isdir("/proc")

@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from tests.helpers import is_running
+
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and process groups")
 
@@ -78,18 +80,6 @@ def start(tmp_path):
     for process in started:
         process.kill()
         process.communicate(timeout=60)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return os.path.isdir("/proc") is False
 
 
 def wait_until_gone(pids: list[int]) -> None:

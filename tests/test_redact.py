@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import config_kwargs
+from tests.helpers import config_kwargs, parity_reward, prompt_dataset, recipe_options
 from trl_capo import cli
 from trl_capo.methods import METHODS
 from trl_capo.recipe import make_parser
@@ -244,16 +244,9 @@ def test_nothing_that_a_run_writes_holds_a_secret(tiny_model, tmp_path):
         "openai": SHAPES["openai"],
         "url": "geheim-three",
     }
-    recipe = {
-        "model_name_or_path": tiny_model,
-        "dataset_name": "arithmetic",
-        "ref_ppl_mask": False,
-        "reward_funcs": ["tests.helpers.parity_reward"],
-        "hub_token": secrets["hub_token"],
-        "run_name": f"https://me:{secrets['url']}@example.com/x",
-        "max_prompt_tokens": 64,
-        **config_kwargs(tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=1),
-    }
+    options = dict(ref_ppl_mask=False, max_steps=2, save_strategy="steps", save_steps=1, max_prompt_tokens=64)
+    options |= {"hub_token": secrets["hub_token"], "run_name": f"https://me:{secrets['url']}@example.com/x"}
+    recipe = recipe_options(tiny_model, tmp_path / "run", **options)
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
     kwargs = json.dumps({"token": secrets["token"], "revision": "main"})
     arguments = ["--config", str(tmp_path / "mine.yaml"), f"--model_init_kwargs={kwargs}"]
@@ -279,7 +272,6 @@ def test_pickled_arguments(tiny_model, tmp_path, own):
     """Also those of TRL's own configuration, which GRPO through the seam takes; the trainer keeps its token."""
     from trl import GRPOConfig
 
-    from tests.helpers import parity_reward, prompt_dataset
     from trl_capo import GroupAdvantageConfig, GroupAdvantageTrainer
 
     kwargs = config_kwargs(tmp_path / "run", hub_token="geheim-one", model_init_kwargs={"token": "geheim-two"})

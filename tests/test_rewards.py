@@ -16,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import trl.rewards
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
-from tests.helpers import config_kwargs, prompt_dataset
+from tests.helpers import is_running, prompt_dataset, tiny_trainer
 from trl_capo import rewards, workers
 from trl_capo.data.rows import check_data
 from trl_capo.preflight.rewards import load_reward_function
@@ -69,15 +69,6 @@ def wait_until(condition, seconds: float = 10) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
-
-
-def is_running(process: int) -> bool:
-    """Whether a process is there and no zombie."""
-    try:
-        with open(f"/proc/{process}/stat") as file:
-            return file.read().rpartition(") ")[2][0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.fixture
@@ -343,12 +334,8 @@ def test_workers_end_with_a_run_that_is_killed(tmp_path):
 def test_it_trains_as_with_trl(tiny_model, tmp_path, reward):
     logs = []
     for name, function in {"trl": trl.rewards.accuracy_reward, "pool": reward}.items():
-        trainer = GRPOTrainer(
-            tiny_model,
-            function,
-            GRPOConfig(**config_kwargs(tmp_path / name)),
-            prompt_dataset(solution=["$7$"] * 32),
-        )
+        dataset = prompt_dataset(solution=["$7$"] * 32)
+        trainer = tiny_trainer(GRPOTrainer, tiny_model, tmp_path / name, function, dataset=dataset)
         trainer.train()
         metrics = {key: value for key, value in trainer.state.log_history[0].items() if "reward" in key}
         logs.append((metrics, list(trainer._logs["extra"]["answer_parsed"])))

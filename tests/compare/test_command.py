@@ -1,7 +1,11 @@
 """`trl-capo compare`: what is there is not run again, what fails is named, and the table is what was measured."""
 
+import io
 import json
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +19,8 @@ from trl_capo.report.comparison import by_prompt, evaluation_folder
 from trl_capo.scripts import compare as script
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """Commands run in this process instead of in one of their own: faster by the imports."""
+def run_in_this_process(monkeypatch) -> list[tuple[str, str]]:
+    """Commands run here instead of in a process of their own: faster by the imports. Returns those that were run."""
     made = []
 
     def succeeds(command, options, log, lock, share):
@@ -29,65 +32,120 @@ def calls(monkeypatch):
     return made
 
 
-def test_runs_then_compares_what_is_there(tmp_path, calls, capsys):
-    plan, out = plan_for(tmp_path), tmp_path / "out"
-    assert cli.main(["compare", plan, "--methods", "capo"]) == 0
-    assert "Nothing to compare yet: base and grpo are needed" in capsys.readouterr().out
-    assert len(calls) == 5  # the base's evaluation, two trainings, two evaluations
-    calls.clear()
+@pytest.fixture
+def calls(monkeypatch):
+    return run_in_this_process(monkeypatch)
 
-    assert cli.main(["compare", plan]) == 2
-    captured = capsys.readouterr()
-    assert "some runs failed" in captured.err and "broken-0/train.log" in captured.err
-    assert "2 of 6 runs are missing: broken-0, broken-1" in captured.out
-    assert f"Next: trl-capo compare {plan} " in captured.out and "report.html" in captured.out
-    assert [command for command, _ in calls].count("train") == 4 and not any("capo" in where for _, where in calls)
 
-    rows = {row["method"]: row for row in json.loads((out / "comparison.json").read_text())["rows"]}
+@dataclass
+class Command:
+    """What one `trl-capo compare` returned, printed and ran."""
+
+    code: int
+    out: str
+    err: str
+    calls: list[tuple[str, str]]
+
+
+@dataclass
+class Comparison:
+    """A plan of which CAPO was run first, alone, and then all the rest, of which two runs fail."""
+
+    plan: str
+    first: Command
+    second: Command
+    folder: Path
+
+    @property
+    def results(self) -> dict:
+        return json.loads((self.folder / "comparison.json").read_text())
+
+    @property
+    def rows(self) -> dict[str, dict]:
+        return {row["method"]: row for row in self.results["rows"]}
+
+    @property
+    def samples(self) -> dict[str, dict[int, list]]:
+        """Samples by method and seed."""
+        return {
+            name: {seed: read_samples(evaluation_folder(self.folder / f"{name}-{seed}")) for seed in (0, 1)}
+            for name in ("grpo", "capo")
+        }
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory) -> Comparison:
+    folder = tmp_path_factory.mktemp("compared")
+    plan = plan_for(folder)
+
+    def run(*options: str) -> Command:
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as monkeypatch, redirect_stdout(out), redirect_stderr(err):
+            calls = run_in_this_process(monkeypatch)
+            code = cli.main(["compare", plan, *options])
+        return Command(code, out.getvalue(), err.getvalue(), calls)
+
+    return Comparison(plan, run("--methods", "capo"), run(), folder / "out")
+
+
+def test_a_part_of_the_plan_is_run_alone(compared):
+    assert compared.first.code == 0
+    assert "Nothing to compare yet: base and grpo are needed" in compared.first.out
+    assert len(compared.first.calls) == 5  # the base's evaluation, two trainings, two evaluations
+
+
+def test_what_is_there_is_not_run_again_and_what_fails_is_named(compared):
+    second = compared.second
+    assert second.code == 2
+    assert "some runs failed" in second.err and "broken-0/train.log" in second.err
+    assert "2 of 6 runs are missing: broken-0, broken-1" in second.out
+    assert f"Next: trl-capo compare {compared.plan} " in second.out and "report.html" in second.out
+    assert [command for command, _ in second.calls].count("train") == 4
+    assert not any("capo" in where for _, where in second.calls)
+
+
+def test_differences_are_those_of_the_samples(compared):
+    rows, samples = compared.rows, compared.samples
     assert list(rows) == ["grpo", "base", "capo"] and rows["capo"]["seeds"] == 2
-    sets = {
-        name: {seed: read_samples(evaluation_folder(out / f"{name}-{seed}")) for seed in (0, 1)}
-        for name in ("grpo", "capo")
-    }
     for metric in ("accuracy", "auc_within"):
-        ours, theirs = (by_prompt(sets[name], metric) for name in ("capo", "grpo"))
+        ours, theirs = (by_prompt(samples[name], metric) for name in ("capo", "grpo"))
         assert [of.shape for of in ours] == [(2, 5), (2, 5)]
         expected = paired_difference(ours, theirs)
         found = [np.nan if number is None else number for number in rows["capo"][f"{metric}_difference"]]
         assert found == pytest.approx([expected.value, expected.low, expected.high], nan_ok=True)
         assert rows["base"][f"{metric}_difference"] is rows["grpo"][f"{metric}_difference"] is None
-    correct = np.array([[s.correct.mean() for s in of] for of in sets["capo"].values()])
+    correct = np.array([[s.correct.mean() for s in sets] for sets in samples["capo"].values()])
     assert rows["capo"]["accuracy"] == pytest.approx(correct.mean())
-    text, page = (out / "comparison.md").read_text(), (out / "report.html").read_text()
+
+
+def test_table_figure_and_page_of_what_was_run(compared):
+    text, page = ((compared.folder / name).read_text() for name in ("comparison.md", "report.html"))
     assert "| capo | 2 | " in text and "broken" not in text
-    assert (
-        "arithmetic_test_2 (5 questions x 4)" in text
-        and "Runs used different" not in text
-        and "could not be graded" not in text
-    )
-    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "arithmetic_test_2 (5 questions x 4)" in text
+    assert "Runs used different" not in text and "could not be graded" not in text
+    assert (compared.folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "All seeds" in page and "capo, seed 0 - grpo, seed 0" in page and "- base" not in page
 
-    written = json.loads((out / "comparison.json").read_text())
-    assert written["planned"]["missing"] == ["broken-0", "broken-1"] and written["planned"]["seeds"] == [0, 1]
-    made = written["runs"]["capo-1"]
-    assert (
-        made["versions"][0]["trl"] == version("trl")
-        and len(made["versions"]) == 1
-        and set(made["seconds"]) == {"train", "evaluate"}
-    )
+
+def test_numbers_of_each_run_are_written(compared):
+    results = compared.results
+    assert results["planned"]["missing"] == ["broken-0", "broken-1"] and results["planned"]["seeds"] == [0, 1]
+    made = results["runs"]["capo-1"]
+    assert made["versions"][0]["trl"] == version("trl") and len(made["versions"]) == 1
+    assert set(made["seconds"]) == {"train", "evaluate"}
     assert made["threads"] >= 1 and made["date"]
-    saved = np.load(out / "comparison.npz")
-    for i, of in enumerate(sets["capo"][1]):
-        by_seed = rows["capo"]["by_run"]["capo-1"][of.benchmark]
+    saved, sets = np.load(compared.folder / "comparison.npz"), compared.samples["capo"]
+    for i, of in enumerate(sets[1]):
+        by_seed = compared.rows["capo"]["by_run"]["capo-1"][of.benchmark]
         assert by_seed["accuracy"] == pytest.approx(of.correct.mean())
         np.testing.assert_allclose(saved[f"capo-1/{of.benchmark}/accuracy"], of.correct.mean(axis=1))
-        np.testing.assert_array_equal(
-            saved[f"capo-1/{of.benchmark}/auc_within"], by_prompt(sets["capo"])[i][1].astype(np.float32)
-        )
+        expected = by_prompt(sets)[i][1].astype(np.float32)
+        np.testing.assert_array_equal(saved[f"capo-1/{of.benchmark}/auc_within"], expected)
+    assert i == 1, "both benchmarks"
 
-    calls.clear()
-    assert cli.main(["compare", plan, "--methods", "grpo", "capo"]) == 0
+
+def test_a_finished_comparison_runs_nothing(compared, calls):
+    assert cli.main(["compare", compared.plan, "--methods", "grpo", "capo"]) == 0
     assert calls == []
 
 

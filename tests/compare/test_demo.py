@@ -36,7 +36,9 @@ def test_numbers_are_those_of_the_samples(finished):
     folder, _ = finished
     results = json.loads((folder / "results.json").read_text())["models"]
     for model in ("base", "capo"):
-        for of in read_samples(folder / "evaluation" / model):
+        sets = read_samples(folder / "evaluation" / model)
+        assert {of.benchmark for of in sets} == set(results[model])
+        for of in sets:
             assert of.correct.shape == (6, 4)
             assert results[model][of.benchmark]["accuracy"] == pytest.approx(of.correct.mean(), abs=1e-12)
 

@@ -86,7 +86,8 @@ def test_each_run_at_a_time_has_a_gpu_of_its_own(tmp_path, monkeypatch):
         runner.shares_of_the_machine(3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # hides them all
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert not any("CUDA_VISIBLE_DEVICES" in share for share in runner.shares_of_the_machine(3))
+    shares = runner.shares_of_the_machine(3)
+    assert len(shares) == 3 and not any("CUDA_VISIBLE_DEVICES" in share for share in shares)
 
 
 def test_a_run_that_another_process_works_on_is_left_to_it(tmp_path, monkeypatch, capsys):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.data.standins import ROWS, make_repositories
+from tests.data.standins import ROWS
 from trl_capo.data.benchmarks import BENCHMARKS, load_benchmark
 from trl_capo.data.catalogue import CATALOGUE, load_catalogued
 from trl_capo.data.conversations import BOXED
@@ -12,13 +12,10 @@ from trl_capo.data.golds import unparsable_golds
 from trl_capo.evaluation.health import health
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*rows, .* were expected")
-
-
-@pytest.fixture(autouse=True)
-def repositories(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRL_CAPO_DATA", str(tmp_path / "data"))
-    return make_repositories(tmp_path / "data")
+pytestmark = [
+    pytest.mark.usefixtures("repositories"),
+    pytest.mark.filterwarnings("ignore:.*rows, .* were expected"),
+]
 
 
 @pytest.mark.parametrize("name", CATALOGUE)

@@ -3,6 +3,7 @@
 import pytest
 from datasets import Dataset, DatasetDict
 
+from tests.helpers import conversations
 from trl_capo.data.conversations import drop_unparsable_gold, to_conversations, wrap_gold
 from trl_capo.data.golds import unparsable_golds
 
@@ -47,7 +48,7 @@ def test_scientific_notation_is_not_eulers_number(gold, answer):
 
 
 def test_a_template_is_not_for_conversations():
-    rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "1+1?"}]], "solution": ["2"]})
+    rows = conversations(["1+1?"], solution=["2"])
     for options in ({"prompt_template": "qwen-boxed"}, {"system_prompt": "Think."}):
         with pytest.raises(ValueError, match="these prompts are conversations. Leave both out"):
             to_conversations(rows, **options)

@@ -3,9 +3,9 @@ r"""A gold answer means to math-verify what it says, or is refused: judged by TR
 import json
 
 import pytest
-from datasets import Dataset
 from trl.rewards import accuracy_reward
 
+from tests.helpers import conversations
 from trl_capo.data.golds import gold_problem, problems, wrap_gold
 from trl_capo.data.rows import check_gold
 from trl_capo.evaluation.health import health
@@ -170,8 +170,7 @@ def test_golds_of_the_embedded_world_stay_as_they_are():
 
 
 def test_training_names_row_value_and_what_is_read():
-    prompt = [{"role": "user", "content": "?"}]
-    rows = Dataset.from_dict({"prompt": [prompt] * 2, "solution": ["$12$", "2√3"]})
+    rows = conversations(["?"] * 2, solution=["$12$", "2√3"])
     with pytest.raises(ValueError, match=r"row 1, '2√3': math-verify reads 2; write \$2\\sqrt\{3\}\$"):
         check_gold(rows, "train_dataset")
     assert health(rows, num_workers=1)["unreadable_golds"] == 1

@@ -1,14 +1,14 @@
 """What is repeated, known or too long goes; training and validation prompts are the same everywhere."""
 
 import pytest
-from datasets import Dataset
 from transformers import AutoTokenizer
 
+from tests.helpers import conversations
 from trl_capo.data.prepare import deduplicate, question_key, train_and_validation, within_budget, without_questions_of
 
 
 def ask(*texts):
-    return Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in texts]})
+    return conversations(texts)
 
 
 def texts(rows):

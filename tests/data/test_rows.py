@@ -3,6 +3,7 @@
 import pytest
 from datasets import Dataset
 
+from tests.helpers import conversations
 from trl_capo.data.files import is_local, read_dataset
 from trl_capo.data.prepare import deduplicate, without_questions_of
 from trl_capo.data.rows import check_data, check_prompts, prompt_problems, with_checked_streams
@@ -107,19 +108,18 @@ def test_conversations_are_the_same_as_a_whole_and_questions_by_what_the_user_as
         }
     )
     assert len(deduplicate(rows)) == 4
-    benchmark = Dataset.from_dict({"prompt": [[user("1 + 1?")], [user("3?")]]})
+    benchmark = conversations(["1 + 1?", "3?"])
     assert [question_of(prompt) for prompt in without_questions_of(rows, [benchmark])["prompt"]] == ["2+1?"]
     turns = Dataset.from_dict({"prompt": [[user(f"a={n}"), assistant, user("What is a+1?")] for n in range(3)]})
     assert len(deduplicate(turns)) == 3
-    parts = Dataset.from_dict({"prompt": [[user(PART)], [user(PART)]]})
+    parts = conversations([PART, PART])
     assert len(deduplicate(parts)) == 1 and len(without_questions_of(parts, [benchmark])) == 0
 
 
 def test_a_template_hides_no_question_of_a_benchmark():
     from trl_capo.data.conversations import BOXED
 
-    rows = Dataset.from_dict({"prompt": [[user("1+1?\n" + BOXED)], [user("2+1?\n" + BOXED)]]})
-    plain = Dataset.from_dict({"prompt": [[user("1+1?")]]})
+    rows, plain = conversations(["1+1?\n" + BOXED, "2+1?\n" + BOXED]), conversations(["1+1?"])
     assert len(without_questions_of(rows, [plain])) == 1 and len(without_questions_of(plain, [rows])) == 0
 
 

@@ -6,18 +6,13 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from tests.data.standins import make_repositories, question
+from tests.data.standins import question
+from tests.helpers import conversations
 from trl_capo.data.conversations import BOXED
 from trl_capo.data.training import DataArguments, load_splits, prepare
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*rows, .* were expected", "ignore:Dropping")
-
-
-@pytest.fixture
-def repositories(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRL_CAPO_DATA", str(tmp_path / "data"))
-    return make_repositories(tmp_path / "data")
 
 
 RECIPE = dict(
@@ -75,15 +70,15 @@ def test_long_prompts_are_counted(tmp_path, tiny_model):
 
 
 def test_rows_to_evaluate_on_are_not_sampled():
-    rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "1"}]] * 2, "solution": ["$1$", "east"]})
+    rows = conversations(["1"] * 2, solution=["$1$", "east"])
     args = DataArguments(deduplicate=True, num_train_prompts=1, drop_unparsable_gold=True)
     assert prepare(rows, args, part="eval") == {"train": [0]}
-    rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "1"}]] * 3, "solution": ["$1$"] * 3})
+    rows = conversations(["1"] * 3, solution=["$1$"] * 3)
     assert prepare(rows, args, part="eval") == {"train": [0, 1, 2]} and prepare(rows, args) == {"train": [0]}
 
 
 def test_nothing_is_said_or_done_unless_asked():
-    rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "1"}]] * 2, "solution": ["$1$"] * 2})
+    rows = conversations(["1"] * 2, solution=["$1$"] * 2)
     said = []
     assert prepare(rows, DataArguments(), say=said.append) == {"train": [0, 1]} and said == []
 

@@ -5,14 +5,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import torch
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
-from tests.helpers import config_kwargs, prompt_dataset
-from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer
+from tests.helpers import VOCABULARY, first_token_is_even, largest_change, one_over_length, tiny_trainer
+from trl_capo import CAPOTrainer, GroupAdvantageTrainer
 
 
 RANK = int(os.environ.get("RANK", "0"))
-VOCABULARY = 17
 
 
 def canned_rows(rank: int, kind: str) -> list[list[int]]:
@@ -39,14 +38,6 @@ def canned_rows(rank: int, kind: str) -> list[list[int]]:
             row = [2 * (1 + draw(7)) + parity] + [2 + draw(VOCABULARY - 2) for _ in range(length - 1)]
             rows.append(row + [1])
     return rows
-
-
-def first_token_is_even(completion_ids, **kwargs) -> list[float]:
-    return [float(ids[0] % 2 == 0) for ids in completion_ids]
-
-
-def one_over_length(completion_ids, **kwargs) -> list[float]:
-    return [1.0 / len(ids) for ids in completion_ids]
 
 
 @dataclass
@@ -145,9 +136,7 @@ def watch(trainer, seen: Seen) -> None:
     trainer._compute_loss = counting
 
 
-def run(
-    scenario: Scenario, trainer_class, config_class, model: str, folder: str, **options
-) -> tuple[dict, dict, Seen]:
+def run(scenario: Scenario, trainer_class, model: str, folder: str, **options) -> tuple[dict, dict, Seen]:
     """Parameters before and after, and what was seen."""
     defaults = dict(
         optim="sgd",
@@ -157,8 +146,8 @@ def run(
         max_completion_length=16,
         logging_steps=100,
     )
-    config = config_class(**config_kwargs(folder, **{**defaults, **scenario.options, **options}))
-    trainer = trainer_class(model, list(scenario.rewards), config, prompt_dataset())
+    options = {**defaults, **scenario.options, **options}
+    trainer = tiny_trainer(trainer_class, model, folder, list(scenario.rewards), **options)
     rows, position = canned_rows(RANK, scenario.kind), [0]
 
     def generate(prompt_ids, *args, **kwargs):
@@ -175,20 +164,15 @@ def run(
     return start, whole_parameters(trainer), seen
 
 
-def largest(before: dict, after: dict) -> float:
-    return max((after[name] - before[name]).abs().max().item() for name in before)
-
-
 def compare(scenario: Scenario, model: str, folder: str) -> dict:
-    config_class = CAPOConfig if scenario.trainer_class is CAPOTrainer else GroupAdvantageConfig
     results = {}
-    start, actual, seen = run(scenario, scenario.trainer_class, config_class, model, f"{folder}/on")
-    _, expected, unpacked = run(scenario, scenario.trainer_class, config_class, model, f"{folder}/off", repack=False)
-    results["change"] = largest(start, expected)
-    results["difference"] = largest(expected, actual)
+    start, actual, seen = run(scenario, scenario.trainer_class, model, f"{folder}/on")
+    _, expected, unpacked = run(scenario, scenario.trainer_class, model, f"{folder}/off", repack=False)
+    results["change"] = largest_change(start, expected)
+    results["difference"] = largest_change(expected, actual)
     if scenario.stock:
-        _, stock, _ = run(scenario, GRPOTrainer, GRPOConfig, model, f"{folder}/stock")
-        results["difference_to_stock"] = largest(stock, actual)
+        _, stock, _ = run(scenario, GRPOTrainer, model, f"{folder}/stock")
+        results["difference_to_stock"] = largest_change(stock, actual)
     # Copies: CPython 3.13.0 empties the lists of `vars(seen)` when it collects the trainer, whose hooks hold `seen`.
     results["repacked"], results["unpacked"] = asdict(seen), asdict(unpacked)
     results["checksum"] = sum(value.double().sum().item() for value in actual.values())

@@ -11,17 +11,16 @@ from transformers import TrainerCallback
 
 from tests.distributed.fast_step import whole_parameters
 from tests.distributed.two_ranks import recording
-from tests.helpers import config_kwargs, parity_reward, prompt_dataset
-from trl_capo import CAPOConfig, CAPOTrainer
+from tests.helpers import VOCABULARY, largest_change, tiny_trainer
+from trl_capo import CAPOTrainer
 from trl_capo.errors import UserError
-from trl_capo.methods.codapo import CoDaPOConfig, CoDaPOTrainer
-from trl_capo.methods.simko import CAPOSimKOConfig, CAPOSimKOTrainer, SimKOConfig, SimKOTrainer
+from trl_capo.methods.codapo import CoDaPOTrainer
+from trl_capo.methods.simko import CAPOSimKOTrainer, SimKOTrainer
 from trl_capo.trainer.checkpoints import current_run
 from trl_capo.trainer.manifest import read_checkpoint
 
 
 RANK, PROCESSES = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-VOCABULARY = 17
 GENERATIONS = 8  # completions a prompt
 PROMPTS = 3  # a generation: half of the second one's completions are on either of two ranks
 MASK = dict(ref_ppl_low=10.0, ref_ppl_high=500.0)
@@ -31,15 +30,14 @@ MEAN = dict(pair_normalization="group")  # advantages of size 1, so that 1e-6 is
 @dataclass
 class Training:
     trainer_class: type
-    config_class: type
     options: dict
 
 
 TRAININGS = {
-    "capo": Training(CAPOTrainer, CAPOConfig, dict(**MASK, **MEAN)),
-    "codapo": Training(CoDaPOTrainer, CoDaPOConfig, dict(replay_quantile=0.5)),  # two prompts of three
-    "simko": Training(SimKOTrainer, SimKOConfig, dict(simko_mix=0.2, ref_ppl_mask=True, **MASK)),
-    "capo_simko": Training(CAPOSimKOTrainer, CAPOSimKOConfig, dict(simko_mix=0.2, ref_ppl_mask=False, **MEAN)),
+    "capo": Training(CAPOTrainer, dict(**MASK, **MEAN)),
+    "codapo": Training(CoDaPOTrainer, dict(replay_quantile=0.5)),  # two prompts of three
+    "simko": Training(SimKOTrainer, dict(simko_mix=0.2, ref_ppl_mask=True, **MASK)),
+    "capo_simko": Training(CAPOSimKOTrainer, dict(simko_mix=0.2, ref_ppl_mask=False, **MEAN)),
 }
 FSDP2 = {name: TRAININGS[name] for name in ("capo", "codapo", "simko")}
 
@@ -73,8 +71,8 @@ def make_trainer(training: Training, model: str, folder: str, **options):
         max_completion_length=16,
         loss_type="grpo",
     )
-    config = training.config_class(**config_kwargs(folder, **{**defaults, **training.options, **options}))
-    trainer = recording(training.trainer_class)(model, parity_reward, config, prompt_dataset())
+    options = {**defaults, **training.options, **options}
+    trainer = tiny_trainer(recording(training.trainer_class), model, folder, **options)
 
     def generate(prompt_ids, *args, **kwargs):
         rows = completions(trainer.state.global_step)
@@ -93,7 +91,7 @@ def run(training: Training, model: str, folder: str, resume_from: "str | None" =
         "seen": trainer.seen,
         "log": trainer.state.log_history,
         "parameters": {name: value.double().tolist() for name, value in end.items()},
-        "change": max((end[name] - start[name]).abs().max().item() for name in start),
+        "change": largest_change(start, end),
         "host": socket.gethostname(),
         "place": [trainer.accelerator.process_index, trainer.accelerator.local_process_index],
     }

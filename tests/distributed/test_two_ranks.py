@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import literal_capo_advantages, literal_mean_logp
+from tests.helpers import literal_advantages_of_groups, literal_mean_logp
 
 
 @pytest.fixture
@@ -28,8 +28,7 @@ def test_advantages_of_straddling_groups(ranks, tiny_model):
         assert np.array_equal(correct.reshape(shape), first["correct"])
         np.testing.assert_allclose(np.array(first["mean_logps"]).flatten(), logps, atol=1e-4)
         for scores, atol in ((logps, 1e-4), (np.array(first["mean_logps"]).flatten(), 1e-6)):
-            groups = zip(correct.reshape(shape).tolist(), scores.reshape(shape).tolist(), strict=True)
-            literal = np.array([literal_capo_advantages(r, s, 0.6) for r, s in groups]).flatten()
+            literal = literal_advantages_of_groups(correct.reshape(shape), scores.reshape(shape)).flatten()
             literal = np.where(kept, literal, 0.0)
             np.testing.assert_allclose(np.array(first["advantages"]).flatten(), literal, atol=atol)
         local = first["local_advantages"] + second["local_advantages"]

@@ -2,11 +2,19 @@
 
 import os
 
-import torch
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
-from tests.helpers import config_kwargs, parity_reward, prompt_dataset, unpadded_rows
-from trl_capo import CAPOConfig, CAPOTrainer
+from tests.helpers import (
+    count_forwards,
+    largest_change,
+    parameters,
+    parity_reward,
+    prompt_dataset,
+    tiny_trainer,
+    unpadded_rows,
+)
+from tests.trainer.runs import LinearSurrogateTrainer
+from trl_capo import CAPOTrainer
 
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -53,60 +61,43 @@ def uneven_reward(completion_ids, **kwargs):
 
 def straddling_groups(model: str, folder: str) -> dict:
     """Four rows a rank and groups of eight: half of each group is on either rank. Two learning steps of size 0."""
-    config = CAPOConfig(
-        **config_kwargs(
-            folder,
-            per_device_train_batch_size=4,
-            num_generations=8,
-            max_steps=4,
-            learning_rate=0.0,
-            eval_strategy="steps",
-            eval_steps=4,
-            logging_steps=2,
-            num_generations_eval=4,
-            per_device_eval_batch_size=4,
-        )
+    options = dict(
+        per_device_train_batch_size=4,
+        num_generations=8,
+        max_steps=4,
+        learning_rate=0.0,
+        eval_dataset=prompt_dataset(7),
+        eval_strategy="steps",
+        eval_steps=4,
+        logging_steps=2,
+        num_generations_eval=4,
+        per_device_eval_batch_size=4,
     )
-    trainer = recording(CAPOTrainer)(model, parity_reward, config, prompt_dataset(), eval_dataset=prompt_dataset(7))
+    trainer = tiny_trainer(recording(CAPOTrainer), model, folder, **options)
     trainer.train()
     return {"seen": trainer.seen, "log": trainer.state.log_history}
 
 
 def uneven_reference_rows(model: str, folder: str) -> dict:
-    trainer = recording(CAPOTrainer)(model, uneven_reward, CAPOConfig(**config_kwargs(folder)), prompt_dataset())
-    calls = []
-    forward = trainer.ref_model.forward
-    trainer.ref_model.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    trainer = tiny_trainer(recording(CAPOTrainer), model, folder, uneven_reward)
+    calls = count_forwards(trainer.ref_model)
     trainer.train()
     return {"calls": len(calls), "seen": trainer.seen}
 
 
 def linear_surrogate(model: str, folder: str) -> dict:
     """Largest difference to TRL's own trainer after 5 SGD steps, and the largest step."""
-
-    class LinearSurrogateTrainer(CAPOTrainer):
-        def _compute_advantages(self, groups):
-            advantages = torch.zeros_like(groups.rewards)
-            for p, rewards in enumerate(groups.rewards.tolist()):
-                for i, reward in enumerate(rewards):
-                    advantages[p, i] = sum(reward - other for other in rewards) / len(rewards)
-            return advantages
-
     options = dict(
         optim="sgd", learning_rate=0.3, max_steps=5, per_device_train_batch_size=4, num_generations=8, loss_type="grpo"
     )
-    stock_config = GRPOConfig(**config_kwargs(f"{folder}/stock", scale_rewards="none", **options))
-    stock = GRPOTrainer(model, parity_reward, stock_config, prompt_dataset())
-    start = {name: value.clone() for name, value in stock.accelerator.unwrap_model(stock.model).state_dict().items()}
+    stock = tiny_trainer(GRPOTrainer, model, f"{folder}/stock", scale_rewards="none", **options)
+    start = parameters(stock)
     stock.train()
-    config = CAPOConfig(**config_kwargs(f"{folder}/ours", ref_ppl_mask=False, **options))
-    ours = LinearSurrogateTrainer(model, parity_reward, config, prompt_dataset())
+    ours = tiny_trainer(LinearSurrogateTrainer, model, f"{folder}/ours", ref_ppl_mask=False, **options)
     ours.train()
-    expected = stock.accelerator.unwrap_model(stock.model).state_dict()
-    actual = ours.accelerator.unwrap_model(ours.model).state_dict()
     return {
-        "change": max((expected[name] - start[name]).abs().max().item() for name in start),
-        "difference": max((expected[name] - actual[name]).abs().max().item() for name in start),
+        "change": largest_change(start, parameters(stock)),
+        "difference": largest_change(parameters(stock), parameters(ours)),
     }
 
 

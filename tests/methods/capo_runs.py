@@ -1,10 +1,10 @@
 """CAPO trainers on the tiny model that record each generation."""
 
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import config_kwargs, literal_mean_logp, parity_reward, prompt_dataset, unpadded_rows
-from trl_capo import CAPOConfig, CAPOTrainer
+from tests.helpers import literal_mean_logp, parity_reward, prompt_dataset, tiny_trainer, unpadded_rows
+from trl_capo import CAPOTrainer
 
 
 class RecordingTrainer(CAPOTrainer):
@@ -31,18 +31,15 @@ class RecordingTrainer(CAPOTrainer):
         return output
 
 
-def make_trainer(
-    model, tmp_path, trainer_class=RecordingTrainer, reward_funcs=parity_reward, peft_config=None, **options
-):
-    evaluates = options.get("eval_strategy", "no") != "no"
-    return trainer_class(
-        model,
-        reward_funcs,
-        CAPOConfig(**config_kwargs(tmp_path, **options)),
-        prompt_dataset(),
-        eval_dataset=prompt_dataset(6) if evaluates else None,
-        peft_config=peft_config,
-    )
+def make_trainer(model, folder, reward_funcs=parity_reward, **options) -> RecordingTrainer:
+    if options.get("eval_strategy", "no") != "no":
+        options["eval_dataset"] = prompt_dataset(6)
+    return tiny_trainer(RecordingTrainer, model, folder, reward_funcs, **options)
+
+
+def strong_lora(**options) -> LoraConfig:
+    """An adapter that changes the model from the start."""
+    return LoraConfig(r=4, lora_alpha=32, init_lora_weights=False, target_modules=["q_proj", "v_proj"], **options)
 
 
 def policy_logps(trainer, generation, model_path) -> list[float]:

@@ -5,10 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
 
-from tests.helpers import length_reward, literal_capo_advantages, parity_reward, unpadded_rows
-from tests.methods.capo_runs import make_trainer, policy_logps
+from tests.helpers import length_reward, literal_advantages_of_groups, logged, parity_reward, unpadded_rows
+from tests.methods.capo_runs import make_trainer, policy_logps, strong_lora
 
 
 LAYOUTS = {
@@ -28,9 +27,9 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_live_step_matches_literal_oracle(tiny_model, tmp_path, layout):
-    lora = LoraConfig(r=4, lora_alpha=32, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
     options = {"max_steps": 2, "ref_ppl_mask": False, **LAYOUTS[layout]}
-    trainer = make_trainer(tiny_model, tmp_path, peft_config=lora if layout == "peft" else None, **options)
+    lora = strong_lora() if layout == "peft" else None
+    trainer = make_trainer(tiny_model, tmp_path, peft_config=lora, **options)
     trainer.train()
 
     seen_nonzero = False
@@ -38,20 +37,16 @@ def test_live_step_matches_literal_oracle(tiny_model, tmp_path, layout):
         groups, advantages = generation["groups"], generation["advantages"]
         if layout == "evaluation" and not generation["training"]:
             assert groups.rewards.shape[1] == 8
-        expected_logps = np.array(policy_logps(trainer, generation, tiny_model)).reshape(groups.rewards.shape)
-        scored = (groups.mixed if generation["training"] else groups.valid).expand_as(groups.valid).numpy()
-        np.testing.assert_allclose(groups.mean_logps.numpy()[scored], expected_logps[scored], atol=1e-4)
-        assert groups.mean_logps.isnan().numpy()[~scored].all(), "the policy ran on rows that cannot matter"
+        expected_logps = torch.tensor(policy_logps(trainer, generation, tiny_model), dtype=torch.double)
+        expected_logps = expected_logps.view(groups.rewards.shape)
+        scored = (groups.mixed if generation["training"] else groups.valid).expand_as(groups.valid)
+        np.testing.assert_allclose(groups.mean_logps[scored], expected_logps[scored], atol=1e-4)
+        assert groups.mean_logps[~scored].isnan().all(), "the policy ran on rows that cannot matter"
         rewards = [float(sum(completion) % 2 == 0) for _, completion in unpadded_rows(generation["batch"])]
         np.testing.assert_array_equal(groups.correct.flatten().numpy(), rewards)
-        for own_logps, scores, target in (
-            (False, expected_logps.tolist(), 1e-4),
-            (True, groups.mean_logps.double().tolist(), 1e-5),
-        ):
-            literal = [
-                literal_capo_advantages(r, s, tau=0.6) for r, s in zip(groups.correct.tolist(), scores, strict=True)
-            ]
-            error = np.abs(advantages.numpy() - np.array(literal)).max()
+        for own_logps, scores, target in ((False, expected_logps, 1e-4), (True, groups.mean_logps, 1e-5)):
+            literal = literal_advantages_of_groups(groups.correct, scores)
+            error = np.abs(advantages.numpy() - literal).max()
             # With the oracle's own log-probs, errors of at most 1e-4 in a score move a sum over 3 partners by less.
             assert error < target, (own_logps, error)
         torch.testing.assert_close(generation["batch"]["advantages"], advantages.flatten())
@@ -90,9 +85,9 @@ def test_graded_rewards(tiny_model, tmp_path):
     grades = set()
     for generation in trainer.generations:
         groups = generation["groups"]
-        graded = groups.rewards_per_func[..., 0].tolist()
-        grades |= {grade for row in graded for grade in row}
-        literal = [literal_capo_advantages(r, s, 0.6) for r, s in zip(graded, groups.mean_logps.tolist(), strict=True)]
+        graded = groups.rewards_per_func[..., 0]
+        grades |= set(graded.flatten().tolist())
+        literal = literal_advantages_of_groups(graded, groups.mean_logps)
         np.testing.assert_allclose(generation["advantages"].numpy(), literal, atol=1e-5)
     assert len(grades) > 2
 
@@ -119,16 +114,14 @@ def test_auxiliary_rewards(tiny_model, tmp_path, mode):
         max_steps=3,
     )
     trainer.train()
+    assert len(trainer.generations) == 3
     for generation in trainer.generations:
         groups = generation["groups"]
-        for p in range(len(groups.rewards)):
-            expected = np.array(
-                literal_capo_advantages(groups.correct[p].tolist(), groups.mean_logps[p].tolist(), 0.6)
-            )
-            if mode == "add":
-                other = groups.rewards_per_func[p, :, 0].double().numpy()
-                expected = expected + 0.25 * (other - other.mean())
-            np.testing.assert_allclose(generation["advantages"][p].numpy(), expected, atol=1e-5)
+        expected = literal_advantages_of_groups(groups.correct, groups.mean_logps)
+        if mode == "add":
+            other = groups.rewards_per_func[..., 0].double().numpy()
+            expected = expected + 0.25 * (other - other.mean(axis=1, keepdims=True))
+        np.testing.assert_allclose(generation["advantages"].numpy(), expected, atol=1e-5)
 
 
 def test_unscorable_and_truncated_completions_take_part_in_nothing(tiny_model, tmp_path):
@@ -142,19 +135,16 @@ def test_unscorable_and_truncated_completions_take_part_in_nothing(tiny_model, t
     truncated = 0
     for generation in trainer.generations:
         groups = generation["groups"]
-        scores = groups.mean_logps.tolist()
         assert groups.correct[:, 0].isnan().all()
         assert torch.equal(groups.mean_logps.isfinite(), groups.mixed & groups.valid)
         truncated += int((groups.lengths == 0).sum())
         assert not groups.valid[groups.lengths == 0].any()
-        literal = [literal_capo_advantages(r, s, 0.6) for r, s in zip(groups.correct.tolist(), scores, strict=True)]
+        literal = literal_advantages_of_groups(groups.correct, groups.mean_logps)
         np.testing.assert_allclose(generation["advantages"].numpy(), literal, atol=1e-5)
         assert (generation["advantages"][~groups.valid] == 0).all()
     assert truncated > 0
-    unscorable = [
-        entry["capo/frac_unscorable"] for entry in trainer.state.log_history if "capo/frac_unscorable" in entry
-    ]
-    assert all(0.25 <= value <= 1 for value in unscorable)
+    unscorable = logged(trainer, "capo/frac_unscorable")
+    assert len(unscorable) == 4 and all(0.25 <= value <= 1 for value in unscorable)
 
 
 def test_options_reach_the_formula(tiny_model, tmp_path):
@@ -169,12 +159,11 @@ def test_options_reach_the_formula(tiny_model, tmp_path):
         groups = generation["groups"]
         labels = (groups.rewards_per_func[..., 0] >= 0.75).float()
         torch.testing.assert_close(groups.correct, labels)
-        for p, (row, scores) in enumerate(zip(labels.tolist(), groups.mean_logps.tolist(), strict=True)):
-            opposite = [sum(other != own for other in row) for own in row]
-            sums = literal_capo_advantages(row, scores, 0.3)
-            expected = [total / max(count, 1) / 0.3 for total, count in zip(sums, opposite, strict=True)]
-            np.testing.assert_allclose(generation["advantages"][p].numpy(), expected, atol=1e-4)
-            nonzero += any(sums)
+        opposite = np.array([[sum(other != own for other in row) for own in row] for row in labels.tolist()])
+        sums = literal_advantages_of_groups(labels, groups.mean_logps, tau=0.3)
+        expected = sums / np.maximum(opposite, 1) / 0.3
+        np.testing.assert_allclose(generation["advantages"].numpy(), expected, atol=1e-4)
+        nonzero += np.any(sums)
     assert nonzero > 0
 
 
@@ -196,9 +185,7 @@ def quarter_reward(completion_ids, **kwargs) -> list[float]:
 @pytest.mark.filterwarnings("ignore:loss_type='bnpo'")
 def test_scores_are_without_dropout(tiny_model, tmp_path, options):
     """Whoever computes them: with two updates a generation, some settings let TRL."""
-    lora = LoraConfig(
-        r=4, lora_alpha=32, lora_dropout=0.5, init_lora_weights=False, target_modules=["q_proj", "v_proj"]
-    )
+    lora = strong_lora(lora_dropout=0.5)
     trainer = make_trainer(tiny_model, tmp_path, peft_config=lora, ref_ppl_mask=False, **options)
     trainer.train()
     generation = trainer.generations[0]

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from tests.helpers import literal_capo_advantages
+from tests.helpers import literal_advantages_of_groups, logged
 from tests.methods.capo_runs import make_trainer
 
 
@@ -22,10 +22,10 @@ def test_quantile_thresholds_are_estimated_once_from_valid_training_completions(
     assert len(first) == 16
     expected = np.quantile(first, [0.25, 0.75])
     np.testing.assert_allclose(trainer.mask.thresholds, expected, rtol=1e-5)
-    history = [entry for entry in trainer.state.log_history if "capo/mask_active" in entry]
-    assert [entry["capo/mask_active"] for entry in history] == [0, 1, 1, 1, 1]
-    assert history[0]["capo/ref_ppl_low"] is None
-    np.testing.assert_allclose([entry["capo/ref_ppl_low"] for entry in history[1:]], expected[0], rtol=1e-5)
+    assert logged(trainer, "capo/mask_active") == [0, 1, 1, 1, 1]
+    unknown, *known = logged(trainer, "capo/ref_ppl_low")
+    assert unknown is None and len(known) == 4
+    np.testing.assert_allclose(known, expected[0], rtol=1e-5)
 
 
 def test_quantiles_by_class(tiny_model, tmp_path):
@@ -53,13 +53,9 @@ def test_tau_in_gaps_is_the_frozen_median(tiny_model, tmp_path, monkeypatch):
                 wrong = [s for s, label in zip(scores, labels, strict=True) if label == 0]
                 gaps += [abs(a - b) for a in right for b in wrong]
         taus.append(0.5 * float(np.median(gaps)))
-        literal = [
-            literal_capo_advantages(r, s, taus[-1])
-            for r, s in zip(groups.correct.tolist(), groups.mean_logps.tolist(), strict=True)
-        ]
+        literal = literal_advantages_of_groups(groups.correct, groups.mean_logps, taus[-1])
         np.testing.assert_allclose(generation["advantages"].numpy(), literal, atol=1e-5)
-    logged = [entry["capo/tau"] for entry in trainer.state.log_history if "capo/tau" in entry]
-    np.testing.assert_allclose(logged, taus, rtol=1e-5)
+    np.testing.assert_allclose(logged(trainer, "capo/tau"), taus, rtol=1e-5)
     assert taus[-1] == taus[-2] and len(gaps) >= 8
 
 

@@ -6,8 +6,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import literal_capo_advantages, literal_mean_logp, unpadded_rows
-from tests.methods.capo_runs import make_trainer
+from tests.helpers import count_forwards, literal_advantages_of_groups, literal_mean_logp, logged, unpadded_rows
+from tests.methods.capo_runs import make_trainer, strong_lora
 
 
 def test_mask_uses_the_reference_and_only_zeroes_the_masked(tiny_model, tmp_path):
@@ -24,8 +24,7 @@ def test_mask_uses_the_reference_and_only_zeroes_the_masked(tiny_model, tmp_path
         assert groups.ref_mean_logps.isnan().numpy()[~mixed].all(), "the reference ran on rows that cannot matter"
         correct = groups.correct.numpy() == 1
         keep = np.where(correct, ref_ppl <= 8.0, ref_ppl >= 3.0)
-        pairs = zip(groups.correct.tolist(), groups.mean_logps.tolist(), strict=True)
-        literal = np.array([literal_capo_advantages(r, s, tau=0.6) for r, s in pairs])
+        literal = literal_advantages_of_groups(groups.correct, groups.mean_logps)
         np.testing.assert_allclose(generation["advantages"].numpy(), np.where(keep, literal, 0.0), atol=1e-5)
         dropped += int((~keep & (literal != 0)).sum())
     assert dropped > 0, "the thresholds of this test mask nothing, so it shows nothing"
@@ -49,16 +48,13 @@ def test_no_reference_is_loaded_without_mask_and_kl(tiny_model, tmp_path):
 
 def test_kl_and_mask_share_one_reference_forward(tiny_model, tmp_path):
     trainer = make_trainer(tiny_model, tmp_path, beta=0.1, max_steps=1)
-    calls = []
-    forward = trainer.ref_model.forward
-    trainer.ref_model.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    calls = count_forwards(trainer.ref_model)
     trainer.train()
     assert len(calls) == 1  # one micro-batch of 8 rows
     assert trainer.beta == 0.1
-    assert any("kl" in entry for entry in trainer.state.log_history)
-    assert (
-        not trainer.generations[0]["groups"].ref_mean_logps[trainer.generations[0]["groups"].mixed[:, 0]].isnan().any()
-    )
+    assert logged(trainer, "kl")
+    groups = trainer.generations[0]["groups"]
+    assert groups.mixed.any() and not groups.ref_mean_logps[groups.mixed[:, 0]].isnan().any()
 
 
 def test_reference_of_an_instance_is_a_copy_not_a_reload(tiny_model, tmp_path):
@@ -84,8 +80,7 @@ def test_reference_of_its_own(tiny_model, tmp_path, as_instance):
 
 
 def test_peft_reference_is_the_model_without_adapter(tiny_model, tmp_path):
-    lora = LoraConfig(r=4, lora_alpha=32, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
-    trainer = make_trainer(tiny_model, tmp_path, peft_config=lora, max_steps=1)
+    trainer = make_trainer(tiny_model, tmp_path, peft_config=strong_lora(), max_steps=1)
     trainer.train()
     assert trainer.ref_model is None
     generation = trainer.generations[0]
@@ -99,8 +94,7 @@ def test_peft_reference_is_the_model_without_adapter(tiny_model, tmp_path):
 
 def test_peft_reference_of_an_existing_adapter_is_that_adapter(tiny_model, tmp_path):
     torch.manual_seed(0)
-    lora = LoraConfig(r=4, lora_alpha=32, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), lora)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), strong_lora())
     trainer = make_trainer(model, tmp_path, max_steps=1)
     trainer.train()
     groups = trainer.generations[0]["groups"]
@@ -119,8 +113,7 @@ def test_mask_on_graded_rewards_reaches_groups_without_a_wrong_answer(tiny_model
     trainer.train()
     groups, advantages = trainer.generations[0]["groups"], trainer.generations[0]["advantages"]
     assert not groups.mixed.any()
-    labels = groups.rewards_per_func[..., 0].tolist()
-    literal = [literal_capo_advantages(r, s, 0.6) for r, s in zip(labels, groups.mean_logps.tolist(), strict=True)]
+    literal = literal_advantages_of_groups(groups.rewards_per_func[..., 0], groups.mean_logps)
     assert np.abs(literal).max() > 0.1
     np.testing.assert_allclose(advantages.numpy(), literal, atol=1e-5)
 

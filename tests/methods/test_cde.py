@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from tests.helpers import config_kwargs, length_reward, parity_reward, prompt_dataset
-from tests.methods.test_codapo import make_groups
+from tests.helpers import length_reward, parity_reward, prompt_dataset, tiny_trainer
+from tests.methods.batches import make_groups
 from trl_capo.methods.cde import CDEConfig, CDETrainer, bonus_weight, curious_rewards
 
 
@@ -14,7 +14,7 @@ LOGPS = torch.tensor([[-0.2, -0.5, -0.4, -0.1]])
 
 
 def make_trainer(tiny_model, tmp_path, **options):
-    return CDETrainer(tiny_model, parity_reward, CDEConfig(**config_kwargs(tmp_path, **options)), prompt_dataset(16))
+    return tiny_trainer(CDETrainer, tiny_model, tmp_path, dataset=prompt_dataset(16), **options)
 
 
 def test_published_vector(tiny_model, tmp_path):
@@ -93,13 +93,10 @@ def test_bad_options(tmp_path, options, message):
 
 
 def test_a_sum_of_rewards_is_neither_0_and_1_nor_signed(tiny_model, tmp_path):
-    def make(**options):
-        config = CDEConfig(**config_kwargs(tmp_path, correctness_reward="parity_reward", **options))
-        return CDETrainer(tiny_model, [parity_reward, length_reward], config, prompt_dataset())
-
+    options = dict(reward=[parity_reward, length_reward], correctness_reward="parity_reward")
     with pytest.raises(ValueError, match="Keep one reward function with weight 1, or make the sums positive"):
-        make()
-    make(signed_rewards=True)
+        make_trainer(tiny_model, tmp_path, **options)
+    make_trainer(tiny_model, tmp_path, signed_rewards=True, **options)
 
 
 def test_a_weighted_reward_is_neither_0_and_1_nor_signed(tiny_model, tmp_path):
@@ -110,5 +107,4 @@ def test_a_weighted_reward_is_neither_0_and_1_nor_signed(tiny_model, tmp_path):
 
 
 def test_signed_sums_need_no_label(tiny_model, tmp_path):
-    config = CDEConfig(**config_kwargs(tmp_path, signed_rewards=True))
-    CDETrainer(tiny_model, [parity_reward, length_reward], config, prompt_dataset())
+    make_trainer(tiny_model, tmp_path, reward=[parity_reward, length_reward], signed_rewards=True)

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from tests.helpers import config_kwargs, parity_reward, prompt_dataset
+from tests.helpers import prompt_dataset, tiny_trainer
+from tests.methods.batches import make_groups
 from trl_capo.methods.codapo import CoDaPOConfig, CoDaPOTrainer, kept_prompts, prompt_weights
 
 
@@ -29,24 +30,9 @@ def test_published_vectors(tiny_model, tmp_path, rewards, weight, advantages):
     assert trainer._compute_advantages(groups)[0].tolist() == pytest.approx(advantages, abs=1e-5)
 
 
-def make_groups(rewards, mean_logps, valid):
-    from trl_capo import RolloutGroups
-
-    lengths = torch.ones_like(rewards)
-    return RolloutGroups(
-        rewards,
-        rewards.unsqueeze(-1),
-        rewards.clone(),
-        mean_logps,
-        lengths,
-        valid & rewards.isfinite(),
-        kept=torch.ones_like(valid),
-    )
-
-
-def make_trainer(tiny_model, tmp_path, rows=None, **options):
-    data = prompt_dataset(16) if rows is None else rows
-    return CoDaPOTrainer(tiny_model, parity_reward, CoDaPOConfig(**config_kwargs(tmp_path, **options)), data)
+def make_trainer(tiny_model, tmp_path, dataset=None, **options):
+    dataset = prompt_dataset(16) if dataset is None else dataset
+    return tiny_trainer(CoDaPOTrainer, tiny_model, tmp_path, dataset=dataset, **options)
 
 
 def literal(rewards, logps, valid, base_weight=0.1):
@@ -102,8 +88,9 @@ def numbered(inputs):
 
 
 def record(tiny_model, tmp_path, **options):
-    config = CoDaPOConfig(**config_kwargs(tmp_path, per_device_train_batch_size=16, replay_quantile=0.75, **options))
-    return Recording(tiny_model, parity_reward, config, prompt_dataset(16, number=list(range(16))))
+    options |= dict(per_device_train_batch_size=16, replay_quantile=0.75)
+    dataset = prompt_dataset(16, number=list(range(16)))
+    return tiny_trainer(Recording, tiny_model, tmp_path, dataset=dataset, **options)
 
 
 def test_every_batch_is_used_twice_and_the_second_time_its_best(tiny_model, tmp_path):

@@ -2,9 +2,21 @@
 
 import pytest
 import torch
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
-from tests.helpers import config_kwargs, first_batch, literal_logits, move, parity_reward, prompt_dataset
+from tests.helpers import (
+    config_kwargs,
+    first_batch,
+    largest_change,
+    literal_logits,
+    logged,
+    move,
+    parameters,
+    parity_reward,
+    prompt_dataset,
+    tiny_trainer,
+)
+from tests.methods.batches import assert_same_gradient
 from trl_capo.methods.gspo import GSPOConfig, GSPOTrainer
 
 
@@ -12,32 +24,22 @@ PUBLISHED = dict(importance_sampling_level="sequence", loss_type="grpo", beta=0.
 LAYOUT = dict(gradient_accumulation_steps=1, steps_per_generation=4)
 
 
-def parameters(trainer):
-    trainer.train()
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-
-
 def test_defaults_are_the_published_setting(tiny_model, tmp_path):
-    options = config_kwargs(tmp_path / "trl", max_steps=8, optim="sgd", learning_rate=0.05)
-    expected = parameters(
-        GRPOTrainer(tiny_model, parity_reward, GRPOConfig(**options, **PUBLISHED, **LAYOUT), prompt_dataset(32))
-    )
-    options = config_kwargs(tmp_path / "ours", max_steps=8, optim="sgd", learning_rate=0.05)
-    for name in set(options) & {*PUBLISHED, *LAYOUT}:
-        del options[name]
-    ours = GSPOTrainer(tiny_model, parity_reward, GSPOConfig(**options), prompt_dataset(32))
-    found = parameters(ours)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    clipped = [
-        entry["clip_ratio/region_mean"] for entry in ours.state.log_history if "clip_ratio/region_mean" in entry
-    ]
-    assert max(clipped) > 0, "the bounds matter"
+    sgd = dict(max_steps=8, optim="sgd", learning_rate=0.05)
+    theirs = tiny_trainer(GRPOTrainer, tiny_model, tmp_path / "trl", **sgd, **PUBLISHED, **LAYOUT)
+    theirs.train()
+    options = config_kwargs(tmp_path / "ours", **sgd)
+    assert not set(options) & {*PUBLISHED, *LAYOUT}, "they are GSPO's defaults"
+    ours = GSPOTrainer(tiny_model, parity_reward, GSPOConfig(**options), prompt_dataset())
+    ours.train()
+    assert largest_change(parameters(theirs), parameters(ours)) <= 1e-5
+    assert max(logged(ours, "clip_ratio/region_mean")) > 0, "the bounds matter"
 
 
 def test_the_gradient_is_that_of_the_formula(tiny_model, tmp_path):
     """Row by row without padding: clipped ratio of the two sequence probabilities, to the power of one over length."""
-    options = config_kwargs(tmp_path, per_device_train_batch_size=16, epsilon=0.02, epsilon_high=0.03, repack=False)
-    trainer = GSPOTrainer(tiny_model, parity_reward, GSPOConfig(**options), prompt_dataset(32))
+    options = dict(per_device_train_batch_size=16, epsilon=0.02, epsilon_high=0.03, repack=False)
+    trainer = tiny_trainer(GSPOTrainer, tiny_model, tmp_path, **options)
     batch, model = first_batch(trainer), trainer.model
     old = [logits.log_softmax(-1).detach() for logits in literal_logits(model, batch)]
     move(model, 0.02)
@@ -49,10 +51,7 @@ def test_the_gradient_is_that_of_the_formula(tiny_model, tmp_path):
         advantage = batch["advantages"][row]
         loss = loss - torch.minimum(ratio * advantage, ratio.clamp(1 - 0.02, 1 + 0.03) * advantage) / 16
         ratios.append(ratio.item())
-    expected = torch.autograd.grad(loss, list(model.parameters()))
-    found = torch.autograd.grad(trainer._compute_loss(model, batch), list(model.parameters()))
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert_same_gradient(trainer, batch, loss)
     assert min(ratios) < 0.98 and max(ratios) > 1.03, "both bounds matter"
 
 

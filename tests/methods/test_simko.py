@@ -3,8 +3,19 @@
 import pytest
 import torch
 
-from tests.helpers import config_kwargs, first_batch, literal_logits, move, parity_reward, prompt_dataset
-from trl_capo import CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer
+from tests.helpers import (
+    config_kwargs,
+    first_batch,
+    largest_change,
+    literal_logits,
+    logged,
+    move,
+    parameters,
+    prompt_dataset,
+    tiny_trainer,
+)
+from tests.methods.batches import assert_same_gradient
+from trl_capo import CAPOTrainer, GroupAdvantageTrainer
 from trl_capo.methods.simko import (
     CAPOSimKOConfig,
     CAPOSimKOTrainer,
@@ -87,28 +98,22 @@ def test_a_token_forks_above_the_quantile_of_its_completion(entropies, forks):
 SGD = dict(optim="sgd", learning_rate=0.05)  # Adam would blow rounding up
 
 
-def train(trainer_class, config_class, tiny_model, folder, **options):
-    config = config_class(
-        **config_kwargs(folder, max_steps=3, temperature=0.9, steps_per_generation=2, **SGD, **options)
-    )
-    trainer = trainer_class(tiny_model, parity_reward, config, prompt_dataset(16))
+NOTHING = dict(simko_mix=0.0, simko_penalty=1.0)  # neither of its two changes
+
+
+def train(trainer_class, tiny_model, folder, **options):
+    options |= dict(max_steps=3, temperature=0.9, steps_per_generation=2, dataset=prompt_dataset(16), **SGD)
+    trainer = tiny_trainer(trainer_class, tiny_model, folder, **options)
     trainer.train()
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), trainer
+    return parameters(trainer), trainer
 
 
 def test_the_gradient_in_training_is_that_of_the_released_formula(tiny_model, tmp_path):
     """With every option away from its default, after a step away from the policy that sampled."""
     options = dict(top_k=2, mix=0.3, quantile=0.4, penalty=1.7)
-    config = config_kwargs(
-        tmp_path,
-        per_device_train_batch_size=16,
-        loss_type="grpo",
-        num_iterations=2,
-        epsilon=0.9,
-        repack=False,
-        **{f"simko_{name}": value for name, value in options.items()},
-    )
-    trainer = SimKOTrainer(tiny_model, parity_reward, SimKOConfig(**config), prompt_dataset(16))
+    config = dict(per_device_train_batch_size=16, loss_type="grpo", num_iterations=2, epsilon=0.9, repack=False)
+    config |= {f"simko_{name}": value for name, value in options.items()}
+    trainer = tiny_trainer(SimKOTrainer, tiny_model, tmp_path, dataset=prompt_dataset(16), **config)
     batch, model = first_batch(trainer), trainer.model
     old = [logits.log_softmax(-1).detach() for logits in literal_logits(model, batch)]
     move(model, 0.002)
@@ -117,38 +122,32 @@ def test_the_gradient_in_training_is_that_of_the_released_formula(tiny_model, tm
         tokens = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
         one = (logits[None], old_logps[None], tokens[None], torch.ones(1, len(tokens)), batch["advantages"][row, None])
         loss = loss + released_loss(*one, **options) / len(tokens) / 16
-    expected = torch.autograd.grad(loss, list(model.parameters()))
-    found = torch.autograd.grad(trainer._compute_loss(model, batch), list(model.parameters()))
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert_same_gradient(trainer, batch, loss)
 
 
 def test_without_its_changes_it_is_grpo(tiny_model, tmp_path):
-    expected, plain = train(GroupAdvantageTrainer, GroupAdvantageConfig, tiny_model, tmp_path / "grpo")
-    nothing = dict(simko_mix=0.0, simko_penalty=1.0)
-    found, ours = train(SimKOTrainer, SimKOConfig, tiny_model, tmp_path / "nothing", **nothing)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    entropies = [[e["entropy"] for e in t.state.log_history if "entropy" in e] for t in (plain, ours)]
-    assert entropies[0] == pytest.approx(entropies[1], abs=1e-5)
-    changed, _ = train(SimKOTrainer, SimKOConfig, tiny_model, tmp_path / "simko", simko_mix=0.3)
-    assert (changed - expected).abs().max() > 1e-4
+    expected, plain = train(GroupAdvantageTrainer, tiny_model, tmp_path / "grpo")
+    found, ours = train(SimKOTrainer, tiny_model, tmp_path / "nothing", **NOTHING)
+    assert largest_change(expected, found) <= 1e-5
+    assert logged(plain, "entropy") == pytest.approx(logged(ours, "entropy"), abs=1e-5)
+    changed, _ = train(SimKOTrainer, tiny_model, tmp_path / "simko", simko_mix=0.3)
+    assert largest_change(expected, changed) > 1e-4
 
 
 def test_capo_in_its_loss(tiny_model, tmp_path):
     options = dict(ref_ppl_mask=False, tau=0.5)
-    expected, _ = train(CAPOTrainer, CAPOTrainer.config_class, tiny_model, tmp_path / "capo", **options)
-    nothing = dict(simko_mix=0.0, simko_penalty=1.0)
-    found, _ = train(CAPOSimKOTrainer, CAPOSimKOConfig, tiny_model, tmp_path / "nothing", **options, **nothing)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    changed, _ = train(CAPOSimKOTrainer, CAPOSimKOConfig, tiny_model, tmp_path / "both", **options, simko_mix=0.3)
-    assert (changed - expected).abs().max() > 1e-4
+    expected, _ = train(CAPOTrainer, tiny_model, tmp_path / "capo", **options)
+    found, _ = train(CAPOSimKOTrainer, tiny_model, tmp_path / "nothing", **options, **NOTHING)
+    assert largest_change(expected, found) <= 1e-5
+    changed, _ = train(CAPOSimKOTrainer, tiny_model, tmp_path / "both", **options, simko_mix=0.3)
+    assert largest_change(expected, changed) > 1e-4
 
 
 def test_dropping_and_trimming_rows_changes_nothing(tiny_model, tmp_path):
     options = dict(simko_mix=0.3, simko_penalty=1.5)
-    plain, _ = train(SimKOTrainer, SimKOConfig, tiny_model, tmp_path / "plain", repack=False, **options)
-    packed, _ = train(SimKOTrainer, SimKOConfig, tiny_model, tmp_path / "packed", **options)
-    torch.testing.assert_close(packed, plain, atol=1e-5, rtol=0)
+    plain, _ = train(SimKOTrainer, tiny_model, tmp_path / "plain", repack=False, **options)
+    packed, _ = train(SimKOTrainer, tiny_model, tmp_path / "packed", **options)
+    assert largest_change(plain, packed) <= 1e-5
 
 
 def test_all_logits_are_read_in_training_only(tiny_model, tmp_path, monkeypatch):
@@ -161,16 +160,15 @@ def test_all_logits_are_read_in_training_only(tiny_model, tmp_path, monkeypatch)
         return unfused(self, *args)
 
     monkeypatch.setattr(SimKOTrainer, "_unfused_logps", counted)
-    options = dict(eval_strategy="steps", eval_steps=1, max_steps=2)
-    config = SimKOConfig(**config_kwargs(tmp_path, **options))
-    trainer = SimKOTrainer(tiny_model, parity_reward, config, prompt_dataset(16), eval_dataset=prompt_dataset(4))
+    options = dict(eval_strategy="steps", eval_steps=1, max_steps=2, eval_dataset=prompt_dataset(4))
+    trainer = tiny_trainer(SimKOTrainer, tiny_model, tmp_path, dataset=prompt_dataset(16), **options)
     trainer.train()
-    assert seen and all(seen) and any("eval_loss" in entry for entry in trainer.state.log_history)
+    assert seen and all(seen) and logged(trainer, "eval_loss")
 
 
 def test_what_its_forward_cannot_do_is_refused(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="cast_lm_head_to_fp32"):
-        train(SimKOTrainer, SimKOConfig, tiny_model, tmp_path, cast_lm_head_to_fp32=True)
+        train(SimKOTrainer, tiny_model, tmp_path, cast_lm_head_to_fp32=True)
 
 
 def test_a_penalty_is_a_penalty(tmp_path):

@@ -10,8 +10,8 @@ import yaml
 from datasets import Dataset
 from huggingface_hub import ModelCard
 
-from tests.helpers import config_kwargs, parity_reward, prompt_dataset, save_tiny_model
-from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer, cli
+from tests.helpers import TOKEN, prompt_dataset, save_tiny_model, tiny_trainer
+from trl_capo import CAPOTrainer, GroupAdvantageTrainer, cli
 from trl_capo.markdown import code_block
 from trl_capo.methods import METHODS, trainer_of
 from trl_capo.publish.card import complete_card, example_question, final_figures, put_section
@@ -80,9 +80,7 @@ def test_card_of_an_own_method(tiny_model, tmp_path):
         def _compute_advantages(self, groups):
             return groups.rewards - groups.rewards.mean(dim=1, keepdim=True)
 
-    trainer = MineTrainer(
-        tiny_model, parity_reward, GroupAdvantageConfig(**config_kwargs(tmp_path)), prompt_dataset(8)
-    )
+    trainer = tiny_trainer(MineTrainer, tiny_model, tmp_path, dataset=prompt_dataset(8))
     trainer.train()
     trainer.save_model()
     card = (tmp_path / "README.md").read_text()
@@ -97,11 +95,10 @@ def test_card_on_every_way(hub, tiny_model, tmp_path, way, lora):
     from peft import LoraConfig
 
     run = tmp_path / "run"
-    options = config_kwargs(run, max_steps=2, save_strategy="steps", save_steps=1, ref_ppl_mask=False)
+    options = dict(max_steps=2, save_strategy="steps", save_steps=1, ref_ppl_mask=False, dataset=prompt_dataset(8))
     options |= {"hub_model_id": "me/mine"} if way == "push_to_hub" else {}
-    config = CAPOConfig(**options)
-    lora = {"peft_config": LoraConfig(task_type="CAUSAL_LM")} if lora else {}
-    trainer = CAPOTrainer(tiny_model, parity_reward, config, prompt_dataset(8), **lora)
+    options |= {"peft_config": LoraConfig(task_type="CAUSAL_LM")} if lora else {}
+    trainer = tiny_trainer(CAPOTrainer, tiny_model, run, **options)
     trainer.train()
     folder = {"checkpoint": run / "checkpoint-1", "other folder": tmp_path / "other"}.get(way, run)
     if way == "push_to_hub":
@@ -157,27 +154,25 @@ def test_question_that_wants_to_break_out(tmp_path):
 
 def test_secret_in_a_card(tmp_path):
     save_tiny_model(tmp_path / "run")
-    token = "hf_" + 20 * "x"
-    (tmp_path / "run" / "README.md").write_text(f"# Mine\n\nLog in with {token}, api_key=geheim.\n")
-    (tmp_path / "run" / "calibration.md").write_text(f"at https://me:geheim@example.com/{token}\n")
-    card = complete_card(tmp_path / "run", question=f"is {token} mine?")
-    assert token not in card and "geheim" not in card and "# Mine" in card
+    (tmp_path / "run" / "README.md").write_text(f"# Mine\n\nLog in with {TOKEN}, api_key=geheim.\n")
+    (tmp_path / "run" / "calibration.md").write_text(f"at https://me:geheim@example.com/{TOKEN}\n")
+    card = complete_card(tmp_path / "run", question=f"is {TOKEN} mine?")
+    assert TOKEN not in card and "geheim" not in card and "# Mine" in card
 
 
 def test_files_of_an_earlier_version_go_up_without_secrets(hub, tmp_path):
     run = tmp_path / "run"
     save_tiny_model(run)
-    token = "hf_" + 20 * "x"
     kwargs = json.dumps({"token": "geheim", "revision": "z"})
     (run / "recipe.yaml").write_text(yaml.safe_dump({"method": "capo", "model_init_kwargs": kwargs, "tau": 0.3}))
-    (run / "reproduction.json").write_text(json.dumps({"command": f"trl-capo --x={token}", "versions": {}, "git": {}}))
+    (run / "reproduction.json").write_text(json.dumps({"command": f"trl-capo --x={TOKEN}", "versions": {}, "git": {}}))
     shutil.copy(run / "recipe.yaml", tmp_path / "before.yaml")
     record = json.loads((run / "reproduction.json").read_text())
     record |= {"world_size": 1, "device": "cpu", "data": {}, "model": {"name": "m", "config_sha256": "ef"}}
     (run / "reproduction.json").write_text(json.dumps(record))
     assert cli.main(["push", str(run), "--repo_id", "me/x"]) == 0
     files = hub.repositories["me/x"]
-    assert not any(secret in content for content in files.values() for secret in (b"geheim", token.encode()))
+    assert not any(secret in content for content in files.values() for secret in (b"geheim", TOKEN.encode()))
     expected = {"method": "capo", "model_init_kwargs": '{"revision": "z"}', "tau": 0.3}
     assert yaml.safe_load(files["recipe.yaml"]) == expected
     assert (run / "recipe.yaml").read_bytes() == (tmp_path / "before.yaml").read_bytes()

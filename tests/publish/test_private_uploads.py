@@ -7,8 +7,8 @@ import pytest
 import yaml
 from huggingface_hub.errors import HfHubHTTPError
 
-from tests.helpers import config_kwargs, parity_reward, prompt_dataset, save_tiny_model
-from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer, cli
+from tests.helpers import TOKEN, prompt_dataset, recipe_options, save_tiny_model, tiny_trainer
+from trl_capo import CAPOTrainer, GroupAdvantageTrainer, cli
 from trl_capo.errors import UserError
 from trl_capo.publish.hub import wants_private
 
@@ -27,19 +27,17 @@ def assert_untouched(hub) -> None:
 
 
 def make_trainer(model, folder, own: bool = True, **options):
-    trainer_class, config_class = (CAPOTrainer, CAPOConfig) if own else (GroupAdvantageTrainer, GroupAdvantageConfig)
-    options |= {"ref_ppl_mask": False} if own else {}
-    return trainer_class(model, parity_reward, config_class(**config_kwargs(folder, **options)), prompt_dataset(8))
+    trainer_class = CAPOTrainer if own else GroupAdvantageTrainer
+    return tiny_trainer(trainer_class, model, folder, dataset=prompt_dataset(8), ref_ppl_mask=False, **options)
 
 
 @pytest.mark.parametrize("visibility", VISIBLE)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_command_refuses_before_it_trains(hub, tiny_model, tmp_path, capsys, strategy, visibility):
     occupied(hub, visibility)
-    options = {"model_name_or_path": tiny_model, "dataset_name": "arithmetic", "ref_ppl_mask": False}
-    options |= {"reward_funcs": ["tests.helpers.parity_reward"], "push_to_hub": True, "hub_model_id": "me/mine"}
-    options |= {"hub_private_repo": True, "hub_strategy": strategy}
-    options |= config_kwargs(tmp_path / "run", save_strategy="steps", save_steps=1)
+    pushes = dict(push_to_hub=True, hub_model_id="me/mine", hub_private_repo=True, hub_strategy=strategy)
+    options = dict(ref_ppl_mask=False, save_strategy="steps", save_steps=1, **pushes)
+    options = recipe_options(tiny_model, tmp_path / "run", **options)
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(options))
     assert cli.main(["train", "--config", str(tmp_path / "mine.yaml")]) == 2
     output = capsys.readouterr()
@@ -144,9 +142,8 @@ def test_uploads_during_training_take_what_belongs_there(hub, tiny_model, tmp_pa
     Nothing else that lies in the folder goes up, and no upload of the trainer holds the token.
     """
     run = tmp_path / "run"
-    token = "hf_" + 20 * "x"
     options = dict(push_to_hub=True, hub_model_id="me/mine", hub_private_repo=True, hub_strategy=strategy)
-    options |= dict(save_strategy="steps", save_steps=1, hub_token=token)
+    options |= dict(save_strategy="steps", save_steps=1, hub_token=TOKEN)
     trainer = make_trainer(tiny_model, run, **options)
     (run / "sub").mkdir(parents=True)
     for name in ("train.csv", "data.arrow", ".env", "sub/.env", "sub/model.safetensors", "weights.pkl", "mine.pt"):
@@ -172,7 +169,7 @@ def test_uploads_during_training_take_what_belongs_there(hub, tiny_model, tmp_pa
     trainer.push_to_hub()
     files = hub.repositories["me/mine"]
     assert {name for name in files if "/" not in name} == model
-    assert not any(token.encode() in content for content in files.values())
+    assert not any(TOKEN.encode() in content for content in files.values())
     assert files["model.safetensors"] == (run / "model.safetensors").read_bytes()
     saved = [path for path in run.rglob("*") if path.is_file()]
     assert any(path.name == "training_args.bin" for path in saved)

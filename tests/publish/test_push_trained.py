@@ -6,15 +6,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.helpers import config_kwargs, parity_reward, prompt_dataset
+from tests.helpers import TOKEN, recipe_options, tiny_trainer
 from tests.publish.pushed import assert_arrived, contents
-from trl_capo import cli
+from trl_capo import CAPOTrainer, cli
 
 
 def write_recipe(folder: Path, model: str, **overrides) -> str:
-    options = {"model_name_or_path": model, "dataset_name": "arithmetic", "ref_ppl_mask": False}
-    options |= {"reward_funcs": ["tests.helpers.parity_reward"]}
-    options |= config_kwargs(folder / "run", **{"push_to_hub": True, "hub_model_id": "tiny-capo", **overrides})
+    pushes = {"push_to_hub": True, "hub_model_id": "tiny-capo"}
+    options = recipe_options(model, folder / "run", ref_ppl_mask=False, **{**pushes, **overrides})
     path = folder / "recipe-of-mine.yaml"
     path.write_text(yaml.safe_dump(options))
     return str(path)
@@ -22,8 +21,7 @@ def write_recipe(folder: Path, model: str, **overrides) -> str:
 
 @pytest.mark.parametrize("where", ["recipe", "command line"])
 def test_from_a_recipe(hub, tiny_model, tmp_path, where):
-    token = "hf_" + 20 * "x"
-    recipe = write_recipe(tmp_path, tiny_model, hub_private_repo=where == "recipe", hub_token=token)
+    recipe = write_recipe(tmp_path, tiny_model, hub_private_repo=where == "recipe", hub_token=TOKEN)
     options = [] if where == "recipe" else ["--hub_private_repo", "true"]
     assert cli.main(["train", "--config", recipe, *options]) == 0
     files = hub.repositories["me/tiny-capo"]
@@ -32,7 +30,7 @@ def test_from_a_recipe(hub, tiny_model, tmp_path, where):
     assert files["README.md"] == (tmp_path / "run" / "README.md").read_bytes()
     card = files["README.md"].decode()
     assert "2604.12632" in card and "method: capo" in card and str(tmp_path) not in card and "None]" not in card
-    assert not any(token.encode() in content for content in contents(tmp_path / "run").values())
+    assert not any(TOKEN.encode() in content for content in contents(tmp_path / "run").values())
 
 
 def test_hub_that_goes_away_during_training(hub, tiny_model, tmp_path, capsys):
@@ -64,12 +62,8 @@ def test_hub_that_is_away_before_training(hub, tiny_model, tmp_path, capsys):
 
 
 def test_from_a_script(hub, tiny_model, tmp_path):
-    from trl_capo import CAPOConfig, CAPOTrainer
-
-    token = "hf_" + 20 * "x"
-    options = dict(hub_model_id="tiny-capo", hub_private_repo=True, hub_token=token, ref_ppl_mask=False)
-    config = CAPOConfig(**config_kwargs(tmp_path / "run", **options))
-    trainer = CAPOTrainer(tiny_model, parity_reward, config, prompt_dataset())
+    options = dict(hub_model_id="tiny-capo", hub_private_repo=True, hub_token=TOKEN, ref_ppl_mask=False)
+    trainer = tiny_trainer(CAPOTrainer, tiny_model, tmp_path / "run", **options)
     trainer.train()
     hub.failing["commit"] = 10**6
     with pytest.raises(OSError, match="503") as failure:
@@ -82,4 +76,4 @@ def test_from_a_script(hub, tiny_model, tmp_path):
     assert hub.private == {"me/tiny-capo": True}
     assert files["model.safetensors"] == (tmp_path / "run" / "model.safetensors").read_bytes()
     assert "2604.12632" in files["README.md"].decode()
-    assert "training_args.bin" not in files and not any(token.encode() in content for content in files.values())
+    assert "training_args.bin" not in files and not any(TOKEN.encode() in content for content in files.values())

@@ -11,28 +11,23 @@ import pytest
 import yaml
 from datasets import Dataset
 
-from tests.helpers import config_kwargs
+from tests.helpers import TOKEN, conversations, recipe_options
 from trl_capo import cli
 from trl_capo.publish.record import RECIPE, RECORD, card_section, fingerprint, git_state, hub_dataset
 from trl_capo.recipe import make_parser, resolved_options
 
 
-TOKEN = "hf_" + 20 * "x"
-
-
-def sums(size: int) -> dict[str, list]:
+def sums(size: int) -> Dataset:
     """Conversations and their gold answers."""
-    prompts = [[{"role": "user", "content": f"{n}+1="}] for n in range(size)]
-    return {"prompt": prompts, "solution": [f"${n + 1}$" for n in range(size)]}
+    return conversations([f"{n}+1=" for n in range(size)], solution=[f"${n + 1}$" for n in range(size)])
 
 
 def recipe_of_mine(folder: Path, model: str, **overrides) -> Path:
     data = folder / "data"
     data.mkdir()
     for split, size in (("train", 16), ("test", 8)):
-        Dataset.from_dict(sums(size)).to_json(data / f"{split}.jsonl")
-    options = {"model_name_or_path": model, "dataset_name": str(data), "ref_ppl_mask": False}
-    options |= {"reward_funcs": ["tests.helpers.parity_reward"]} | config_kwargs(folder / "run", **overrides)
+        sums(size).to_json(data / f"{split}.jsonl")
+    options = recipe_options(model, folder / "run", dataset_name=str(data), ref_ppl_mask=False, **overrides)
     path = folder / "mine.yaml"
     path.write_text(yaml.safe_dump(options))
     return path
@@ -109,8 +104,8 @@ def test_run_writes_both_and_a_resumed_one_adds_to_them(tiny_model, tmp_path):
 
     data = {"name": str(tmp_path / "data"), "columns": ["prompt", "solution"], "hub": None}
     assert record["data"] == {
-        "train": {"split": "train", "rows": 16, "sha256_of_rows": fingerprint(Dataset.from_dict(sums(16))), **data},
-        "eval": {"split": "test", "rows": 8, "sha256_of_rows": fingerprint(Dataset.from_dict(sums(8))), **data},
+        "train": {"split": "train", "rows": 16, "sha256_of_rows": fingerprint(sums(16)), **data},
+        "eval": {"split": "test", "rows": 8, "sha256_of_rows": fingerprint(sums(8)), **data},
     }
 
     arguments += ["--resume_from_checkpoint", "true", "--max_steps", "2"]

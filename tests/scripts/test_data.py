@@ -7,15 +7,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.data.standins import make_repositories
 from trl_capo.cli import main
 from trl_capo.data.training import DataArguments, load_splits
-
-
-@pytest.fixture
-def repositories(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRL_CAPO_DATA", str(tmp_path / "data"))
-    return make_repositories(tmp_path / "data")
 
 
 @pytest.mark.filterwarnings("ignore:.*rows, .* were expected")

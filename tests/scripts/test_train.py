@@ -14,7 +14,7 @@ import yaml
 from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file
 
-from tests.helpers import config_kwargs
+from tests.helpers import recipe_options
 from trl_capo import cli
 from trl_capo.data.training import load_data
 from trl_capo.methods import METHODS
@@ -24,12 +24,7 @@ from trl_capo.recipe import make_parser
 
 def write_recipe(folder, model: str, **overrides):
     """A recipe for the tiny model on the arithmetic world, with the reward that gives mixed groups."""
-    options = config_kwargs(folder / "run", **{"max_steps": 2, **overrides})
-    options = {
-        "model_name_or_path": model,
-        "dataset_name": "arithmetic",
-        "reward_funcs": ["tests.helpers.parity_reward"],
-    } | options
+    options = recipe_options(model, folder / "run", **{"max_steps": 2, **overrides})
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(options))
     return path

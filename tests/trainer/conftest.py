@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from tests.helpers import config_kwargs
-from tests.trainer.runs import SGD, VOCABULARY, Canned, first_token_is_even, one_layer_model, questions
+from tests.helpers import VOCABULARY, config_kwargs, first_token_is_even, tiny_qwen2
+from tests.trainer.runs import SGD, Canned, questions
 from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer
 
 
@@ -32,7 +32,7 @@ def tokenizer(tiny_model):
 def one_layer(tmp_path_factory):
     """Smaller than the shared tiny model, since some hundred runs start from it. Stock TRL reloads it as reference."""
     folder = tmp_path_factory.mktemp("one-layer")
-    one_layer_model(0.5).save_pretrained(folder)
+    tiny_qwen2(num_hidden_layers=1).save_pretrained(folder)
     return Qwen2ForCausalLM.from_pretrained(folder)
 
 

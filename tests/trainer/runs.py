@@ -9,15 +9,14 @@ import random
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOTrainer
 
+from tests.helpers import VOCABULARY, conversations, largest_change, logged, parameters
 from trl_capo import CAPOTrainer
 from trl_capo.methods.grpo import GRPO
 
 
 NUM_GENERATIONS = 4
-VOCABULARY = 17
 
 
 def canned_completions(num_groups: int, seed: int = 0, degenerate: float = 0.5) -> list[list[int]]:
@@ -38,10 +37,6 @@ def canned_completions(num_groups: int, seed: int = 0, degenerate: float = 0.5) 
     return rows
 
 
-def first_token_is_even(completion_ids, **kwargs) -> list[float]:
-    return [float(ids[0] % 2 == 0) for ids in completion_ids]
-
-
 class Canned:
     """Stands in for `_generate_single_turn`: the next completions, whatever the prompts and the weights."""
 
@@ -60,27 +55,7 @@ class Canned:
 
 def questions(num_prompts: int = 32) -> Dataset:
     """Conversational prompts of 1 to 9 tokens."""
-    return Dataset.from_dict(
-        {"prompt": [[{"role": "user", "content": "123456789"[: 1 + 4 * i % 9]}] for i in range(num_prompts)]}
-    )
-
-
-def one_layer_model(initializer_range: float) -> Qwen2ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=initializer_range,
-        eos_token_id=1,
-        pad_token_id=0,
-        bos_token_id=None,
-        tie_word_embeddings=True,
-    )
-    return Qwen2ForCausalLM(config)
+    return conversations("123456789"[: 1 + 4 * i % 9] for i in range(num_prompts))
 
 
 # Ten steps that move some parameter by at least 1e-2, and not by much more, so that rounding is not amplified: weights
@@ -120,19 +95,6 @@ LEARNING_RATES = {
 PAPER = LAYOUTS["paper"]
 # Thresholds of CAPO's mask between which this model's perplexities lie, so that it binds on either side.
 MASK = dict(ref_ppl_low=50.0, ref_ppl_high=80.0)
-
-
-def parameters(trainer) -> dict[str, torch.Tensor]:
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def largest_change(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
-    return max((after[name] - before[name]).abs().max().item() for name in before)
-
-
-def logged(trainer, name: str) -> list[float]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def train(trainer) -> None:
@@ -210,6 +172,20 @@ class ScoredCAPO(RecordingCAPO):
         output = super()._generate_and_score_completions(inputs)
         self.__dict__.setdefault("generations", []).append(output)
         return output
+
+
+class LinearSurrogateTrainer(CAPOTrainer):
+    """CAPO's pairs with the linear loss -t, over the valid count: by identity, reward minus group mean."""
+
+    def _compute_advantages(self, groups):
+        advantages = torch.zeros_like(groups.rewards)
+        num_prompts, num_generations = groups.rewards.shape
+        for p in range(num_prompts):
+            members = [g for g in range(num_generations) if groups.valid[p, g]]
+            for i in members:
+                gaps = [(groups.rewards[p, i] - groups.rewards[p, j]).item() for j in members]
+                advantages[p, i] = sum(gaps) / len(members)
+        return advantages
 
 
 SAMPLER = dict(mean_logps_from="sampler", ref_ppl_mask=False, loss_type="grpo", learning_rate=0.05)

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 from trl import GRPOTrainer
 
-from tests.helpers import unpadded_rows
+from tests.helpers import first_token_is_even, largest_change, logged, parameters, unpadded_rows
 from tests.trainer.runs import (
     LAYOUTS,
     LEARNING_RATES,
@@ -19,10 +19,6 @@ from tests.trainer.runs import (
     RecordingStock,
     RecordingTrainer,
     assert_equal_runs,
-    first_token_is_even,
-    largest_change,
-    logged,
-    parameters,
     questions,
     train,
 )
@@ -92,28 +88,28 @@ def test_the_options_above_are_not_vacuous(make, threshold):
     assert len(truncated) > 0
 
 
-def test_adapters(make):
-    # Not zero from the start, so that the adapter's second matrix has a gradient too.
+@pytest.fixture
+def make_adapted(make):
+    """As `make`, with an adapter: always the same, and not zero, so that its second matrix has a gradient too."""
     build = {"peft_config": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)}
-    for beta in (0.0, 0.1):
-        options = dict(loss_type="grpo", beta=beta, gradient_checkpointing=True, **PAPER)
-        trainers = []
-        for trainer_class in (GRPOTrainer, GroupAdvantageTrainer):
-            torch.manual_seed(0)
-            trainers.append(make(trainer_class, build=build, **options))
-        assert_equal_runs(*trainers)
 
-
-def test_adapters_with_a_mask(make):
-    """The reference is the model without its adapter."""
-    build = {"peft_config": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)}
-    trainers = []
-    for repack in (False, True):
+    def make_trainer(trainer_class, **options):
         torch.manual_seed(0)
-        trainers.append(
-            make(CAPOTrainer, build=build, repack=repack, loss_type="grpo", learning_rate=0.05, **MASK, **PAPER)
-        )
-    assert_equal_runs(*trainers)
+        return make(trainer_class, build=build, **options)
+
+    return make_trainer
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_adapters(make_adapted, beta):
+    options = dict(loss_type="grpo", beta=beta, gradient_checkpointing=True, **PAPER)
+    assert_equal_runs(*(make_adapted(cls, **options) for cls in (GRPOTrainer, GroupAdvantageTrainer)))
+
+
+def test_adapters_with_a_mask(make_adapted):
+    """The reference is the model without its adapter."""
+    options = dict(loss_type="grpo", learning_rate=0.05, **MASK, **PAPER)
+    assert_equal_runs(*(make_adapted(CAPOTrainer, repack=repack, **options) for repack in (False, True)))
 
 
 def test_a_run_without_any_gradient_still_steps(make):

@@ -68,6 +68,7 @@ def test_a_rollout_function_may_ask_the_trainer_for_log_probs(make):
 
     trainer = make(RecordingTrainer, build={"rollout_func": rollout}, loss_type="grpo", max_steps=2, **PAPER)
     train(trainer)
+    assert len(trainer.seen) == 4  # two optimizer steps of two micro-batches
     assert all(batch["sampling_per_token_logps"].isfinite().all() for batch in trainer.seen)
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from tests.trainer.runs import PAPER, VOCABULARY, RecordingStock, RecordingTrainer, assert_equal_runs, train
+from tests.helpers import TINY, VOCABULARY
+from tests.trainer.runs import PAPER, RecordingStock, RecordingTrainer, assert_equal_runs, train
 
 
 pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
@@ -13,44 +14,16 @@ pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 @pytest.fixture
 def mixture_of_experts():
     torch.manual_seed(0)
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            initializer_range=0.5,
-            router_aux_loss_coef=0.1,
-            eos_token_id=1,
-            pad_token_id=0,
-            bos_token_id=None,
-        )
-    )
+    experts = dict(num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.1)
+    return MixtralForCausalLM(MixtralConfig(**TINY, num_hidden_layers=1, **experts))
 
 
 @pytest.fixture
 def learned_positions():
     torch.manual_seed(0)
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCABULARY,
-            n_embd=16,
-            n_layer=1,
-            n_head=4,
-            n_positions=64,
-            initializer_range=0.5,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            eos_token_id=1,
-            pad_token_id=0,
-            bos_token_id=None,
-        )
-    )
+    sizes = dict(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=4, n_positions=64, initializer_range=0.5)
+    no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    return GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, eos_token_id=1, pad_token_id=0, bos_token_id=None))
 
 
 @pytest.mark.parametrize("coefficient", [0.1, 0.0])

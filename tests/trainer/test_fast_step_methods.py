@@ -4,16 +4,8 @@ import pytest
 import torch
 from trl import GRPOTrainer
 
-from tests.trainer.runs import (
-    LAYOUTS,
-    MASK,
-    PAPER,
-    RecordingCAPO,
-    RecordingTrainer,
-    assert_equal_runs,
-    first_token_is_even,
-    logged,
-)
+from tests.helpers import first_token_is_even, logged, one_over_length
+from tests.trainer.runs import LAYOUTS, MASK, PAPER, RecordingCAPO, RecordingTrainer, assert_equal_runs
 from trl_capo import CAPOTrainer, GroupAdvantageTrainer
 
 
@@ -65,8 +57,7 @@ def test_capo(make, option, layout):
     expected, actual = make(RecordingCAPO, repack=False, **options), make(RecordingCAPO, **options)
     assert_equal_runs(expected, actual)
     if actual.args.ref_ppl_mask:
-        masked = [entry["capo/frac_masked_wrong"] for entry in actual.state.log_history if "capo/tau" in entry]
-        assert 0 < masked[0] < 1
+        assert 0 < logged(actual, "capo/frac_masked_wrong")[0] < 1
     for name in ("capo/soft_misranking", "capo/auc_within", "capo/frac_mixed", "capo/ppl_wrong"):
         assert logged(actual, name) == pytest.approx(logged(expected, name), abs=1e-3), name
 
@@ -90,10 +81,6 @@ def test_capo_with_auxiliary_and_graded_rewards(make):
     assert_equal_runs(make(CAPOTrainer, repack=False, **options), make(CAPOTrainer, **options))
 
 
-def one_over_length(completion_ids, **kwargs) -> list[float]:
-    return [1.0 / len(ids) for ids in completion_ids]
-
-
 @pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
 def test_advantages_outside_mixed_groups(make, aggregation):
     """Where another reward tells completions apart that are all right or all wrong, old log-probs are needed too."""
@@ -112,13 +99,14 @@ def test_advantages_outside_mixed_groups(make, aggregation):
     assert sum(a != 0 for a in advantages) > 0.8 * len(advantages)
 
 
-def test_unscorable_completions(make):
+@pytest.mark.parametrize(
+    ("plain", "repacked", "options"),
+    [(GRPOTrainer, GroupAdvantageTrainer, {}), (CAPOTrainer, CAPOTrainer, {"ref_ppl_mask": False})],
+    ids=["grpo", "capo"],
+)
+def test_unscorable_completions(make, plain, repacked, options):
     def sometimes(completion_ids, **kwargs):
         return [None if ids[-1] % 3 == 0 else float(ids[0] % 2 == 0) for ids in completion_ids]
 
-    for trainer_class in (GRPOTrainer, CAPOTrainer):
-        options = dict(reward=sometimes, loss_type="grpo", **PAPER)
-        if trainer_class is CAPOTrainer:
-            options["ref_ppl_mask"] = False
-        other = GroupAdvantageTrainer if trainer_class is GRPOTrainer else CAPOTrainer
-        assert_equal_runs(make(trainer_class, repack=False, **options), make(other, **options))
+    options = dict(reward=sometimes, loss_type="grpo", **options, **PAPER)
+    assert_equal_runs(make(plain, repack=False, **options), make(repacked, **options))

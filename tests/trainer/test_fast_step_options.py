@@ -7,8 +7,8 @@ import torch
 from transformers import Qwen2ForCausalLM
 from trl import TrlParser
 
-from tests.helpers import config_kwargs
-from tests.trainer.runs import SGD, Canned, ScoredCAPO, first_token_is_even, one_layer_model, questions, train
+from tests.helpers import config_kwargs, first_token_is_even, tiny_qwen2
+from tests.trainer.runs import SGD, Canned, ScoredCAPO, questions, train
 from trl_capo import CAPOConfig, GroupAdvantageConfig
 from trl_capo.trainer.config import FastGRPOConfig
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 def test_dtype_of_the_reference(tokenizer, tmp_path, beta, way, reference):
     """For the mask and for the KL term, whatever the policy and the reference were given as."""
     folder = str(tmp_path / "model")
-    one_layer_model(0.1).save_pretrained(folder)
+    tiny_qwen2(num_hidden_layers=1, initializer_range=0.1).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     scores = {}
     for dtype in (None, "bfloat16"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from trl import GRPOTrainer
 
-from tests.helpers import literal_mean_logp, unpadded_rows
+from tests.helpers import literal_mean_logp, logged, unpadded_rows
 from tests.trainer.runs import (
     LAYOUTS,
     PAPER,
@@ -16,7 +16,6 @@ from tests.trainer.runs import (
     RecordingStock,
     RecordingTrainer,
     ScoredCAPO,
-    logged,
     train,
 )
 from trl_capo import GroupAdvantageTrainer

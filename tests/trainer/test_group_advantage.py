@@ -6,28 +6,14 @@ import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from tests.helpers import config_kwargs, parity_reward, prompt_dataset
-from tests.trainer.runs import largest_change, parameters
-from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer
+from tests.helpers import VOCABULARY, largest_change, logged, parameters, tiny_trainer
+from tests.trainer.runs import LinearSurrogateTrainer, ScoredCAPO
+from trl_capo import CAPOTrainer, GroupAdvantageTrainer
 
 
 # Steps large enough to see an error, small enough that rounding is not amplified: at 0.3, weights perturbed by one
 # part in 10^7 end 6e-5 apart.
 SGD = dict(optim="sgd", learning_rate=0.05, max_steps=5)
-
-
-class LinearSurrogateTrainer(CAPOTrainer):
-    """CAPO's pairs with the linear loss -t, over the valid count: by identity, reward minus group mean."""
-
-    def _compute_advantages(self, groups):
-        advantages = torch.zeros_like(groups.rewards)
-        num_prompts, num_generations = groups.rewards.shape
-        for p in range(num_prompts):
-            members = [g for g in range(num_generations) if groups.valid[p, g]]
-            for i in members:
-                gaps = [(groups.rewards[p, i] - groups.rewards[p, j]).item() for j in members]
-                advantages[p, i] = sum(gaps) / len(members)
-        return advantages
 
 
 LAYOUTS = {
@@ -41,20 +27,10 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_with_the_linear_surrogate_it_is_grpo(tiny_model, tmp_path, layout):
     options = {**SGD, **LAYOUTS[layout], "loss_type": "grpo"}
-    stock = GRPOTrainer(
-        tiny_model,
-        parity_reward,
-        GRPOConfig(**config_kwargs(tmp_path / "stock", scale_rewards="none", **options)),
-        prompt_dataset(),
-    )
+    stock = tiny_trainer(GRPOTrainer, tiny_model, tmp_path / "stock", scale_rewards="none", **options)
     start = parameters(stock)
     stock.train()
-    ours = LinearSurrogateTrainer(
-        tiny_model,
-        parity_reward,
-        CAPOConfig(**config_kwargs(tmp_path / "ours", ref_ppl_mask=False, **options)),
-        prompt_dataset(),
-    )
+    ours = tiny_trainer(LinearSurrogateTrainer, tiny_model, tmp_path / "ours", ref_ppl_mask=False, **options)
     ours.train()
     assert largest_change(start, parameters(stock)) >= 1e-2
     assert largest_change(parameters(stock), parameters(ours)) <= 1e-5
@@ -64,13 +40,13 @@ def test_with_the_linear_surrogate_it_is_grpo(tiny_model, tmp_path, layout):
 def test_used_as_it_is_it_is_grpo(tiny_model, tmp_path, loss_type):
     trainers = []
     for trainer_class in (GRPOTrainer, GroupAdvantageTrainer):
-        config = GRPOConfig(**config_kwargs(tmp_path / trainer_class.__name__, loss_type=loss_type, **SGD))
-        trainers.append(trainer_class(tiny_model, parity_reward, config, prompt_dataset()))
+        options = dict(config_class=GRPOConfig, loss_type=loss_type, **SGD)
+        trainers.append(tiny_trainer(trainer_class, tiny_model, tmp_path / trainer_class.__name__, **options))
         start = parameters(trainers[-1])
         trainers[-1].train()
     assert largest_change(start, parameters(trainers[0])) >= 1e-2
     assert largest_change(parameters(trainers[0]), parameters(trainers[1])) <= 1e-5
-    assert any("capo/auc_within" in entry for entry in trainers[1].state.log_history)
+    assert logged(trainers[1], "capo/auc_within")
 
 
 class ByToken(GroupAdvantageTrainer):
@@ -86,7 +62,7 @@ class ByToken(GroupAdvantageTrainer):
 
 
 def test_a_method_may_change_grpos_advantages_by_token_alone(tiny_model, tmp_path):
-    trainer = ByToken(tiny_model, parity_reward, GroupAdvantageConfig(**config_kwargs(tmp_path)), prompt_dataset())
+    trainer = tiny_trainer(ByToken, tiny_model, tmp_path)
     trainer.train()
     assert trainer.batch["advantages"].shape == trainer.batch["completion_mask"].shape
     assert set(trainer.batch["advantages"][:, 0].tolist()) == set(trainer.a_completion.tolist()) != {0.0}
@@ -103,7 +79,7 @@ def test_hooks_reach_the_loss(tiny_model, tmp_path):
             self.groups = groups
             return 1 + torch.arange(groups.rewards.numel(), dtype=torch.float32).view_as(groups.rewards)
 
-    trainer = Method(tiny_model, parity_reward, GroupAdvantageConfig(**config_kwargs(tmp_path)), prompt_dataset())
+    trainer = tiny_trainer(Method, tiny_model, tmp_path)
     trainer.train()
     assert trainer.batch["advantages"].shape == trainer.batch["completion_mask"].shape
     assert sorted(trainer.batch["advantages"].max(dim=1).values.tolist()) == list(range(1, 9))
@@ -115,7 +91,7 @@ def test_a_method_with_wrong_shape_is_told(tiny_model, tmp_path):
         def _compute_advantages(self, groups):
             return groups.rewards.flatten()
 
-    trainer = Method(tiny_model, parity_reward, GroupAdvantageConfig(**config_kwargs(tmp_path)), prompt_dataset())
+    trainer = tiny_trainer(Method, tiny_model, tmp_path)
     with pytest.raises(ValueError, match=r"one advantage per completion, shape \(2, 4\), got \(8,\)"):
         trainer.train()
 
@@ -142,36 +118,18 @@ def test_vllm_rollouts(tiny_model, tmp_path, monkeypatch, correction):
     import trl.trainer.grpo_trainer as grpo_trainer
 
     monkeypatch.setattr(grpo_trainer, "VLLMGeneration", CannedVLLM)
-    config = CAPOConfig(
-        **config_kwargs(
-            tmp_path,
-            use_vllm=True,
-            vllm_mode="colocate",
-            vllm_importance_sampling_correction=correction,
-            ref_ppl_mask=False,
-        )
-    )
-    seen = {}
-
-    class Recording(CAPOTrainer):
-        def _compute_advantages(self, groups):
-            seen["groups"] = groups
-            return super()._compute_advantages(groups)
-
-        def _compute_loss(self, model, inputs):
-            seen["batch"] = inputs
-            return super()._compute_loss(model, inputs)
-
-    trainer = Recording(tiny_model, parity_reward, config, prompt_dataset())
+    options = dict(use_vllm=True, vllm_mode="colocate", vllm_importance_sampling_correction=correction)
+    trainer = tiny_trainer(ScoredCAPO, tiny_model, tmp_path, ref_ppl_mask=False, **options)
     assert trainer.vllm_generation.settings["mode"] == "colocate"
     trainer.train()
-    groups, batch = seen["groups"], seen["batch"]
+    [groups], [batch] = trainer.groups, trainer.seen
     assert groups.mean_logps.isfinite().all() and groups.valid.all()
     assert groups.lengths.flatten().tolist() == [3 + i % 4 for i in range(8)]
     assert not torch.allclose(groups.mean_logps, torch.tensor(-0.5))
     assert batch["sampling_per_token_logps"].isnan().sum() == 1
     assert ("importance_sampling_ratio" in batch) == correction
-    assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+    [loss] = logged(trainer, "loss")
+    assert math.isfinite(loss)
 
 
 def test_token_environments_and_tool_masks_count_only_what_the_model_wrote(tiny_model, tmp_path):
@@ -190,35 +148,24 @@ def test_token_environments_and_tool_masks_count_only_what_the_model_wrote(tiny_
             "env_mask": [[1, 0, 0, 1, 1] for _ in prompts],
         }
 
-    class Recording(CAPOTrainer):
-        def _generate_and_score_completions(self, inputs):
-            self.batch = super()._generate_and_score_completions(inputs)
-            return self.batch
-
-        def _compute_advantages(self, groups):
-            self.groups = groups
-            return super()._compute_advantages(groups)
-
-    config = CAPOConfig(**config_kwargs(tmp_path, ref_ppl_mask=False, learning_rate=0.0))
-    trainer = Recording(tiny_model, parity_reward, config, prompt_dataset(), rollout_func=rollout)
+    options = dict(ref_ppl_mask=False, learning_rate=0.0, rollout_func=rollout)
+    trainer = tiny_trainer(ScoredCAPO, tiny_model, tmp_path, **options)
     trainer.train()
-    assert (trainer.groups.lengths == 3).all()
-    ids = torch.cat([trainer.batch["prompt_ids"], trainer.batch["completion_ids"]], dim=1)
-    attention = torch.cat([trainer.batch["prompt_mask"], trainer.batch["completion_mask"]], dim=1)
+    [groups], [batch] = trainer.groups, trainer.generations
+    assert (groups.lengths == 3).all()
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     with torch.no_grad():
         logps = trainer.model(input_ids=ids, attention_mask=attention).logits.log_softmax(dim=-1)
     tokens = logps[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)[:, -5:]
     expected = tokens[:, [0, 3, 4]].mean(dim=1)
-    torch.testing.assert_close(trainer.groups.mean_logps.flatten(), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(groups.mean_logps.flatten(), expected, atol=1e-4, rtol=0)
 
 
 def test_log_probs_with_gradient_are_trls(tiny_model, tmp_path):
     """A method's own loss may pass over a batch in chunks: then TRL's method must be TRL's, gradient included."""
-    trainers = [
-        trainer_class(tiny_model, parity_reward, config_class(**config_kwargs(tmp_path)), prompt_dataset())
-        for trainer_class, config_class in ((GRPOTrainer, GRPOConfig), (CAPOTrainer, CAPOConfig))
-    ]
-    ids = torch.randint(2, 17, (4, 9))
+    trainers = [tiny_trainer(trainer_class, tiny_model, tmp_path) for trainer_class in (GRPOTrainer, CAPOTrainer)]
+    ids = torch.randint(2, VOCABULARY, (4, 9))
     mask = torch.ones_like(ids)
     mask[0, :3] = mask[1, 6:] = 0
     gradients = []
@@ -234,7 +181,7 @@ def test_log_probs_with_gradient_are_trls(tiny_model, tmp_path):
 
 def test_vision_language_batches_pass_whole_on_every_rank(tiny_model, tmp_path):
     """A rank whose rows happen to have no images must take part in the same collectives as the others."""
-    trainer = CAPOTrainer(tiny_model, parity_reward, CAPOConfig(**config_kwargs(tmp_path)), prompt_dataset())
+    trainer = tiny_trainer(CAPOTrainer, tiny_model, tmp_path)
     trainer._is_vlm = True
     gathers, widths = [], []
     trainer.accelerator.gather = lambda value: gathers.append(1) or value

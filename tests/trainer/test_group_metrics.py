@@ -5,11 +5,10 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-from datasets import Dataset
 from sklearn.metrics import roc_auc_score
 
-from tests.helpers import config_kwargs, parity_reward, prompt_dataset
-from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer
+from tests.helpers import conversations, logged, parity_reward, prompt_dataset, tiny_trainer
+from trl_capo import CAPOTrainer, GroupAdvantageTrainer
 
 
 def test_curves_of_the_pooled_auc_do_not_depend_on_what_else_was_scored(tiny_model, tmp_path):
@@ -23,10 +22,9 @@ def test_curves_of_the_pooled_auc_do_not_depend_on_what_else_was_scored(tiny_mod
 
     curves = []
     for trainer_class in (GroupAdvantageTrainer, ScoresAll):
-        config = GroupAdvantageConfig(**config_kwargs(tmp_path))
-        trainer = trainer_class(tiny_model, half_of_the_first_group, config, prompt_dataset())
+        trainer = tiny_trainer(trainer_class, tiny_model, tmp_path, half_of_the_first_group)
         trainer.train()
-        curves.append([e["capo/auc_pooled"] for e in trainer.state.log_history if "capo/auc_pooled" in e])
+        curves.append(logged(trainer, "capo/auc_pooled"))
     assert trainer.has_a_group_of_one_kind
     assert curves[0] == curves[1] != [None]
 
@@ -69,14 +67,9 @@ def test_metrics_cover_the_logging_window_and_the_evaluation_set(tiny_model, tmp
         eval_steps=4,
         num_generations_eval=4,
         learning_rate=1e-4,
-    )
-    trainer = CollectingTrainer(
-        tiny_model,
-        parity_reward,
-        CAPOConfig(**config_kwargs(tmp_path, **options)),
-        prompt_dataset(),
         eval_dataset=prompt_dataset(7),  # two prompts a batch, so the last one is short
     )
+    trainer = tiny_trainer(CollectingTrainer, tiny_model, tmp_path, **options)
     trainer.train()
     for mode, prefix in (("train", ""), ("eval", "eval_")):
         entry = next(entry for entry in trainer.state.log_history if f"{prefix}capo/auc_within" in entry)
@@ -90,7 +83,7 @@ def test_undefined_metrics_are_none_in_the_log(tiny_model, tmp_path):
     def never(completion_ids, **kwargs):
         return [0.0 for _ in completion_ids]
 
-    trainer = CAPOTrainer(tiny_model, never, CAPOConfig(**config_kwargs(tmp_path)), prompt_dataset())
+    trainer = tiny_trainer(CAPOTrainer, tiny_model, tmp_path, never)
     trainer.train()
     entry = next(entry for entry in trainer.state.log_history if "capo/auc_within" in entry)
     assert entry["capo/auc_within"] is None and entry["capo/soft_misranking"] is None
@@ -113,43 +106,33 @@ def test_best_model_by_calibration(tiny_model, tmp_path, reward_func):
         ref_ppl_mask=False,
         load_best_model_at_end=True,
         metric_for_best_model="eval_capo/auc_within",
-    )
-    trainer = CAPOTrainer(
-        tiny_model,
-        reward_func,
-        CAPOConfig(**config_kwargs(tmp_path, **options)),
-        prompt_dataset(),
         eval_dataset=prompt_dataset(8),
     )
+    trainer = tiny_trainer(CAPOTrainer, tiny_model, tmp_path, reward_func, **options)
     trainer.train()
-    values = [entry["eval_capo/auc_within"] for entry in trainer.state.log_history if "eval_capo/auc_within" in entry]
+    values = logged(trainer, "eval_capo/auc_within")
     assert trainer.state.best_metric == max(value for value in values if value is not None)
     assert [value is None for value in values] == [False, *[reward_func is always_right_later] * 2]
 
 
+def prompt_is_right(prompts, **kwargs):
+    """All completions of the prompt RIGHT are right, and none of WRONG."""
+    return [float(prompt[0]["content"] == "7") for prompt in prompts]
+
+
+RIGHT, WRONG = conversations(["7"] * 4), conversations(["8"] * 4)
+
+
 def test_prediction_does_not_leak_into_the_next_evaluation(tiny_model, tmp_path):
-    def by_prompt(prompts, **kwargs):
-        return [float(prompt[0]["content"].startswith("7")) for prompt in prompts]
-
-    def rows(text):
-        return Dataset.from_dict({"prompt": [[{"role": "user", "content": text}]] * 4})
-
-    config = CAPOConfig(**config_kwargs(tmp_path, ref_ppl_mask=False))
-    trainer = CAPOTrainer(tiny_model, by_prompt, config, rows("7"), eval_dataset=rows("8"))
-    trainer.predict(rows("7"))
+    options = dict(dataset=RIGHT, eval_dataset=WRONG, ref_ppl_mask=False)
+    trainer = tiny_trainer(CAPOTrainer, tiny_model, tmp_path, prompt_is_right, **options)
+    trainer.predict(RIGHT)
     metrics = trainer.evaluate()
     assert metrics["eval_capo/frac_all_wrong"] == 1.0 and metrics["eval_capo/frac_all_correct"] == 0.0
 
 
 def test_every_evaluation_set_has_its_own_metrics(tiny_model, tmp_path):
-    def by_prompt(prompts, **kwargs):
-        return [float(prompt[0]["content"].startswith("7")) for prompt in prompts]
-
-    sets = {
-        name: Dataset.from_dict({"prompt": [[{"role": "user", "content": text}]] * 4})
-        for name, text in (("right", "7"), ("wrong", "8"))
-    }
-    config = CAPOConfig(**config_kwargs(tmp_path, ref_ppl_mask=False))
-    trainer = CAPOTrainer(tiny_model, by_prompt, config, prompt_dataset(), eval_dataset=sets)
+    options = dict(eval_dataset={"right": RIGHT, "wrong": WRONG}, ref_ppl_mask=False)
+    trainer = tiny_trainer(CAPOTrainer, tiny_model, tmp_path, prompt_is_right, **options)
     metrics = trainer.evaluate()
     assert metrics["eval_right_capo/frac_all_correct"] == 1.0 and metrics["eval_wrong_capo/frac_all_correct"] == 0.0

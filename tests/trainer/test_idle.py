@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.helpers import config_kwargs, prompt_dataset
-from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig
+from tests.helpers import config_kwargs, prompt_dataset, tiny_trainer
+from trl_capo import CAPOTrainer, GroupAdvantageConfig
 from trl_capo.methods.grpo import GRPO
 from trl_capo.trainer.idle import IdleWatch
 
@@ -23,8 +23,8 @@ def test_capo_without_a_mixed_group(tiny_model, tmp_path, capsys, monkeypatch, r
     def constant(completions, **kwargs):
         return [reward] * len(completions)
 
-    args = CAPOConfig(**config_kwargs(tmp_path, ref_ppl_mask=False, max_completion_length=2, max_steps=7))
-    CAPOTrainer(tiny_model, constant, args, prompt_dataset()).train()
+    options = dict(ref_ppl_mask=False, max_completion_length=2, max_steps=7)
+    tiny_trainer(CAPOTrainer, tiny_model, tmp_path, constant, **options).train()
     printed = capsys.readouterr().out
     assert printed.count("Nothing was learnt in the last 3 generations") == 1 and told in printed
 

@@ -7,25 +7,17 @@ import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from tests.helpers import config_kwargs, parity_reward, prompt_dataset
-from trl_capo import GroupAdvantageConfig, GroupAdvantageTrainer
+from tests.helpers import largest_change, logged, parameters, prompt_dataset, tiny_trainer
+from trl_capo import GroupAdvantageTrainer
 from trl_capo.calibration.metrics import auc_within
 from trl_capo.trainer.fast_step import FastGRPOTrainer
 from trl_capo.trainer.metrics import CalibrationLogging
 from trl_capo.trainer.resumable import ResumableGRPOTrainer
 
 
-def parameters(trainer):
-    return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
-
-
-def largest_difference(ours, theirs):
-    return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
-
-
-def make(trainer_class, model, folder, num_prompts=32, **options):
-    config = GRPOConfig(**config_kwargs(folder, **options))
-    return trainer_class(model, parity_reward, config, prompt_dataset(num_prompts))
+def make(trainer_class, model, folder, **options):
+    """Each layer takes TRL's own configuration."""
+    return tiny_trainer(trainer_class, model, folder, config_class=GRPOConfig, **options)
 
 
 def test_the_fast_step_alone_is_stock_grpo(tiny_model, tmp_path):
@@ -38,20 +30,21 @@ def test_the_fast_step_alone_is_stock_grpo(tiny_model, tmp_path):
         result[kind] = parameters(trainer)
     stock, fast = result.values()
     assert trainer._repacking.prune and trainer._repacking.sort
-    assert largest_difference(before, stock) > 1e-3
-    assert largest_difference(stock, fast) <= 1e-5
+    assert largest_change(before, stock) > 1e-3
+    assert largest_change(stock, fast) <= 1e-5
 
 
 def test_resuming_alone_is_stock_grpo_that_ends_where_it_would_have(tiny_model, tmp_path):
     options = dict(max_steps=6, save_strategy="steps", save_steps=2, learning_rate=0.01, optim="adamw_torch")
-    whole = make(ResumableGRPOTrainer, tiny_model, tmp_path / "whole", num_prompts=6, **options)
+    options["dataset"] = prompt_dataset(6)
+    whole = make(ResumableGRPOTrainer, tiny_model, tmp_path / "whole", **options)
     whole.train()
-    stock = make(GRPOTrainer, tiny_model, tmp_path / "stock", num_prompts=6, **options)
+    stock = make(GRPOTrainer, tiny_model, tmp_path / "stock", **options)
     stock.train()
-    assert largest_difference(parameters(whole), parameters(stock)) <= 1e-5
-    resumed = make(ResumableGRPOTrainer, tiny_model, tmp_path / "resumed", num_prompts=6, **options)
+    assert largest_change(parameters(whole), parameters(stock)) <= 1e-5
+    resumed = make(ResumableGRPOTrainer, tiny_model, tmp_path / "resumed", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
-    assert largest_difference(parameters(whole), parameters(resumed)) <= 1e-5
+    assert largest_change(parameters(whole), parameters(resumed)) <= 1e-5
 
 
 def test_logging_alone_computes_metrics_of_the_whole_window(tiny_model, tmp_path):
@@ -68,8 +61,9 @@ def test_logging_alone_computes_metrics_of_the_whole_window(tiny_model, tmp_path
     kept = []
     trainer = make(Logging, tiny_model, tmp_path, max_steps=3, logging_steps=3)
     trainer.train()
-    logged = next(entry["capo/auc_within"] for entry in trainer.state.log_history if "capo/auc_within" in entry)
-    assert logged == pytest.approx(auc_within(*map(np.concatenate, zip(*kept, strict=True))))
+    assert logged(trainer, "capo/auc_within")[0] == pytest.approx(
+        auc_within(*map(np.concatenate, zip(*kept, strict=True)))
+    )
 
 
 def test_a_method_that_knows_nothing_of_the_mask_is_masked(tiny_model, tmp_path):
@@ -84,8 +78,7 @@ def test_a_method_that_knows_nothing_of_the_mask_is_masked(tiny_model, tmp_path)
 
     seen, applied = [], []
     options = dict(ref_ppl_mask=True, ref_ppl_quantiles=[0.3, 0.7], ref_ppl_quantile_samples=8)
-    config = GroupAdvantageConfig(**config_kwargs(tmp_path, max_steps=4, logging_steps=1, **options))
-    trainer = Plain(tiny_model, parity_reward, config, prompt_dataset())
+    trainer = tiny_trainer(Plain, tiny_model, tmp_path, max_steps=4, **options)
     trainer.train()
     low, high = trainer.mask.thresholds
     assert not math.isnan(low) and not math.isnan(high)
@@ -94,4 +87,4 @@ def test_a_method_that_knows_nothing_of_the_mask_is_masked(tiny_model, tmp_path)
         kept = torch.where(groups.correct == 1, ref_ppl <= high, ref_ppl >= low)
         assert torch.equal(advantages, kept.float())
     assert any((advantages == 0).any() for advantages in applied[1:])
-    assert any("capo/frac_masked_wrong" in entry for entry in trainer.state.log_history)
+    assert logged(trainer, "capo/frac_masked_wrong")

@@ -5,8 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import config_kwargs, length_reward, literal_mean_logp, parity_reward, prompt_dataset, unpadded_rows
-from trl_capo import GroupAdvantageConfig
+from tests.helpers import length_reward, literal_mean_logp, logged, parity_reward, tiny_trainer, unpadded_rows
 from trl_capo.methods import METHODS, trainer_of
 from trl_capo.methods.grpo import GRPO
 
@@ -26,11 +25,9 @@ def reference(tiny_model, tmp_path_factory) -> str:
 
 def generations(method, model, folder, reward_func=parity_reward, **options) -> tuple[list[dict], list[dict]]:
     """The batches of a run that learns nothing, with their advantages; and its log."""
-    trainer_class = trainer_of(method)
-    config_class = trainer_class.config_class
     batches = []
 
-    class Recording(trainer_class):
+    class Recording(trainer_of(method)):
         def _generate_and_score_completions(self, inputs):
             batches.append(super()._generate_and_score_completions(inputs))
             return batches[-1]
@@ -38,7 +35,7 @@ def generations(method, model, folder, reward_func=parity_reward, **options) -> 
     settings = {"per_device_train_batch_size": 16, "learning_rate": 0.0, "max_steps": 2, **options}
     if method == "gspo":
         settings["steps_per_generation"] = 1
-    trainer = Recording(model, reward_func, config_class(**config_kwargs(folder, **settings)), prompt_dataset())
+    trainer = tiny_trainer(Recording, model, folder, reward_func, **settings)
     trainer.train()
     return batches, trainer.state.log_history
 
@@ -92,29 +89,20 @@ def test_graded_rewards_are_masked_where_no_answer_is_right(method, tiny_model, 
 
 @pytest.mark.parametrize("method", ["grpo", "cde"])
 def test_quantiles_are_estimated_once_and_survive_a_restart(method, tiny_model, reference, tmp_path):
-    trainer_class = trainer_of(method)
-    config_class = trainer_class.config_class
     options = dict(ref_ppl_mask=True, ref_ppl_quantiles=[0.25, 0.75], ref_ppl_quantile_samples=16)
     options |= dict(ref_model_name_or_path=reference, save_strategy="steps", save_steps=2, max_steps=3)
-
-    def make():
-        return trainer_class(
-            tiny_model, parity_reward, config_class(**config_kwargs(tmp_path, **options)), prompt_dataset()
-        )
-
-    whole = make()
+    whole = tiny_trainer(trainer_of(method), tiny_model, tmp_path, **options)
     whole.train()
     estimated = whole.mask._estimated
     np.testing.assert_allclose(whole.mask.thresholds, np.quantile(estimated.correct + estimated.wrong, [0.25, 0.75]))
-    active = [entry["capo/mask_active"] for entry in whole.state.log_history if "capo/mask_active" in entry]
-    assert active == [0, 1, 1]  # 8 completions a step
-    resumed = make()
+    assert logged(whole, "capo/mask_active") == [0, 1, 1]  # 8 completions a step
+    resumed = tiny_trainer(trainer_of(method), tiny_model, tmp_path, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.mask.thresholds == whole.mask.thresholds
 
 
 def test_without_the_mask_it_costs_and_logs_nothing(tiny_model, tmp_path):
-    trainer = GRPO(tiny_model, parity_reward, GroupAdvantageConfig(**config_kwargs(tmp_path)), prompt_dataset())
+    trainer = tiny_trainer(GRPO, tiny_model, tmp_path)
     assert trainer.ref_model is None
     trainer.train()
     assert not any("mask" in name or "ref_ppl" in name for entry in trainer.state.log_history for name in entry)
@@ -122,16 +110,13 @@ def test_without_the_mask_it_costs_and_logs_nothing(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_rewards_normalised_one_by_one_are_for_advantages_that_trl_computes(method, tiny_model, tmp_path):
-    trainer_class = trainer_of(method)
-    config_class = trainer_class.config_class
     has_its_own = method in ("capo", "capo_simko", "codapo", "cde")
     for mask in (False, True):
         options = dict(
             ref_ppl_mask=mask, multi_objective_aggregation="normalize_then_sum", per_device_train_batch_size=16
         )
-        config = config_class(**config_kwargs(tmp_path, **options))
         if has_its_own:
             with pytest.raises(ValueError, match="multi_objective_aggregation='normalize_then_sum'.*: set it to"):
-                trainer_class(tiny_model, parity_reward, config, prompt_dataset())
+                tiny_trainer(trainer_of(method), tiny_model, tmp_path, **options)
         else:  # the mask drops from TRL's own advantages
-            trainer_class(tiny_model, parity_reward, config, prompt_dataset()).train()
+            tiny_trainer(trainer_of(method), tiny_model, tmp_path, **options).train()

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from tests.helpers import config_kwargs, parity_reward, prompt_dataset
-from tests.trainer.runs import largest_change, parameters
-from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer
+from tests.helpers import largest_change, parameters, prompt_dataset, tiny_trainer
+from trl_capo import CAPOTrainer, GroupAdvantageTrainer
 
 
 class StopAt(Exception):
@@ -27,8 +26,8 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny_model, tmp_pat
     )
 
     def make(folder):
-        config = CAPOConfig(**config_kwargs(tmp_path / folder, **options))
-        return CAPOTrainer(tiny_model, parity_reward, config, prompt_dataset(num_prompts))
+        dataset = prompt_dataset(num_prompts)
+        return tiny_trainer(CAPOTrainer, tiny_model, tmp_path / folder, dataset=dataset, **options)
 
     whole = make("whole")
     whole.train()
@@ -53,13 +52,9 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny_model, tmp_pat
 def test_a_finished_run_is_not_trained_further(tiny_model, tmp_path, way):
     options = dict(max_steps=2, save_strategy="steps", save_steps=2, learning_rate=0.01)
 
-    def make():
-        config = CAPOConfig(**config_kwargs(tmp_path, **options))
-        return CAPOTrainer(tiny_model, parity_reward, config, prompt_dataset())
-
-    whole = make()
+    whole = tiny_trainer(CAPOTrainer, tiny_model, tmp_path, **options)
     whole.train()
-    again = make()
+    again = tiny_trainer(CAPOTrainer, tiny_model, tmp_path, **options)
     result = again.train(resume_from_checkpoint=True if way == "newest" else str(tmp_path / "checkpoint-2"))
     assert result.global_step == 2 and again.state.log_history == whole.state.log_history[:-1]
     assert largest_change(parameters(whole), parameters(again)) == 0
@@ -76,13 +71,9 @@ def test_moving_reference_survives_a_restart(tiny_model, tmp_path):
         ref_model_mixup_alpha=0.3,
     )
 
-    def make(folder):
-        config = CAPOConfig(**config_kwargs(tmp_path / folder, **options))
-        return CAPOTrainer(tiny_model, parity_reward, config, prompt_dataset())
-
-    whole = make("whole")
+    whole = tiny_trainer(CAPOTrainer, tiny_model, tmp_path / "whole", **options)
     whole.train()
-    resumed = make("resumed")
+    resumed = tiny_trainer(CAPOTrainer, tiny_model, tmp_path / "resumed", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     expected, actual = whole.ref_model.state_dict(), resumed.ref_model.state_dict()
     assert largest_change(expected, actual) <= 1e-5
@@ -90,8 +81,7 @@ def test_moving_reference_survives_a_restart(tiny_model, tmp_path):
 
 
 def test_state_file_is_json(tiny_model, tmp_path):
-    config = CAPOConfig(**config_kwargs(tmp_path, save_strategy="steps", save_steps=1))
-    CAPOTrainer(tiny_model, parity_reward, config, prompt_dataset()).train()
+    tiny_trainer(CAPOTrainer, tiny_model, tmp_path, save_strategy="steps", save_steps=1).train()
     state = json.loads((tmp_path / "checkpoint-1" / "trl_capo_state.json").read_text())
     assert state["method"]["tau"] == 0.6 and (state["ref_ppl_low"], state["ref_ppl_high"]) == (1.05, 2.5)
 
@@ -107,56 +97,43 @@ def test_a_finished_run_keeps_its_best_model(tiny_model, tmp_path):
         load_best_model_at_end=True,
         metric_for_best_model="eval_capo/ppl_wrong",
         greater_is_better=False,
+        eval_dataset=prompt_dataset(8),
     )
-
-    def make():
-        config = CAPOConfig(**config_kwargs(tmp_path, **options))
-        return CAPOTrainer(tiny_model, parity_reward, config, prompt_dataset(), eval_dataset=prompt_dataset(8))
-
-    first = make()
+    first = tiny_trainer(CAPOTrainer, tiny_model, tmp_path, **options)
     first.train()
-    again = make()
+    again = tiny_trainer(CAPOTrainer, tiny_model, tmp_path, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert largest_change(parameters(first), parameters(again)) == 0
 
 
 def test_resuming_without_a_checkpoint_is_an_error(tiny_model, tmp_path):
-    trainer = CAPOTrainer(tiny_model, parity_reward, CAPOConfig(**config_kwargs(tmp_path)), prompt_dataset())
+    trainer = tiny_trainer(CAPOTrainer, tiny_model, tmp_path)
     with pytest.raises(ValueError, match="no complete checkpoint in"):
         trainer.train(resume_from_checkpoint=True)
 
 
 def test_resuming_in_the_middle_of_a_generation_is_warned_of(tiny_model, tmp_path, capsys):
     options = dict(steps_per_generation=2, per_device_train_batch_size=4, save_strategy="steps", save_steps=2)
-
-    def make(max_steps):
-        config = CAPOConfig(**config_kwargs(tmp_path, max_steps=max_steps, **options))
-        return CAPOTrainer(tiny_model, parity_reward, config, prompt_dataset())
-
-    make(3).train()  # transformers saves after the last step, wherever that is
-    make(6).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    # transformers saves after the last step, wherever that is
+    tiny_trainer(CAPOTrainer, tiny_model, tmp_path, max_steps=3, **options).train()
+    resumed = tiny_trainer(CAPOTrainer, tiny_model, tmp_path, max_steps=6, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert "lies in the middle of a generation" in capsys.readouterr().out
 
 
 def test_an_epoch_may_end_within_a_generation(tiny_model, tmp_path, capsys):
     """Its last optimizer step takes fewer micro-batches, so where generations end is not a multiple of steps."""
-
-    def make():
-        layout = dict(per_device_train_batch_size=4, steps_per_generation=4, gradient_accumulation_steps=3)
-        options = dict(save_strategy="steps", save_steps=4, max_steps=9)
-        config = GroupAdvantageConfig(**config_kwargs(tmp_path, **layout, **options))
-        return GroupAdvantageTrainer(tiny_model, parity_reward, config, prompt_dataset(8))
-
-    make().train()
-    make().train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    options = dict(per_device_train_batch_size=4, steps_per_generation=4, gradient_accumulation_steps=3)
+    options |= dict(save_strategy="steps", save_steps=4, max_steps=9, dataset=prompt_dataset(8))
+    tiny_trainer(GroupAdvantageTrainer, tiny_model, tmp_path, **options).train()
+    resumed = tiny_trainer(GroupAdvantageTrainer, tiny_model, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert "lies in the middle of a generation" in capsys.readouterr().out
 
 
 def test_a_moving_reference_may_be_switched_on_at_a_restart(tiny_model, tmp_path, capsys):
     options = dict(save_strategy="steps", save_steps=1)
-    config = CAPOConfig(**config_kwargs(tmp_path, **options))
-    CAPOTrainer(tiny_model, parity_reward, config, prompt_dataset()).train()
-    config = CAPOConfig(**config_kwargs(tmp_path, max_steps=2, sync_ref_model=True, **options))
-    trainer = CAPOTrainer(tiny_model, parity_reward, config, prompt_dataset())
+    tiny_trainer(CAPOTrainer, tiny_model, tmp_path, **options).train()
+    trainer = tiny_trainer(CAPOTrainer, tiny_model, tmp_path, max_steps=2, sync_ref_model=True, **options)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert "has no moving reference" in capsys.readouterr().out

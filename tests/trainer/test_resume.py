@@ -11,10 +11,18 @@ from datasets import IterableDataset
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from tests.helpers import config_kwargs, parity_reward, prompt_dataset
-from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer, cli
+from tests.helpers import (
+    conversations,
+    logged,
+    parameters,
+    parity_reward,
+    prompt_dataset,
+    recipe_options,
+    tiny_trainer,
+)
+from trl_capo import CAPOTrainer, GroupAdvantageTrainer, cli
 from trl_capo.errors import UserError
-from trl_capo.methods.codapo import CoDaPOConfig, CoDaPOTrainer
+from trl_capo.methods.codapo import CoDaPOTrainer
 from trl_capo.trainer.checkpoints import RUN_FILE, current_run, find_checkpoint, last_complete_checkpoint
 from trl_capo.trainer.manifest import MANIFEST, STATE_FILE, read_checkpoint
 
@@ -37,16 +45,11 @@ FILES = [
 ]
 
 
-def make(model, folder, dataset=None, reward=parity_reward, **options):
-    config = GroupAdvantageConfig(**config_kwargs(folder, **{**SAVES, **options}))
-    evaluates = "eval_strategy" in options
-    return GroupAdvantageTrainer(
-        model, reward, config, dataset or prompt_dataset(), eval_dataset=prompt_dataset(8) if evaluates else None
-    )
-
-
-def weights(trainer) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+def make(model, folder, **options):
+    options = {**SAVES, **options}
+    if "eval_strategy" in options:
+        options["eval_dataset"] = prompt_dataset(8)
+    return tiny_trainer(GroupAdvantageTrainer, model, folder, **options)
 
 
 def equal(first: dict, second: dict) -> bool:
@@ -59,7 +62,7 @@ def finished(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     trainer = make(tiny_model, folder)
     trainer.train()
-    return folder, weights(trainer)
+    return folder, parameters(trainer)
 
 
 @pytest.fixture
@@ -139,7 +142,7 @@ def test_the_run_resumes_exactly_from_the_checkpoint_before(tiny_model, finished
     trainer = make(tiny_model, run)
     trainer.train(resume_from_checkpoint=True)
     assert "Skipped checkpoint-4: optimizer.pt is missing." in capsys.readouterr().out
-    assert equal(weights(trainer), finished[1])
+    assert equal(parameters(trainer), finished[1])
     assert last_complete_checkpoint(run) == str(run / "checkpoint-4"), "it was written anew"
 
 
@@ -193,7 +196,7 @@ def test_a_new_run_does_not_resume_from_the_old_one(tiny_model, run, tmp_path, c
     whole.train()
     resumed.train(resume_from_checkpoint=True)
     assert "Skipped checkpoint-4: it belongs to another run" in capsys.readouterr().out
-    assert equal(weights(resumed), weights(whole))
+    assert equal(parameters(resumed), parameters(whole))
     new = read_checkpoint(run / "checkpoint-4").run
     assert new == read_checkpoint(run / "checkpoint-2").run == current_run(run) and new.id != old.id
 
@@ -234,7 +237,7 @@ def test_checkpoints_of_an_earlier_version(tiny_model, finished, run, capsys, wa
     trainer = make(tiny_model, run)
     trainer.train(resume_from_checkpoint=True if way == "newest" else str(run / "checkpoint-2"))
     assert "written by an earlier version" in capsys.readouterr().out
-    assert equal(weights(trainer), finished[1])
+    assert equal(parameters(trainer), finished[1])
     assert last_complete_checkpoint(run) == str(run / "checkpoint-4")
     make(tiny_model, run, max_steps=2).train()  # a new run leaves the old one's checkpoints alone
     assert last_complete_checkpoint(run) == str(run / "checkpoint-2")
@@ -290,7 +293,7 @@ def test_options_of_the_new_command_are_used(tiny_model, tmp_path, capsys, befor
     group, args = trainer.optimizer.param_groups[0], trainer.args
     assert (group["weight_decay"], group["betas"]) == (args.weight_decay, (args.adam_beta1, args.adam_beta2))
     assert group["eps"] == args.adam_epsilon and trainer.optimizer.param_groups[1]["weight_decay"] == 0
-    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    rates = logged(trainer, "learning_rate")
     assert rates[2:4] == pytest.approx(expected.get("lr", [0.01, 0.01]))
     said = capsys.readouterr().out
     assert all(f"{option} " in said.partition("new values are used from here on: ")[2] for option in after)
@@ -309,10 +312,8 @@ def test_options_that_did_not_change_resume_bit_for_bit(tiny_model, tmp_path, sc
     whole.train()
     again = make(tiny_model, tmp_path / "again", **options)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert equal(weights(whole), weights(again))
-    for trainer in (whole, again):
-        trainer.rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
-    assert whole.rates == again.rates
+    assert equal(parameters(whole), parameters(again))
+    assert logged(whole, "learning_rate") == logged(again, "learning_rate")
 
 
 def test_intervals_of_the_new_command_are_used(tiny_model, run):
@@ -339,9 +340,10 @@ def test_a_stream_resumes_in_a_later_pass(tiny_model, tmp_path, killed_after):
             return parity_reward(completion_ids)
 
         stream = IterableDataset.from_generator(rows)
-        trainer = make(tiny_model, tmp_path / folder, stream, reward, max_steps=steps, save_steps=1)
+        options = dict(dataset=stream, reward=reward, max_steps=steps, save_steps=1)
+        trainer = make(tiny_model, tmp_path / folder, **options)
         trainer.train(resume_from_checkpoint=resume)
-        return seen, weights(trainer)
+        return seen, parameters(trainer)
 
     seen, expected = train("whole", 7)
     train("killed", killed_after)
@@ -351,8 +353,7 @@ def test_a_stream_resumes_in_a_later_pass(tiny_model, tmp_path, killed_after):
 
 
 def test_a_training_without_a_step_fails(tiny_model, tmp_path):
-    stream = IterableDataset.from_generator(lambda: iter([{"prompt": [{"role": "user", "content": "1+2="}]}]))
-    trainer = make(tiny_model, tmp_path, stream)
+    trainer = make(tiny_model, tmp_path, dataset=conversations(["1+2="]).to_iterable_dataset())
     with pytest.raises(UserError, match="no optimizer step was made"):
         trainer.train()
 
@@ -360,12 +361,12 @@ def test_a_training_without_a_step_fails(tiny_model, tmp_path):
 # Weights that are not finite -------------------------------------------------------------------------------------
 
 
-class Spoil(TrainerCallback):
-    def __init__(self, step: int, what: str):
-        self.step, self.what = step, what
+class SpoilWeights(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if self.what == "weights" and state.global_step + 1 == self.step:
+        if state.global_step + 1 == self.step:
             with torch.no_grad():
                 model.model.norm.weight[3] = math.inf
 
@@ -405,7 +406,7 @@ def test_a_skipped_step_of_float16_is_no_fault(tiny_model, tmp_path):
 def test_weights_that_are_not_finite_are_not_saved(tiny_model, tmp_path, step):
     """Spoilt in step 3 they are found before completions are sampled, in the last step before the checkpoint."""
     trainer = make(tiny_model, tmp_path)
-    trainer.add_callback(Spoil(step, "weights"))
+    trainer.add_callback(SpoilWeights(step))
     with pytest.raises(
         UserError, match=f"step {step}: model.norm.weight .*The last finite checkpoint is .*checkpoint-2"
     ):
@@ -418,7 +419,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_model, tmp_path, step):
 
 def test_weights_that_the_last_step_spoils_without_a_checkpoint(tiny_model, tmp_path):
     trainer = make(tiny_model, tmp_path, save_strategy="no", max_steps=1)
-    trainer.add_callback(Spoil(1, "weights"))
+    trainer.add_callback(SpoilWeights(1))
     with pytest.raises(UserError, match="step 1: model.norm.weight has values that are not finite"):
         trainer.train()
 
@@ -462,12 +463,10 @@ def test_only_the_main_process_looks_for_a_checkpoint(tiny_model, tmp_path, monk
 @pytest.fixture(scope="module")
 def readers(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("readers")
-    gap = CAPOConfig(
-        **config_kwargs(folder, tau_unit="gap", ref_ppl_quantiles=[0.25, 0.75], ref_ppl_quantile_samples=32)
-    )
+    estimates = dict(tau_unit="gap", ref_ppl_quantiles=[0.25, 0.75], ref_ppl_quantile_samples=32)
     return {
-        "capo": CAPOTrainer(tiny_model, parity_reward, gap, prompt_dataset()),
-        "codapo": CoDaPOTrainer(tiny_model, parity_reward, CoDaPOConfig(**config_kwargs(folder)), prompt_dataset()),
+        "capo": tiny_trainer(CAPOTrainer, tiny_model, folder, **estimates),
+        "codapo": tiny_trainer(CoDaPOTrainer, tiny_model, folder),
     }
 
 
@@ -510,9 +509,8 @@ def test_a_state_file_that_is_none(readers, tmp_path, text):
 
 
 def command(model, folder, **options):
-    options = config_kwargs(folder, **{**SAVES, **options})
-    options |= {"model_name_or_path": model, "dataset_name": "arithmetic", "method": "grpo"}
-    options |= {"reward_funcs": "tests.helpers.parity_reward"}
+    options = recipe_options(model, folder, method="grpo", **{**SAVES, **options})
+    options["reward_funcs"] = "tests.helpers.parity_reward"
     return ["train", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
 
 

@@ -54,7 +54,7 @@ class FiniteGRPOTrainer(PublishingGRPOTrainer):
         found = [name for name in (gather_object([bad]) if on_all_ranks else [bad]) if name]
         if found:
             raise UserError(
-                f"step {self.state.global_step}: {found[0]} holds values that are not finite, so nothing is saved. "
+                f"step {self.state.global_step}: {found[0]} has values that are not finite, so nothing is saved. "
                 f"{self._advice()}"
             )
 

@@ -13,11 +13,12 @@ rank keeps its slice. Groups may straddle ranks. Finally, the generation is cut 
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from torch import Tensor
 
 from trl_capo.calibration import metrics
@@ -26,6 +27,7 @@ from trl_capo.trainer.config import GroupAdvantageConfig
 from trl_capo.trainer.groups import RolloutGroups
 from trl_capo.trainer.idle import IdleWatch
 from trl_capo.trainer.metrics import CalibrationLogging
+from trl_capo.trainer.prompt_selection import PromptSelection
 from trl_capo.trainer.repack import Batch
 from trl_capo.trainer.scoring import GroupScoringTrainer
 
@@ -127,12 +129,13 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
             self.selection.chosen = broadcast_object_list(chosen)[0]
         numbers = [number for number in self.selection.chosen for _ in range(self.num_generations)]
         local = numbers[self._local_slice(len(inputs))]
-        rows = (self.train_dataset[self.selection.rows[number]] for number in local)
+        dataset = cast(Dataset, self.train_dataset)
+        rows = (dataset[self.selection.rows[number]] for number in local)
         return [{name: row[name] for name in inputs[0]} for row in rows]
 
-    def _learn_of_prompts(self, groups: RolloutGroups) -> None:
+    def _learn_of_prompts(self, selection: PromptSelection, groups: RolloutGroups) -> None:
         by_label = self.needs_correct(self.args)
-        self.selection.update(
+        selection.update(
             self._prompt_numbers,
             (groups.correct if by_label else groups.rewards).cpu().numpy(),
             taught=(groups.mixed if by_label else groups.varied).squeeze(1).cpu().numpy(),
@@ -143,7 +146,7 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
         if self.model.training:
             self.mask.update(groups)
             if self.selection is not None:
-                self._learn_of_prompts(groups)
+                self._learn_of_prompts(self.selection, groups)
         groups = replace(groups, kept=self.mask.kept(groups))
         advantages = self._compute_advantages(groups)
         if advantages is None:  # TRL's own

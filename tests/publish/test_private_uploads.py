@@ -173,8 +173,8 @@ def test_uploads_during_training_take_what_belongs_there(hub, tiny_model, tmp_pa
     assert files["model.safetensors"] == (run / "model.safetensors").read_bytes()
     saved = [path for path in run.rglob("*") if path.is_file()]
     assert any(path.name == "training_args.bin" for path in saved)
-    assert not [path for path in saved if token.encode() in path.read_bytes()]
-    assert trainer.args.hub_token == token
+    assert not [path for path in saved if TOKEN.encode() in path.read_bytes()]
+    assert trainer.args.hub_token == TOKEN
 
 
 def test_failure_in_the_background_is_said(hub, tiny_model, tmp_path, caplog):

@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import literal_advantages_of_groups, literal_mean_logp
+from tests.helpers import literal_advantages_of_groups, literal_mean_logp, prompt_dataset
 
 
 @pytest.fixture
@@ -64,3 +64,16 @@ def test_with_the_linear_surrogate_it_is_grpo_on_two_ranks(ranks):
     for rank in ranks:
         assert rank["linear_surrogate"]["change"] >= 1e-2
         assert rank["linear_surrogate"]["difference"] <= 1e-5
+
+
+def test_ranks_generate_for_the_same_choice_of_prompts(ranks):
+    first, second = (rank["chosen_prompts"] for rank in ranks)
+    assert first["state"] == second["state"] and first["state"]["generation"] == 3
+    prompts = [example["prompt"][0]["content"] for example in prompt_dataset()]
+    for generation, rows in enumerate(zip(first["asked"], second["asked"], strict=True)):
+        whole = rows[0] + rows[1]
+        groups = [whole[i : i + 4] for i in range(0, 16, 4)]
+        assert all(len(set(group)) == 1 for group in groups)
+        learned = [group for group in first["state"]["groups"] if group[1] == generation]
+        assert [prompts[group[0]] for group in learned] == [group[0] for group in groups]
+    assert first["state"]["chosen"] != [0, 1, 2, 3]

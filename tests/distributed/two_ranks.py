@@ -101,8 +101,25 @@ def linear_surrogate(model: str, folder: str) -> dict:
     }
 
 
+def chosen_prompts(model: str, folder: str) -> dict:
+    """The prompts that this rank generated for, and what its selection knows afterwards; groups straddle the ranks."""
+    asked = []
+
+    def reward(prompts, completion_ids, **kwargs):
+        asked.append([prompt[0]["content"] for prompt in prompts])
+        return parity_reward(completion_ids)
+
+    options = dict(per_device_train_batch_size=4, num_generations=4, gradient_accumulation_steps=2, max_steps=3)
+    options |= dict(prompt_selection="informative", prompt_candidates=4)
+    trainer = tiny_trainer(CAPOTrainer, model, folder, reward, **options)
+    if RANK == 1:  # as another processor would
+        trainer.selection.choose = lambda num_generations: [0, 1, 2, 3]
+    trainer.train()
+    return {"asked": asked, "state": trainer.selection.state()}
+
+
 def run_all(model: str, folder: str) -> dict:
     return {
         scenario.__name__: scenario(model, f"{folder}/{scenario.__name__}")
-        for scenario in (straddling_groups, uneven_reference_rows, linear_surrogate)
+        for scenario in (straddling_groups, uneven_reference_rows, linear_surrogate, chosen_prompts)
     }

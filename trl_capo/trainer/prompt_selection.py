@@ -68,6 +68,11 @@ def selection_of(
     """
     if args.prompt_selection == "uniform" or train_dataset is None:
         return None
+    if "prompt" not in (train_dataset.column_names or ["prompt"]):
+        raise UserError(
+            "prompt_selection='informative' needs a column 'prompt' in train_dataset: add it, or use "
+            "prompt_selection='uniform'."
+        )
     if isinstance(train_dataset, IterableDataset):
         raise UserError(
             "prompt_selection='informative' chooses among the rows of a dataset and cannot look ahead in a stream: "
@@ -100,7 +105,7 @@ class PromptSelection:
 
     def __init__(
         self,
-        prompts: Iterable[Any],
+        prompts: Sequence[Any],
         encode: Callable[[str], list[int]],
         *,
         num_prompts: int,
@@ -110,19 +115,15 @@ class PromptSelection:
     ):
         self.num_prompts, self.num_candidates, self.seed = num_prompts, candidates * num_prompts, seed
         self.num_explored = math.ceil(exploration * num_prompts)
-        self._encode = encode
+        self._prompts, self._encode = prompts, encode
         self._number: dict[bytes, int] = {}  # of a prompt among the distinct ones
         self.rows: list[int] = []  # where each distinct prompt first stands in the dataset
-        self._texts: list[str] = []
-        num_rows = 0
         for row, prompt in enumerate(prompts):
-            num_rows += 1
             if self._number.setdefault(_key(prompt), len(self.rows)) == len(self.rows):
                 self.rows.append(row)
-                self._texts.append(text_of(prompt))
-        self.num_repeated = num_rows - len(self.rows)
         if len(self.rows) < self.num_candidates:
-            repeated = f" ({num_rows} rows, of which {self.num_repeated} repeat a prompt)" if self.num_repeated else ""
+            repeats = len(prompts) - len(self.rows)
+            repeated = f" ({len(prompts)} rows, of which {repeats} repeat a prompt)" if repeats else ""
             raise UserError(
                 f"prompt_selection='informative' draws {self.num_candidates} candidates a generation "
                 f"(prompt_candidates={candidates} times {num_prompts} prompts), but train_dataset has "
@@ -235,11 +236,12 @@ class PromptSelection:
         sizes = np.array([len(row) for row in rows], dtype=np.int64)
         starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
         values = np.repeat(1 / np.sqrt(sizes), sizes)
-        return torch.tensor(np.concatenate(rows)), torch.tensor(starts), torch.tensor(values, dtype=torch.float32)
+        features = torch.tensor(np.concatenate(rows).astype(np.int64))
+        return features, torch.tensor(starts), torch.tensor(values, dtype=torch.float32)
 
     def _features_of(self, prompt: int) -> np.ndarray:
         if prompt not in self._features:
-            self._features[prompt] = ngram_features(self._encode(self._texts[prompt]))
+            self._features[prompt] = ngram_features(self._encode(text_of(self._prompts[self.rows[prompt]])))
         return self._features[prompt]
 
 
@@ -292,7 +294,7 @@ def count_successes(rewards: np.ndarray, taught: np.ndarray, low: float, high: f
 
 
 def ngram_features(ids: list[int]) -> np.ndarray:
-    """Hashed features of a text: its distinct n-grams of one to three tokens and its length, sorted, int64."""
+    """Hashed features of a text: its distinct n-grams of one to three tokens and its length, sorted, uint16."""
     tokens = np.asarray(ids, dtype=np.uint64)
     hashed = [np.array([(2**20 + int(math.log2(len(ids) + 1) * 2))], dtype=np.uint64)]
     with np.errstate(over="ignore"):
@@ -300,7 +302,7 @@ def ngram_features(ids: list[int]) -> np.ndarray:
         for n in range(3):
             hashed.append((ngrams + np.uint64(n)) * np.uint64(0x9E3779B97F4A7C15))
             ngrams = ngrams[:-1] * np.uint64(0x100000001B3) + tokens[n + 1 :]
-    return np.unique(np.concatenate(hashed) >> np.uint64(64 - 14)).astype(np.int64)
+    return np.unique(np.concatenate(hashed) >> np.uint64(64 - 14)).astype(np.uint16)
 
 
 def fit_logistic(

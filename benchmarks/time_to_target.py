@@ -14,6 +14,9 @@ All variants share base, prompts, reward, options and seeds; only the trainer di
     capo_uniform   CAPO as in the demo, with compact generation
     capo_all       the same, with chosen prompts
 
+CAPO gains accuracy more slowly than GRPO, so its runs are half as long again. Final numbers are those after equal
+steps.
+
 The target is the validation accuracy of TRL's GRPO at the end of its run, mean over seeds. Evaluations are noisy, so
 every accuracy here is the mean of an evaluation and the two before it, placed at the last of the three. A variant
 reaches the target where its mean curve over the seeds first does, on the line between two evaluations; TRL's GRPO is
@@ -59,6 +62,7 @@ VARIANTS = {
     "capo_all": ("capo", demo.OWN["capo"] | COMPACT | CHOSEN),
 }
 STOCK = "grpo_stock"
+LONGER = {"capo_uniform": 1.5, "capo_all": 1.5}  # times the steps of the others, for CAPO gains accuracy more slowly
 UNIFORM = {"grpo_all": "grpo_compact", "capo_all": "capo_uniform"}  # what differs only in the choice of prompts
 PARTS = ("generation", "rewards", "passes", "loss", "optimizer", "rest")
 CURVE = ("validation", 300, 8)  # split, prompts, samples of each
@@ -73,7 +77,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="training seeds")
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps")
+    parser.add_argument(
+        "--steps", type=int, default=120, help="optimizer steps, after which the final numbers are taken"
+    )
     parser.add_argument("--every", type=int, default=10, help="steps between evaluations")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="on cpu one thread; float32 on both")
     parser.add_argument("--minutes", type=float, default=180, help="start no run that would end later")
@@ -96,38 +102,42 @@ def main(argv: list[str] | None = None) -> None:
         first = number % len(args.variants)
         jobs += [(variant, seed) for variant in args.variants[first:] + args.variants[:first]]
     wanted = [(folder / f"{variant}-{seed}.json", variant, options_of(args, variant, seed)) for variant, seed in jobs]
+    schedule = {"steps": args.steps, "every": args.every}
     for path, variant, options in tqdm(wanted, desc="Time to target", unit="run"):
-        if is_done(path, options, args.every):
+        if is_done(path, options, schedule):
             continue
         longest = max([json.loads(p.read_text())["run_seconds"] for p in folder.glob("*.json")], default=LONGEST_RUN)
         if time.time() + longest > deadline:
             break
         # A process each: no run profits from what another has imported, compiled or cached.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            pool.submit(run, path, variant, options, args.every).result()
+            pool.submit(run, path, variant, options, schedule).result()
     print(f"{sum(path.exists() for path, *_ in wanted)} of {len(wanted)} runs are done, in {folder}.")
 
 
 def options_of(args: argparse.Namespace, variant: str, seed: int) -> dict:
     """Options of a run: the demo's and the variant's own."""
-    run_options = dict(
-        max_steps=args.steps, seed=seed, use_cpu=args.device == "cpu", save_strategy="no", disable_tqdm=True
-    )
+    steps = round(args.steps * LONGER.get(variant, 1))
+    run_options = dict(max_steps=steps, seed=seed, use_cpu=args.device == "cpu", save_strategy="no", disable_tqdm=True)
     return demo.SHARED | VARIANTS[variant][1] | run_options
 
 
-def is_done(path: Path, options: dict, every: int) -> bool:
+def is_done(path: Path, options: dict, schedule: dict[str, int]) -> bool:
     """Whether the run exists; one with other options would be mistaken for it, so that is an error."""
     if not path.exists():
         return False
     found = json.loads(path.read_text())
-    if (found["options"], found["every"]) != (options, every):
+    if (found["options"], found["schedule"]) != (options, schedule):
         raise SystemExit(f"{path} was made with other options: delete it to run it again, or choose another --output.")
     return True
 
 
-def run(path: Path, variant: str, options: dict, every: int) -> None:
-    """Train one variant with one seed, evaluate it on the way and at the end, save."""
+def run(path: Path, variant: str, options: dict, schedule: dict[str, int]) -> None:
+    """Train one variant with one seed, evaluate it on the way, save.
+
+    Args:
+        schedule: `every`, the steps between evaluations, and `steps`, after which the test splits are answered.
+    """
     import torch
     from quiet import be_quiet
     from step_cost import cpu_name
@@ -142,24 +152,24 @@ def run(path: Path, variant: str, options: dict, every: int) -> None:
         hardware, clock = f"{cpu_name()}, one thread of {os.cpu_count()}", Clock()
     else:
         hardware, clock = torch.cuda.get_device_name(), Clock(torch.cuda.synchronize)
-    counts, curve = Counter(), []
+    counts, curve, final = Counter(), [], {}
     trainer_class, config_class = trainer_and_config(VARIANTS[variant][0])
     with tempfile.TemporaryDirectory() as output_dir:
         trainer = trainer_class(
             str(BASE_MODEL), box_reward, config_class(output_dir, **options), arithmetic_dataset("train")
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(watcher(clock, counts, curve, every))
+        trainer.add_callback(watcher(clock, counts, curve, final, schedule))
         watch(trainer, clock, counts)
         trainer.train()
     summary = {
         "variant": variant,
         "seed": options["seed"],
         "options": options,
-        "every": every,
+        "schedule": schedule,
         "curve": curve,
         "parts": {part: clock.seconds[part] for part in PARTS},
-        "final": {split: evaluate(trainer.model, trainer.processing_class, split, *n) for split, *n in FINAL},
+        "final": final,
         "run_seconds": round(time.time() - started),
         "date": date.today().isoformat(),
         "hardware": hardware,
@@ -254,7 +264,7 @@ def watch(trainer, clock: Clock, counts: Counter) -> None:
     trainer._prepare_inputs = clock.timed("rest", trainer._prepare_inputs)  # within the training step
 
 
-def watcher(clock: Clock, counts: Counter, curve: list[dict], every: int):
+def watcher(clock: Clock, counts: Counter, curve: list[dict], final: dict, schedule: dict[str, int]):
     """The callback that starts the clock, times the optimizer, and evaluates with the clock stopped."""
     from transformers import TrainerCallback
 
@@ -263,6 +273,8 @@ def watcher(clock: Clock, counts: Counter, curve: list[dict], every: int):
         point |= {name: counts[name] for name in ("tokens", "completions", "with_advantage")}
         clock.enter("stopped")
         curve.append(point | evaluate(model, tokenizer, *CURVE))
+        if state.global_step == schedule["steps"]:
+            final.update({split: evaluate(model, tokenizer, split, *numbers) for split, *numbers in FINAL})
         clock.leave()
 
     class Watcher(TrainerCallback):
@@ -274,7 +286,7 @@ def watcher(clock: Clock, counts: Counter, curve: list[dict], every: int):
             clock.leave()
 
         def on_step_end(self, args, state, control, model, processing_class, **kwargs):
-            if state.global_step % every == 0 or state.global_step == state.max_steps:
+            if state.global_step % schedule["every"] == 0 or state.global_step in (state.max_steps, schedule["steps"]):
                 record(state, model, processing_class)
 
         def on_pre_optimizer_step(self, args, state, control, **kwargs):

@@ -86,7 +86,8 @@ def row_of(variant: str, runs: dict[str, dict[int, dict]]) -> dict:
     by_seed, stock = runs[variant], runs[STOCK]
     seeds = [seed for seed in by_seed if seed in stock]
     row: dict = {"seeds": seeds, **until_target(curves_of(by_seed, seeds), curves_of(stock, seeds))}
-    lasts = [run["curve"][-1] for run in by_seed.values()]
+    last_step = next(iter(stock.values()))["schedule"]["steps"]
+    lasts = [point for run in by_seed.values() for point in run["curve"] if point["step"] == last_step]
     row["with_advantage"] = over_seeds([last["with_advantage"] / last["completions"] for last in lasts])
     steps = next(iter(by_seed.values()))["options"]["max_steps"]
     row["parts"] = {part: np.mean([run["parts"][part] for run in by_seed.values()]) / steps for part in PARTS}
@@ -95,7 +96,7 @@ def row_of(variant: str, runs: dict[str, dict[int, dict]]) -> dict:
 
     # Comparisons, each within a seed.
     pairs = [(by_seed[seed], stock[seed]) for seed in seeds if variant != STOCK]
-    ratios = [sum(run["parts"].values()) / sum(other["parts"].values()) for run, other in pairs]
+    ratios = [seconds_a_step(run) / seconds_a_step(other) for run, other in pairs]
     row["step_over_stock"] = over_seeds(ratios, log=True)
     uniform = runs.get(UNIFORM.get(variant, ""), {})
     even = [(run, uniform[seed]) for seed, run in by_seed.items() if seed in uniform]
@@ -134,8 +135,12 @@ def until_target(
     return found
 
 
+def seconds_a_step(run: dict) -> float:
+    return sum(run["parts"].values()) / run["options"]["max_steps"]
+
+
 def final(run: dict, name: str) -> float:
-    """Of the last evaluation, the mean over its splits."""
+    """After as many steps as TRL's GRPO makes, the mean over the test splits."""
     return float(np.mean([split[name] for split in run["final"].values()]))
 
 
@@ -189,7 +194,7 @@ def to_markdown(rows: dict[str, dict], source: dict) -> str:
         cells[variant] += [show(row["auc_within"]), show(row["auc_within_minus_stock"], "+.3f")]
     columns = ["seeds", "steps", "seconds", "over stock", "tokens", "over stock"]
     lines += table([*columns, "AUC within there", "minus stock"], cells)
-    lines += ["", "## After all steps, on the test splits", ""]
+    lines += ["", "## After equal steps, on the test splits", ""]
     cells = {}
     for variant, row in rows.items():
         cells[variant] = [show(row["with_advantage"])]

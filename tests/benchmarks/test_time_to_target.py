@@ -28,6 +28,7 @@ def summary(accuracies, seconds_a_step):
         "curve": curve(accuracies, seconds_a_step),
         "parts": {part: steps * seconds_a_step / len(report.PARTS) for part in report.PARTS},
         "options": {"max_steps": steps},
+        "schedule": {"steps": steps, "every": 10},
         "final": {"test_2": {"accuracy": accuracies[-1], "auc_within": 0.7}},
     }
 
@@ -82,11 +83,11 @@ def test_runs_of_two_trainers_are_timed_and_counted_alike(tmp_path, monkeypatch)
     found = {}
     for variant in ("grpo_stock", "grpo_fast"):
         path, options = tmp_path / f"{variant}-0.json", study.options_of(args, variant, 0) | small
-        study.run(path, variant, options, every=1)
-        assert study.is_done(path, options, every=1)
+        study.run(path, variant, options, {"steps": 2, "every": 1})
+        assert study.is_done(path, options, {"steps": 2, "every": 1})
         found[variant] = json.loads(path.read_text())
     with pytest.raises(SystemExit, match="other options"):
-        study.is_done(path, options, every=2)
+        study.is_done(path, options, {"steps": 2, "every": 2})
     stock, fast = found.values()
     for run in found.values():
         first, *_, last = run["curve"]

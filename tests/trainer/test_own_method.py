@@ -129,9 +129,9 @@ def test_rows_without_advantage_matter_in_a_loss_of_its_own(tiny_model, tmp_path
 @pytest.mark.parametrize(
     ("trainer_class", "line"),
     [
-        (RegularisedGRPO, "batches stay as TRL makes them, because Regularised has a loss of its own"),
-        (RegularisedInPublic, "batches stay as TRL makes them, because RegularisedInPublic has a loss of its own"),
-        (RegularisedObserver, "batches stay as TRL makes them, because Regularised has a loss of its own"),
+        (RegularisedGRPO, "batches are left as TRL makes them, because Regularised has a loss of its own"),
+        (RegularisedInPublic, "batches are left as TRL makes them, because RegularisedInPublic has a loss of its own"),
+        (RegularisedObserver, "batches are left as TRL makes them, because Regularised has a loss of its own"),
         (Observing, None),
         (GRPO, None),
     ],

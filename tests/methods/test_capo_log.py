@@ -19,7 +19,7 @@ def test_logged_advantages_are_those_of_the_loss(tiny_model, tmp_path):
 
 
 def test_every_logged_metric_is_documented_and_the_other_way_round(tiny_model, tmp_path, repository):
-    trainer = make_trainer(tiny_model, tmp_path)
+    trainer = make_trainer(tiny_model, tmp_path, prompt_selection="informative")
     trainer.train()
     written = {name for entry in trainer.state.log_history for name in entry if name.startswith("capo/")}
     rows = [

@@ -31,7 +31,7 @@ def test_capo_without_a_mixed_group(tiny_model, tmp_path, capsys, monkeypatch, r
 
 @pytest.mark.parametrize(
     ("num_rewards", "told"),
-    [(1, "all wrong for 100% of the prompts. Choose easier prompts"), (2, "was 0. Look at the means and deviations")],
+    [(1, "all wrong for 100% of the prompts. Choose easier prompts"), (2, "was 0. Check the means and deviations")],
 )
 def test_trls_own_advantages_with_and_without_a_label(tiny_model, tmp_path, capsys, monkeypatch, num_rewards, told):
     monkeypatch.setattr("trl_capo.trainer.group_advantage.IdleWatch", lambda: IdleWatch(patience=3))

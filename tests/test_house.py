@@ -1,6 +1,7 @@
 """The house as CONTRIBUTING describes it: one room a job, arrows that run downward, TRL's insides in one room."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,22 @@ def test_arrows_run_downward(name):
     room = name.split(".")[0]
     upward = [other for other in GRAPH[name] if FLOOR[other.split(".")[0]] > FLOOR[room]]
     assert not upward, f"{name} imports from above: {upward}"
+
+
+def test_contributing_draws_every_room_in_this_order_and_every_layer(repository):
+    from trl import GRPOTrainer
+
+    from trl_capo import GroupAdvantageTrainer
+
+    text = (repository / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## The house")[2]
+    rooms, ground, layers = text.split("```")[1:6:2]
+    drawn = [[re.match(r"\w+", line)[0] for line in block.strip().splitlines()] for block in (rooms, ground)]
+    assert sorted(drawn[0] + drawn[1]) == sorted(FLOOR.keys() - {"__init__"})
+    floors = [FLOOR[room] for room in drawn[0]]
+    assert floors == sorted(floors, reverse=True) and {FLOOR[room] for room in drawn[1]} == {0}
+    mro = GroupAdvantageTrainer.__mro__
+    stack = [kind.__name__ for kind in mro[: mro.index(GRPOTrainer)]]
+    assert [line.split()[0] for line in layers.strip().splitlines()] == [*stack, "trl.GRPOTrainer"]
 
 
 def test_no_module_imports_itself_by_a_detour():

@@ -72,8 +72,8 @@ def test_ranks_generate_for_the_same_choice_of_prompts(ranks):
     prompts = [example["prompt"][0]["content"] for example in prompt_dataset()]
     for generation, rows in enumerate(zip(first["asked"], second["asked"], strict=True)):
         whole = rows[0] + rows[1]
-        groups = [whole[i : i + 4] for i in range(0, 16, 4)]
+        groups = [whole[i : i + 8] for i in range(0, 24, 8)]
         assert all(len(set(group)) == 1 for group in groups)
-        learned = [group for group in first["state"]["groups"] if group[1] == generation]
-        assert [prompts[group[0]] for group in learned] == [group[0] for group in groups]
-    assert first["state"]["chosen"] != [0, 1, 2, 3]
+        learned = [number for number, when, *_ in zip(*first["state"]["groups"], strict=True) if when == generation]
+        assert [prompts[number] for number in learned] == [group[0] for group in groups]
+    assert [row for row, _ in first["state"]["chosen"]] != [0, 1, 2]

@@ -102,18 +102,18 @@ def linear_surrogate(model: str, folder: str) -> dict:
 
 
 def chosen_prompts(model: str, folder: str) -> dict:
-    """The prompts that this rank generated for, and what its selection knows afterwards; groups straddle the ranks."""
+    """What this rank generated for, and what its selection knows then. The middle one of three groups straddles."""
     asked = []
 
     def reward(prompts, completion_ids, **kwargs):
         asked.append([prompt[0]["content"] for prompt in prompts])
         return parity_reward(completion_ids)
 
-    options = dict(per_device_train_batch_size=4, num_generations=4, gradient_accumulation_steps=2, max_steps=3)
+    options = dict(per_device_train_batch_size=4, num_generations=8, gradient_accumulation_steps=3, max_steps=3)
     options |= dict(prompt_selection="informative", prompt_candidates=4)
     trainer = tiny_trainer(CAPOTrainer, model, folder, reward, **options)
     if RANK == 1:  # as another processor would
-        trainer.selection.choose = lambda num_generations: [0, 1, 2, 3]
+        trainer.selection.choose = lambda num_generations: [(0, False), (1, False), (2, False)]
     trainer.train()
     return {"asked": asked, "state": trainer.selection.state()}
 

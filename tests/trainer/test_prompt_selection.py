@@ -9,7 +9,15 @@ from datasets import Dataset
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
 
-from tests.helpers import config_kwargs, conversations, largest_change, parameters, prompt_dataset, tiny_trainer
+from tests.helpers import (
+    config_kwargs,
+    conversations,
+    largest_change,
+    length_reward,
+    parameters,
+    prompt_dataset,
+    tiny_trainer,
+)
 from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig
 from trl_capo.errors import UserError
 from trl_capo.methods.codapo import CoDaPOTrainer
@@ -86,23 +94,45 @@ def test_features_are_those_of_the_text():
     assert all(0 <= feature < prompt_selection.NUM_FEATURES for features in many for feature in features)
 
 
+def test_a_long_text_counts_by_its_end():
+    long = encode("x" * 5000 + "what is 12*3?")
+    assert ngram_features(long).tolist() == ngram_features(long[-prompt_selection.MAX_TOKENS :]).tolist()
+
+
 # Choices -------------------------------------------------------------------------------------------------------------
+
+
+def next_prompts(chooser: PromptSelection, num_generations: int = 8) -> list[int]:
+    """The numbers of the next prompts, chosen as the trainer does it."""
+    chooser.chosen, chooser.uses = chooser.choose(num_generations), 1
+    return [chooser.number_of(chooser._prompts[row]) for row, _ in chooser.chosen]
 
 
 def test_prompts_are_distinct_and_the_seed_and_the_generation_decide():
     texts = [f"prompt {i}" for i in range(100)]
     first, again, other = selection(texts), selection(texts), selection(texts, seed=1)
-    chosen = first.choose(4)
-    assert len(set(chosen)) == 8 and chosen == again.choose(4) and chosen != other.choose(4)
+    chosen = next_prompts(first)
+    assert len(set(chosen)) == 8 and chosen == next_prompts(again) and chosen != next_prompts(other)
     first.update(chosen, np.zeros((8, 4)), np.zeros(8, bool))
-    assert first.choose(4) != chosen
+    assert next_prompts(first) != chosen
+
+
+def test_rows_with_one_prompt_take_turns_and_share_what_is_known():
+    chooser = selection([f"{i % 40}" for i in range(120)])
+    drawn = set()
+    for _ in range(60):
+        chosen = next_prompts(chooser)
+        assert len(set(chosen)) == 8 and all(row % 40 == i for (row, _), i in zip(chooser.chosen, chosen, strict=True))
+        drawn |= {row // 40 for row, _ in chooser.chosen}
+        chooser.update(chosen, np.eye(8), np.ones(8, bool))
+    assert drawn == {0, 1, 2}
 
 
 def play(chooser: PromptSelection, pass_rates: np.ndarray, generations: int, seed: int = 0) -> np.ndarray:
     """Generations with answers drawn by pass rates; the shares of mixed groups."""
     rng, shares = np.random.default_rng(seed), []
     for _ in range(generations):
-        chosen = chooser.choose(8)
+        chosen = next_prompts(chooser)
         rewards = (rng.random((len(chosen), 8)) < pass_rates[chosen][:, None]).astype(float)
         taught = rewards.min(axis=1) < rewards.max(axis=1)
         shares.append(taught.mean())
@@ -111,7 +141,7 @@ def play(chooser: PromptSelection, pass_rates: np.ndarray, generations: int, see
 
 
 def test_what_a_text_says_holds_for_prompts_that_were_never_asked():
-    """Each prompt is asked once at most, so all that is known comes from other prompts."""
+    """Hardly a prompt is asked twice, so all that is known comes from other prompts."""
     kinds = np.arange(4000) % 10  # one in ten is neither too easy nor too hard
     texts = [f"{'abcdefghij'[kind]} {i}" for i, kind in enumerate(kinds)]
     pass_rates = np.where(kinds == 3, 0.5, np.where(kinds < 3, 0.0, 1.0))
@@ -119,6 +149,8 @@ def test_what_a_text_says_holds_for_prompts_that_were_never_asked():
     shares = play(chooser, pass_rates, generations=15)
     # Two of sixteen prompts are drawn uniformly, and almost none of them is mixed.
     assert shares[0] < 0.4 and shares[5:].mean() > 0.75
+    asked = [group.prompt for group in chooser.groups]
+    assert len(set(asked)) > 0.9 * len(asked)
 
 
 def test_what_a_prompts_own_groups_say_counts_without_any_text():
@@ -135,7 +167,7 @@ def test_a_share_of_each_generation_stays_uniform():
     chooser = selection([f"{'even' if i < 32 else 'odd'} {i}" for i in range(64)], exploration=0.25)
     asked = []
     for _ in range(40):
-        chosen = chooser.chosen = chooser.choose(8)
+        chosen = next_prompts(chooser)
         uniform = chooser.drawn_uniformly(chosen)
         assert sum(uniform) == 2
         asked += [prompt for prompt, is_uniform in zip(chosen, uniform, strict=True) if is_uniform]
@@ -162,7 +194,7 @@ def test_state_goes_through_json_and_choices_stay_the_same():
     one, other = selection(texts), selection(texts)
     play(one, pass_rates, generations=6)
     other.load_state(json.loads(json.dumps(one.state())))
-    assert one.choose(8) == other.choose(8)
+    assert next_prompts(one) == next_prompts(other)
     assert play(one, pass_rates, 3, seed=1).tolist() == play(other, pass_rates, 3, seed=1).tolist()
 
 
@@ -174,14 +206,35 @@ def test_too_few_prompts_and_duplicates():
         selection([f"{i}" for i in range(31)])
     with pytest.raises(UserError, match=r"has 10 distinct prompts \(100 rows, of which 90 repeat a prompt\): lower"):
         selection([f"{i % 10}" for i in range(100)])
-    chooser = selection([f"{i % 40}" for i in range(100)])  # enough: each is drawn as its first row
-    assert chooser.rows == list(range(40))
+
+
+def test_no_place_that_is_not_uniform():
+    with pytest.raises(UserError, match=r"leaves no prompt to choose: 1 a generation, 1 of them drawn uniformly"):
+        selection([f"{i}" for i in range(40)], num_prompts=1)
+    with pytest.raises(UserError, match=r"8 of them drawn uniformly \(prompt_exploration=1.0\). Raise"):
+        selection([f"{i}" for i in range(40)], exploration=1.0)
+    assert selection([f"{i}" for i in range(400)], num_prompts=100, exploration=0.07).num_explored == 7
+
+
+def test_prompts_that_are_not_text():
+    with pytest.raises(UserError, match="holds something else .*object.* keep images in a column of their own"):
+        selection([[{"role": "user", "content": [{"type": "image", "image": object()}]}]] * 40)
 
 
 def test_another_dataset():
     state = selection([f"{i}" for i in range(40)]).state()
-    with pytest.raises(UserError, match="written with another train_dataset"):
+    with pytest.raises(UserError, match="has chosen among other prompts than those of train_dataset"):
         selection([f"{i}" for i in range(41)]).load_state(state)
+
+
+def test_groups_that_are_remembered_are_limited(monkeypatch):
+    monkeypatch.setattr(prompt_selection, "MAX_GROUPS", 20)
+    chooser = selection([f"{i}" for i in range(40)])
+    play(chooser, np.full(40, 0.5), generations=4)
+    assert len(chooser.groups) == 20 and chooser.groups[-1].generation == 3
+    monkeypatch.setattr(prompt_selection, "WINDOW", 2)
+    play(chooser, np.full(40, 0.5), generations=1)
+    assert {group.generation for group in chooser.groups} == {3, 4}
 
 
 @pytest.mark.parametrize(
@@ -204,6 +257,8 @@ def test_a_stream_and_a_small_dataset_are_refused(tiny_model, tmp_path):
         tiny_trainer(CAPOTrainer, tiny_model, tmp_path, dataset=stream, **INFORMATIVE)
     with pytest.raises(UserError, match="train_dataset has 7 distinct prompts: lower prompt_candidates"):
         tiny_trainer(CAPOTrainer, tiny_model, tmp_path, dataset=prompt_dataset(7), **INFORMATIVE)
+    with pytest.raises(UserError, match="does not keep the order that shuffle_dataset=False asks for"):
+        tiny_trainer(CAPOTrainer, tiny_model, tmp_path, shuffle_dataset=False, **INFORMATIVE)
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -264,6 +319,35 @@ def test_groups_reach_the_selection(tiny_model, tmp_path):
     assert all(group.successes == 4 for group in groups if group.prompt % 2)
 
 
+def test_a_reward_without_weight_teaches_nothing(tiny_model, tmp_path):
+    """It is only logged; groups in which it alone differs have no advantages."""
+
+    def always_right(completion_ids, **kwargs):
+        return [1.0 for _ in completion_ids]
+
+    rewards = [always_right, length_reward]
+    options = dict(reward_weights=[1.0, 0.0], **INFORMATIVE)
+    trainer = tiny_trainer(GRPO, tiny_model, tmp_path, rewards, numbered(), **options)
+    trainer.train()
+    assert [(group.successes, group.trials) for group in trainer.selection.groups] == [(4, 4)] * 2
+
+
+def test_training_generates_for_mixed_prompts(tiny_model, tmp_path):
+    """Prompts that begin with a 1 are always right: three of four."""
+    texts = [f"{1 if i % 4 else 2}{i % 10}{i // 10 % 10}{i // 100}" for i in range(400)]
+
+    def reward(prompts, completion_ids, **kwargs):
+        easy = [prompt[0]["content"].startswith("1") for prompt in prompts]
+        return [float(e or sum(ids) % 2 == 0) for e, ids in zip(easy, completion_ids, strict=True)]
+
+    options = dict(per_device_train_batch_size=64, num_generations=8, max_steps=10, learning_rate=0.0)
+    options |= dict(prompt_selection="informative", prompt_candidates=8)
+    trainer = tiny_trainer(GRPO, tiny_model, tmp_path, reward, conversations(texts), **options)
+    trainer.train()
+    mixed = [entry["capo/frac_mixed"] for entry in trainer.state.log_history if "capo/frac_mixed" in entry]
+    assert np.mean(mixed[5:]) > 0.7  # uniform prompts give a quarter; one place of eight stays uniform
+
+
 def test_uniform_is_the_default(tiny_model, tmp_path):
     assert tiny_trainer(CAPOTrainer, tiny_model, tmp_path).selection is None
     assert GroupAdvantageConfig(**config_kwargs(tmp_path)).prompt_selection == "uniform"
@@ -284,14 +368,30 @@ def test_a_resumed_run_chooses_as_the_uninterrupted_one(tiny_model, tmp_path):
     assert largest_change(parameters(whole), parameters(second)) <= 1e-5
 
     other = tiny_trainer(CAPOTrainer, tiny_model, tmp_path / "whole", Asked(), numbered(65), **options)
-    with pytest.raises(UserError, match="written with another train_dataset"):
+    with pytest.raises(UserError, match=r"prompts than those of train_dataset. Resume from another checkpoint.$"):
         other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
 
 
+def test_a_checkpoint_of_uniform_prompts_says_what_is_missing(tiny_model, tmp_path, capsys):
+    options = dict(save_strategy="steps", save_steps=1)
+    tiny_trainer(CAPOTrainer, tiny_model, tmp_path, dataset=numbered(), max_steps=1, **options).train()
+    again = tiny_trainer(CAPOTrainer, tiny_model, tmp_path, dataset=numbered(), max_steps=2, **options, **INFORMATIVE)
+    again.train(resume_from_checkpoint=True)
+    printed = capsys.readouterr().out
+    assert "prompt_selection='uniform': nothing is known of the prompts yet" in printed
+    assert again.selection.generation == 1
+
+
 def test_a_second_generation_of_one_batch_is_the_methods(tiny_model, tmp_path):
+    options = dict(per_device_train_batch_size=16, max_steps=4, save_strategy="steps", save_steps=1, **INFORMATIVE)
     reward = Asked()
-    trainer = tiny_trainer(CoDaPOTrainer, tiny_model, tmp_path, reward, numbered(), max_steps=4, **INFORMATIVE)
+    trainer = tiny_trainer(CoDaPOTrainer, tiny_model, tmp_path, reward, numbered(), **options)
     trainer.train()
-    generations = [{text for text, _ in reward.rows[i : i + 8]} for i in range(0, 32, 8)]
-    assert generations[1] <= generations[0] and generations[3] <= generations[2]
-    assert trainer.selection.generation == 4 and len(trainer.selection.groups) == 8
+    asked = [[text for text, _ in reward.rows[i : i + 16]] for i in range(0, 64, 16)]
+    assert set(asked[1]) <= set(asked[0]) and set(asked[3]) <= set(asked[2])
+    assert trainer.selection.generation == 4 and trainer.selection.uses == 2
+    # Between the two generations the batch is that of the first one, also after a restart.
+    reward = Asked()
+    again = tiny_trainer(CoDaPOTrainer, tiny_model, tmp_path, reward, numbered(), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [text for text, _ in reward.rows] == sum(asked[1:], [])

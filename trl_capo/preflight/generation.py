@@ -57,7 +57,12 @@ def check_sampling(config: GenerationConfig) -> None:
             f"{mode.value.replace('_', ' ')}. {INSTEAD}"
         )
     # These keep a state for each row of a batch that does not shrink.
-    for name, neutral in (("guidance_scale", (None, 1)), ("watermarking_config", (None,))):
+    for name, neutral in (
+        ("guidance_scale", (None, 1)),
+        ("watermarking_config", (None,)),
+        ("encoder_repetition_penalty", (None, 1)),
+        ("encoder_no_repeat_ngram_size", (None, 0)),
+    ):
         if getattr(config, name, None) not in neutral:
             raise UserError(f"generation='compact' does not work with {name}. {INSTEAD}")
 

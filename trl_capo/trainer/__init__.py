@@ -1,1 +1,1 @@
-"""The seam: all contact with TRL's private methods, in four layers."""
+"""The seam: all contact with TRL's private methods, as a stack of layers (see CONTRIBUTING.md)."""

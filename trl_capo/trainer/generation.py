@@ -119,9 +119,13 @@ def has_dropout(model: PreTrainedModel) -> bool:
         model: Each module, also an adapter's, is in training or evaluation mode by itself.
     """
     training = [module for module in model.modules() if module.training]
-    # Attention drops by a number from the configuration, without a module.
+    # Attention drops, and a router jitters, by a number from the configuration, without a module.
     options = model.config.get_text_config().to_dict().items()
-    by_option = any(isinstance(value, float) and value > 0 for name, value in options if "drop" in name)
-    return (by_option and bool(training)) or any(
-        "drop" in type(module).__name__.lower() and getattr(module, "p", 1) != 0 for module in training
+    kinds = ("drop", "jitter", "noise")
+    by_option = any(isinstance(value, float) and value > 0 for name, value in options if any(k in name for k in kinds))
+    by_module = any(
+        ("drop" in type(module).__name__.lower() and getattr(module, "p", 1) != 0)
+        or getattr(module, "neftune_noise_alpha", None)
+        for module in training
     )
+    return (by_option and bool(training)) or by_module

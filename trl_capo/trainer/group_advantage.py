@@ -11,20 +11,21 @@ rank keeps its slice. Groups may straddle ranks. Finally, the generation is cut 
 (`trl_capo.trainer.fast_step`).
 """
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor
 
 from trl_capo.calibration import metrics
 from trl_capo.errors import UserError
+from trl_capo.ranks import agree
 from trl_capo.trainer.config import GroupAdvantageConfig
-from trl_capo.trainer.groups import RolloutGroups
+from trl_capo.trainer.groups import RolloutGroups, differ
 from trl_capo.trainer.idle import IdleWatch
 from trl_capo.trainer.metrics import CalibrationLogging
 from trl_capo.trainer.prompt_selection import PromptSelection
@@ -110,6 +111,12 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
 
     # Around a generation ---------------------------------------------------------------------------------------------
 
+    def train(self, *args, **kwargs):
+        """As TRL; see `ResumableGRPOTrainer`."""
+        if self.selection is not None:
+            self.selection.uses = 0  # an earlier training may have ended between two generations for the same prompts
+        return super().train(*args, **kwargs)
+
     def _generate_and_score_completions(self, inputs):
         if self.model.training:
             inputs = self._choose_prompts(self._select_prompts(inputs))
@@ -121,25 +128,26 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
 
     def _select_prompts(self, inputs: list[dict]) -> list[dict]:
         """This rank's rows for the prompts that `selection` chooses; without it the rows that the sampler drew."""
-        if self.selection is None:
+        selection = self.selection
+        if selection is None:
             return inputs
-        if self.selection.generation % self.generations_per_batch(self.args) == 0:
-            # Chosen once and sent to all: other processors may round the same scores in another order.
-            chosen = [self.selection.choose(self.num_generations) if self.accelerator.is_main_process else None]
-            self.selection.chosen = broadcast_object_list(chosen)[0]
-        numbers = [number for number in self.selection.chosen for _ in range(self.num_generations)]
-        local = numbers[self._local_slice(len(inputs))]
+        if selection.uses % self.generations_per_batch(self.args) == 0:
+            # One choice for all: other processors may round the same scores in another order.
+            selection.chosen, selection.uses = agree(lambda: selection.choose(self.num_generations)), 0
+        selection.uses += 1
+        rows = [row for row, _ in selection.chosen for _ in range(self.num_generations)]
+        local = rows[self._local_slice(len(inputs))]
         dataset = cast(Dataset, self.train_dataset)
-        rows = (dataset[self.selection.rows[number]] for number in local)
-        return [{name: row[name] for name in inputs[0]} for row in rows]
+        read = {row: dataset[row] for row in dict.fromkeys(local)}
+        return [{name: copy.deepcopy(read[row][name]) for name in inputs[0]} for row in local]
 
     def _learn_of_prompts(self, selection: PromptSelection, groups: RolloutGroups) -> None:
-        by_label = self.needs_correct(self.args)
-        selection.update(
-            self._prompt_numbers,
-            (groups.correct if by_label else groups.rewards).cpu().numpy(),
-            taught=(groups.mixed if by_label else groups.varied).squeeze(1).cpu().numpy(),
-        )
+        if self.needs_correct(self.args):
+            rewards, taught = groups.correct, groups.mixed
+        else:
+            rewards, taught = groups.rewards, differ(groups.rewards)
+        rewards = rewards.masked_fill(~groups.valid, torch.nan)
+        selection.update(self._prompt_numbers, rewards.cpu().numpy(), taught.squeeze(1).cpu().numpy())
 
     def _after_scoring(self, output: Batch) -> tuple[Tensor, Tensor]:
         groups, per_token_logps, scored = self._build_groups(output)
@@ -250,3 +258,7 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
         self.mask.load_state(state)
         if self.selection is not None and "prompt_selection" in state:
             self.selection.load_state(state["prompt_selection"])
+        elif self.selection is not None:
+            self.accelerator.print(
+                "⚠️ The checkpoint was written with prompt_selection='uniform': nothing is known of the prompts yet."
+            )

@@ -45,11 +45,21 @@ class RolloutGroups:
     @property
     def varied(self) -> Tensor:
         """Groups whose scorable completions differ in their reward or in a function's, shape (P, 1), boolean."""
-        rewards = torch.cat([self.rewards.unsqueeze(2), self.rewards_per_func], dim=2)
-        scorable = rewards.isfinite()
-        highest = rewards.masked_fill(~scorable, -torch.inf).amax(dim=1)
-        lowest = rewards.masked_fill(~scorable, torch.inf).amin(dim=1)
-        return (highest > lowest).any(dim=1, keepdim=True)
+        functions = self.rewards_per_func.unbind(dim=2)
+        return torch.cat([differ(rewards) for rewards in (self.rewards, *functions)], dim=1).any(dim=1, keepdim=True)
+
+
+def differ(rewards: Tensor) -> Tensor:
+    """Groups whose finite rewards are not all equal, shape (P, 1), boolean, from rewards of shape (P, G).
+
+    Example:
+        >>> differ(torch.tensor([[1.0, 0.0], [0.5, 0.5], [1.0, torch.nan]])).squeeze(1)
+        tensor([ True, False, False])
+    """
+    finite = rewards.isfinite()
+    highest = rewards.masked_fill(~finite, -torch.inf).amax(dim=1, keepdim=True)
+    lowest = rewards.masked_fill(~finite, torch.inf).amin(dim=1, keepdim=True)
+    return highest > lowest
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -4,19 +4,18 @@ A group whose rewards are all equal has no advantages, so generating it is waste
 draws candidates from the dataset and keeps those that are most likely to be mixed, neither all right nor all wrong:
 
     P(mixed) = 1 - E[p^G] - E[(1 - p)^G],    p ~ Beta(a, b)
-    a = c q + sum_j d^j s_j                  s_j: right answers of G in the prompt's j-th last group
+    a = c q + sum_j d^j s_j                  s_j: right answers of G in the prompt's group j, counted from the last
     b = c (1 - q) + sum_j d^j (G - s_j)
 
 The prior's mean q is predicted from the prompt's text: a logistic regression over hashed n-grams of its tokens, fitted
 before every generation to the latest groups. Recent groups count more, because the policy changes. No model is called.
 
 Why a prior from the text: most runs see a prompt once or twice, so a posterior by prompt alone would learn nothing in
-the first epoch.
+the first epoch. A prompt's own groups then count twice, in q and by themselves.
 
 Assumes that a prompt's difficulty changes slowly, and that rewards, scaled to [0, 1], are roughly pass rates. Without
 any group so far, or with prompts whose text says nothing and that never return, the choice is uniform. A share of each
-generation is always drawn uniformly, so that no prompt is given up for good; its groups also estimate what uniform
-prompts would give.
+generation is always drawn uniformly, so that no prompt is given up for good.
 
 Source: MoPPS (arXiv 2507.04632), a Beta posterior per prompt with forgetting. Departures: the prior from the text, the
 expected P(mixed) instead of Thompson sampling around a pass rate of 0.5, and the uniform share.
@@ -35,14 +34,16 @@ from datasets import Dataset, IterableDataset
 
 from trl_capo.calibration.metrics import group_fractions
 from trl_capo.errors import UserError
+from trl_capo.models.messages import text_of
 from trl_capo.trainer.config import GroupAdvantageConfig
 
 
 PRIOR_COUNT = 4.0  # c: the prediction from the text counts as much as this many completions
 FORGETTING = 0.5  # d: what a group counts less with every later group of the same prompt
 DECAY = 0.97  # what a group counts less for the prediction with every later generation
-WINDOW = 100  # generations that the prediction is fitted to
+WINDOW, MAX_GROUPS = 100, 4096  # generations, and groups, that the prediction is fitted to at most
 NUM_FEATURES = 2**14
+MAX_TOKENS = 512  # of a prompt, its last ones
 PENALTY = 1.0
 
 
@@ -64,20 +65,19 @@ def selection_of(
     """The selection that a configuration asks for; None for uniform prompts.
 
     Raises:
-        UserError: The dataset is a stream, or too small.
+        UserError: The dataset cannot be chosen from: none, a stream, an order to be kept, or too few prompts.
     """
-    if args.prompt_selection == "uniform" or train_dataset is None:
+    if args.prompt_selection == "uniform":
         return None
-    if "prompt" not in (train_dataset.column_names or ["prompt"]):
-        raise UserError(
-            "prompt_selection='informative' needs a column 'prompt' in train_dataset: add it, or use "
-            "prompt_selection='uniform'."
-        )
+    problem = None
     if isinstance(train_dataset, IterableDataset):
-        raise UserError(
-            "prompt_selection='informative' chooses among the rows of a dataset and cannot look ahead in a stream: "
-            "load the dataset without streaming, or use prompt_selection='uniform'."
-        )
+        problem = "cannot look ahead in a stream: load the dataset without streaming"
+    elif train_dataset is None or "prompt" not in train_dataset.column_names:
+        problem = "chooses among the column 'prompt' of train_dataset, which is missing: add it"
+    elif not args.shuffle_dataset:
+        problem = "does not keep the order that shuffle_dataset=False asks for: set shuffle_dataset=True"
+    if problem:
+        raise UserError(f"prompt_selection='informative' {problem}, or use prompt_selection='uniform'.")
     return PromptSelection(
         train_dataset["prompt"],
         encode,
@@ -92,15 +92,16 @@ class PromptSelection:
     """Chooses prompts for each training generation and learns from its groups.
 
     Args:
-        prompts: The dataset's prompts, strings or lists of messages. One that appears again is never drawn.
+        prompts: The dataset's prompts, strings or lists of messages. Rows with one prompt share what is known of it;
+            if it is chosen, one of them is drawn.
         encode: Token ids of a text.
         num_prompts: Prompts per generation, P.
         candidates: Candidates drawn for each prompt that is kept.
-        exploration: Share of each generation that is drawn uniformly.
+        exploration: Share of each generation that is drawn uniformly, rounded up to a whole prompt.
         seed: Seed of the draws.
 
     Raises:
-        UserError: There are fewer distinct prompts than candidates.
+        UserError: There are fewer distinct prompts than candidates, or no place that is not drawn uniformly.
     """
 
     def __init__(
@@ -114,26 +115,37 @@ class PromptSelection:
         seed: int,
     ):
         self.num_prompts, self.num_candidates, self.seed = num_prompts, candidates * num_prompts, seed
-        self.num_explored = math.ceil(exploration * num_prompts)
+        self.num_explored = math.ceil(round(exploration * num_prompts, 9))
+        if self.num_explored >= num_prompts:
+            raise UserError(
+                f"prompt_selection='informative' leaves no prompt to choose: {num_prompts} a generation, "
+                f"{self.num_explored} of them drawn uniformly (prompt_exploration={exploration}). Raise "
+                "generation_batch_size, or lower num_generations or prompt_exploration."
+            )
         self._prompts, self._encode = prompts, encode
         self._number: dict[bytes, int] = {}  # of a prompt among the distinct ones
-        self.rows: list[int] = []  # where each distinct prompt first stands in the dataset
+        self.first_rows: list[int] = []  # where each distinct prompt first stands in the dataset
+        self._more_rows: dict[int, list[int]] = {}  # where else, for those that repeat
         for row, prompt in enumerate(prompts):
-            if self._number.setdefault(_key(prompt), len(self.rows)) == len(self.rows):
-                self.rows.append(row)
-        if len(self.rows) < self.num_candidates:
-            repeats = len(prompts) - len(self.rows)
+            number = self._number.setdefault(_key(prompt), len(self.first_rows))
+            if number == len(self.first_rows):
+                self.first_rows.append(row)
+            else:
+                self._more_rows.setdefault(number, []).append(row)
+        if len(self.first_rows) < self.num_candidates:
+            repeats = len(prompts) - len(self.first_rows)
             repeated = f" ({len(prompts)} rows, of which {repeats} repeat a prompt)" if repeats else ""
             raise UserError(
                 f"prompt_selection='informative' draws {self.num_candidates} candidates a generation "
                 f"(prompt_candidates={candidates} times {num_prompts} prompts), but train_dataset has "
-                f"{len(self.rows)} distinct prompts{repeated}: lower prompt_candidates or use "
+                f"{len(self.first_rows)} distinct prompts{repeated}: lower prompt_candidates or use "
                 "prompt_selection='uniform'."
             )
         self.fingerprint = hashlib.sha256(b"".join(self._number)).hexdigest()[:16]
         self.generation = 0
         self.groups: list[Group] = []  # of the window
-        self.chosen: list[int] = []  # prompts of the current generation
+        self.chosen: list[tuple[int, bool]] = []  # rows of the current prompts, and which were drawn uniformly
+        self.uses = 0  # how many generations have answered them
         self.low, self.high = 0.0, 1.0  # lowest and highest reward so far
         self._counts: dict[int, tuple[float, float]] = {}  # right and wrong answers of a prompt, discounted
         self._features: dict[int, np.ndarray] = {}
@@ -142,19 +154,23 @@ class PromptSelection:
         """Number of a prompt among the distinct ones; -1 if the dataset does not have it."""
         return self._number.get(_key(prompt), -1)
 
-    def choose(self, num_generations: int) -> list[int]:
-        """Numbers of the prompts of the next generation, the uniformly drawn ones first; all distinct, shape (P,)."""
+    def choose(self, num_generations: int) -> list[tuple[int, bool]]:
+        """Rows of P distinct prompts for a generation, and whether each was drawn uniformly; in random order."""
         rng = np.random.default_rng([self.seed, self.generation])
-        candidates = rng.choice(len(self.rows), self.num_candidates, replace=False)
+        candidates = rng.choice(len(self.first_rows), self.num_candidates, replace=False)
         explored, others = candidates[: self.num_explored], candidates[self.num_explored :]
         if self.groups:  # else all candidates are alike
             likely = prob_mixed(*self.posterior(others), num_generations)
             others = others[np.argsort(-likely, kind="stable")]
-        return [*explored.tolist(), *others[: self.num_prompts - self.num_explored].tolist()]
+        kept = np.concatenate([explored, others[: self.num_prompts - self.num_explored]]).tolist()
+        rows = [int(rng.choice([self.first_rows[number], *self._more_rows.get(number, [])])) for number in kept]
+        order = rng.permutation(self.num_prompts).tolist()
+        return [(rows[i], i < self.num_explored) for i in order]
 
     def drawn_uniformly(self, prompts: Sequence[int]) -> list[bool]:
-        """Which of the prompts of the current generation were drawn uniformly, shape (P,)."""
-        return [prompt in self.chosen[: self.num_explored] for prompt in prompts]
+        """Which of a generation's prompts were drawn uniformly for it, shape (P,)."""
+        uniform = {self.number_of(self._prompts[row]) for row, is_uniform in self.chosen if is_uniform}
+        return [self.uses == 1 and prompt in uniform for prompt in prompts]
 
     def posterior(self, prompts: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Parameters a and b of the pass rates' Beta distributions, each of shape (len(prompts),)."""
@@ -167,11 +183,11 @@ class PromptSelection:
 
         Args:
             prompts: Their numbers, shape (P,); -1 is passed over.
-            rewards: What decides whether a group teaches something: labels or rewards, NaN = unscorable, shape (P, G).
+            rewards: What decides whether a group teaches something: labels or rewards, NaN = does not count, (P, G).
             taught: Groups whose rewards differ, shape (P,), boolean.
         """
         finite = rewards[np.isfinite(rewards)]
-        self.low, self.high = min(self.low, *finite.tolist(), 0.0), max(self.high, *finite.tolist(), 1.0)
+        self.low, self.high = float(finite.min(initial=self.low)), float(finite.max(initial=self.high))
         trials = np.isfinite(rewards).sum(axis=1)
         successes = count_successes(rewards, taught, self.low, self.high)
         for prompt, right, count in zip(prompts, successes.tolist(), trials.tolist(), strict=True):
@@ -180,10 +196,11 @@ class PromptSelection:
                 before = self._counts.get(prompt, (0.0, 0.0))
                 self._counts[prompt] = (FORGETTING * before[0] + right, FORGETTING * before[1] + count - right)
         self.generation += 1
-        self.groups = [group for group in self.groups if group.generation > self.generation - WINDOW]
+        window = [group for group in self.groups if group.generation > self.generation - WINDOW]
+        self.groups = window[-MAX_GROUPS:]
 
     def metrics(self, window: dict[str, np.ndarray]) -> dict[str, float]:
-        """Share of mixed groups among uniformly drawn prompts: what `capo/frac_mixed` would be without selection."""
+        """Share of mixed groups among uniformly drawn prompts, from the arrays of a logging window."""
         if "drawn_uniformly" not in window:
             return {}
         uniform = window["drawn_uniformly"].astype(bool)
@@ -197,10 +214,11 @@ class PromptSelection:
         return {
             "prompts": self.fingerprint,
             "generation": self.generation,
-            "groups": [list(astuple(group)) for group in self.groups],
+            "groups": [list(column) for column in zip(*map(astuple, self.groups), strict=True)],
+            "counts": [list(self._counts), *([counts[i] for counts in self._counts.values()] for i in range(2))],
+            "chosen": [list(pair) for pair in self.chosen],
+            "uses": self.uses,
             "rewards": [self.low, self.high],
-            "chosen": self.chosen,
-            "counts": [[prompt, *counts] for prompt, counts in self._counts.items()],
         }
 
     def load_state(self, state: dict) -> None:
@@ -211,14 +229,14 @@ class PromptSelection:
         """
         if state["prompts"] != self.fingerprint:
             raise UserError(
-                "prompt_selection='informative': the checkpoint was written with another train_dataset. Resume with "
-                "that dataset, or start a new run."
+                "prompt_selection='informative' has chosen among other prompts than those of train_dataset"
             )
-        self.generation = state["generation"]
-        self.groups = [Group(*group) for group in state["groups"]]
+        self.generation, self.uses = state["generation"], state["uses"]
+        self.groups = [Group(*group) for group in zip(*state["groups"], strict=True)]
+        numbers, right, wrong = state["counts"]
+        self._counts = dict(zip(numbers, zip(right, wrong, strict=True), strict=True))
+        self.chosen = [(row, is_uniform) for row, is_uniform in state["chosen"]]
         self.low, self.high = state["rewards"]
-        self.chosen = state["chosen"]
-        self._counts = {prompt: (right, wrong) for prompt, right, wrong in state["counts"]}
 
     # Prediction from the text ----------------------------------------------------------------------------------------
 
@@ -227,6 +245,8 @@ class PromptSelection:
         counts = torch.tensor([[group.successes, group.trials] for group in self.groups], dtype=torch.float32)
         age = torch.tensor([self.generation - group.generation for group in self.groups])
         successes, trials = (counts * DECAY ** age[:, None]).unbind(dim=1)
+        known = {group.prompt for group in self.groups}
+        self._features = {number: row for number, row in self._features.items() if number in known}
         weights = fit_logistic(self._bags([group.prompt for group in self.groups]), successes, trials)
         return torch.sigmoid(_logits(weights, self._bags(prompts))).double().numpy()
 
@@ -241,7 +261,9 @@ class PromptSelection:
 
     def _features_of(self, prompt: int) -> np.ndarray:
         if prompt not in self._features:
-            self._features[prompt] = ngram_features(self._encode(text_of(self._prompts[self.rows[prompt]])))
+            content = self._prompts[self.first_rows[prompt]]
+            messages = [content] if isinstance(content, str) else [message.get("content") for message in content]
+            self._features[prompt] = ngram_features(self._encode("\n".join(map(text_of, messages))))
         return self._features[prompt]
 
 
@@ -294,11 +316,14 @@ def count_successes(rewards: np.ndarray, taught: np.ndarray, low: float, high: f
 
 
 def ngram_features(ids: list[int]) -> np.ndarray:
-    """Hashed features of a text: its distinct n-grams of one to three tokens and its length, sorted, uint16."""
-    tokens = np.asarray(ids, dtype=np.uint64)
-    hashed = [np.array([(2**20 + int(math.log2(len(ids) + 1) * 2))], dtype=np.uint64)]
+    """Hashed features of a text: its distinct n-grams of one to three tokens, and one that all texts have.
+
+    Returns:
+        Sorted, uint16, each below `NUM_FEATURES`. Of a long text only the last `MAX_TOKENS` tokens count.
+    """
+    ngrams = tokens = np.asarray(ids[-MAX_TOKENS:], dtype=np.uint64)
+    hashed = [np.zeros(1, dtype=np.uint64)]
     with np.errstate(over="ignore"):
-        ngrams = tokens
         for n in range(3):
             hashed.append((ngrams + np.uint64(n)) * np.uint64(0x9E3779B97F4A7C15))
             ngrams = ngrams[:-1] * np.uint64(0x100000001B3) + tokens[n + 1 :]
@@ -345,23 +370,12 @@ def _logits(weights: torch.Tensor, bags: tuple[torch.Tensor, torch.Tensor, torch
     return sums[:, 0] + weights[-1]
 
 
-def text_of(prompt: Any) -> str:
-    """The text of a prompt: a string as it is, or the texts of its messages.
-
-    Example:
-        >>> text_of([{"role": "user", "content": "1+1="}])
-        '1+1='
-    """
-    if isinstance(prompt, str):
-        return prompt
-    parts = []
-    for message in prompt:
-        content = message.get("content") or ""
-        if not isinstance(content, str):
-            content = "\n".join(part.get("text") or "" for part in content)
-        parts.append(content)
-    return "\n".join(parts)
-
-
 def _key(prompt: Any) -> bytes:
-    return hashlib.blake2b(json.dumps(prompt, sort_keys=True, default=str).encode(), digest_size=16).digest()
+    try:
+        text = json.dumps(prompt, sort_keys=True)
+    except TypeError as error:
+        raise UserError(
+            f"prompt_selection='informative' compares prompts by their text, but a prompt holds something else "
+            f"({error}): keep images in a column of their own, or use prompt_selection='uniform'."
+        ) from None
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()

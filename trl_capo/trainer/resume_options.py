@@ -36,6 +36,10 @@ RECORDED = (
     "num_generations",
     "seed",
     "data_seed",
+    "generation",
+    "prompt_selection",
+    "prompt_candidates",
+    "prompt_exploration",
     "metric_for_best_model",
     "greater_is_better",
 )

@@ -6,6 +6,7 @@ has. Which token comes next is up to the caller (`Choose`).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -117,8 +118,14 @@ def _next_logits(
         input_ids=input_ids,
         attention_mask=attended,
         position_ids=positions,
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **{cache_argument(model): cache},
     )
     return output.logits[:, -1].float()
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What a model's forward calls its cache: `cache`, or `past_key_values` before transformers renamed it."""
+    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model  # below an adapter
+    return "cache" if "cache" in inspect.signature(unwrapped.forward).parameters else "past_key_values"

@@ -49,7 +49,7 @@ class DeadlinePool:
             on the machine, at most 16.
         deadline: Seconds that one item may take before its worker is killed.
         prepare: Called in each new worker before its first item, without a deadline, for imports that take long. Must
-            be picklable. If it fails, the items run all the same, and say what they lack.
+            be picklable. If it fails, the items still run, and each reports what is missing.
 
     Raises:
         ValueError: The number of workers or the deadline is too small.

@@ -20,7 +20,7 @@ from transformers import (
 )
 from trl import GRPOConfig
 
-from tests.helpers import config_kwargs, parity_reward, prompt_dataset
+from tests.helpers import config_kwargs, parameters, parity_reward, prompt_dataset
 from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer
 from trl_capo.errors import UserError
 from trl_capo.models import decoding
@@ -54,10 +54,6 @@ def generate(trainer, prompts=PROMPTS, seed=0) -> list[list[int]]:
 def whole_batch(monkeypatch):
     """Finished rows stay, so that each row gets the random numbers that it gets from `generate`."""
     monkeypatch.setattr(decoding, "_SHRINK_AT", 2)
-
-
-def parameters(trainer):
-    return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
 
 
 # The law -------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class DataArguments:
         drop_unparsable_gold (`bool`, *optional*, defaults to `False`):
             Drop rows whose gold answer math-verify cannot parse instead of refusing them.
         deduplicate (`bool`, *optional*, defaults to `False`):
-            Keep only the first copy of each question.
+            Keep only the first copy of each conversation.
         exclude_benchmarks (`list[str]`, *optional*):
             Drop the questions of these benchmarks.
         max_prompt_tokens (`int`, *optional*):
@@ -69,7 +69,7 @@ class DataArguments:
         default=False,
         metadata={"help": "Drop rows whose gold answer math-verify cannot parse instead of refusing them."},
     )
-    deduplicate: bool = field(default=False, metadata={"help": "Keep only the first copy of each question."})
+    deduplicate: bool = field(default=False, metadata={"help": "Keep only the first copy of each conversation."})
     exclude_benchmarks: list[str] | None = field(
         default=None, metadata={"help": "Drop the questions of these benchmarks."}
     )

@@ -16,6 +16,7 @@ from trl_capo.preflight.checks import (
 from trl_capo.preflight.generation import check_generation
 from trl_capo.preflight.rewards import check_one_each, repeated_names
 from trl_capo.preflight.schedule import FilledConfig, check_enough_prompts, schedule
+from trl_capo.preflight.selection import check_prompt_selection
 
 
 class Method(Protocol):
@@ -62,6 +63,7 @@ def check_run(
     check_generation(args, has_rollout_func=rollout_func is not None)
     check_sampler_logps(args, has_rollout_func=rollout_func is not None)
     check_save_steps(args, schedule(args, num_prompts, draws).steps)
+    check_prompt_selection(args, train_dataset)
     functions, names, calibrated = reward_list(reward_funcs), reward_names(reward_funcs), True
     if environment_factory is None:  # an environment brings its own prompts, and perhaps a reward
         check_data(reward_funcs, train_dataset=train_dataset, eval_dataset=eval_dataset)

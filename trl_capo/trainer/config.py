@@ -1,4 +1,4 @@
-"""Options shared by all trainers: TRL's, the fast step, the correctness label, the reference and its mask."""
+"""Options shared by all trainers: TRL's, the fast step, generation, the label, the mask, the choice of prompts."""
 
 import math
 import warnings
@@ -70,7 +70,7 @@ class FastGRPOConfig(FilledConfig):
 
 @dataclass
 class GroupAdvantageConfig(FastGRPOConfig):
-    """Configuration of `GroupAdvantageTrainer`: `FastGRPOConfig` plus the correctness label, reference and mask.
+    """Configuration of `GroupAdvantageTrainer`: `FastGRPOConfig` plus correctness label, reference, mask and prompts.
 
     Parameters:
         correctness_reward (`str`, *optional*):
@@ -112,7 +112,7 @@ class GroupAdvantageConfig(FastGRPOConfig):
         prompt_candidates (`int`, *optional*, defaults to `4`):
             With `"informative"`, prompts drawn at random for each one that is kept.
         prompt_exploration (`float`, *optional*, defaults to `0.1`):
-            With `"informative"`, the share of each generation's prompts that is drawn uniformly all the same.
+            With `"informative"`, the share of each generation's prompts that is drawn uniformly regardless.
     """
 
     correctness_reward: str | None = field(

@@ -4,11 +4,11 @@ TRL computes advantages inline and offers no hook for them. `GroupAdvantageTrain
 passes the whole batch as groups to one pure function and replaces TRL's advantages with the result. A method
 subclasses it and defines `_compute_advantages(groups) -> (P, G)`.
 
-Every rank takes the same steps in the same order, because each gather is a collective. TRL generates, scores and
-gathers the rewards. The policy passes over the rows whose log-probs the method reads, then the reference over those
-that need it. Advantages are computed from global tensors, identically on every rank; the mask is applied, and each
-rank keeps its slice. Groups may straddle ranks. Finally, the generation is cut into new micro-batches
-(`trl_capo.trainer.fast_step`).
+Every rank takes the same steps in the same order, because each gather is a collective. If asked for, prompts are
+chosen (`prompt_selection.py`). TRL generates, scores and gathers the rewards. The policy passes over the rows whose
+log-probs the method reads, then the reference over those that need it. Advantages are computed from global tensors,
+identically on every rank; the mask is applied, and each rank keeps its slice. Groups may straddle ranks. Finally, the
+generation is cut into new micro-batches (`fast_step.py`).
 """
 
 import copy

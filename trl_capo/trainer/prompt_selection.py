@@ -22,8 +22,6 @@ expected P(mixed) instead of Thompson sampling around a pass rate of 0.5, and th
 """
 
 import hashlib
-import json
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -35,6 +33,7 @@ from datasets import Dataset, IterableDataset
 from trl_capo.calibration.metrics import group_fractions
 from trl_capo.errors import UserError
 from trl_capo.models.messages import text_of
+from trl_capo.preflight.selection import check_choice, num_explored, prompt_key
 from trl_capo.trainer.config import GroupAdvantageConfig
 
 
@@ -62,22 +61,9 @@ def selection_of(
     train_dataset: Dataset | IterableDataset | None,
     encode: Callable[[str], list[int]],
 ) -> "PromptSelection | None":
-    """The selection that a configuration asks for; None for uniform prompts.
-
-    Raises:
-        UserError: The dataset cannot be chosen from: none, a stream, an order to be kept, or too few prompts.
-    """
-    if args.prompt_selection == "uniform":
+    """The selection that a configuration asks for; None for uniform prompts."""
+    if args.prompt_selection == "uniform" or not isinstance(train_dataset, Dataset):
         return None
-    problem = None
-    if isinstance(train_dataset, IterableDataset):
-        problem = "cannot look ahead in a stream: load the dataset without streaming"
-    elif train_dataset is None or "prompt" not in train_dataset.column_names:
-        problem = "chooses among the column 'prompt' of train_dataset, which is missing: add it"
-    elif not args.shuffle_dataset:
-        problem = "does not keep the order that shuffle_dataset=False asks for: set shuffle_dataset=True"
-    if problem:
-        raise UserError(f"prompt_selection='informative' {problem}, or use prompt_selection='uniform'.")
     return PromptSelection(
         train_dataset["prompt"],
         encode,
@@ -115,32 +101,19 @@ class PromptSelection:
         seed: int,
     ):
         self.num_prompts, self.num_candidates, self.seed = num_prompts, candidates * num_prompts, seed
-        self.num_explored = math.ceil(round(exploration * num_prompts, 9))
-        if self.num_explored >= num_prompts:
-            raise UserError(
-                f"prompt_selection='informative' leaves no prompt to choose: {num_prompts} a generation, "
-                f"{self.num_explored} of them drawn uniformly (prompt_exploration={exploration}). Raise "
-                "generation_batch_size, or lower num_generations or prompt_exploration."
-            )
+        self.num_explored = num_explored(exploration, num_prompts)
         self._prompts, self._encode = prompts, encode
         self._number: dict[bytes, int] = {}  # of a prompt among the distinct ones
         self.first_rows: list[int] = []  # where each distinct prompt first stands in the dataset
         self._more_rows: dict[int, list[int]] = {}  # where else, for those that repeat
         for row, prompt in enumerate(prompts):
-            number = self._number.setdefault(_key(prompt), len(self.first_rows))
+            number = self._number.setdefault(prompt_key(prompt), len(self.first_rows))
             if number == len(self.first_rows):
                 self.first_rows.append(row)
             else:
                 self._more_rows.setdefault(number, []).append(row)
-        if len(self.first_rows) < self.num_candidates:
-            repeats = len(prompts) - len(self.first_rows)
-            repeated = f" ({len(prompts)} rows, of which {repeats} repeat a prompt)" if repeats else ""
-            raise UserError(
-                f"prompt_selection='informative' draws {self.num_candidates} candidates a generation "
-                f"(prompt_candidates={candidates} times {num_prompts} prompts), but train_dataset has "
-                f"{len(self.first_rows)} distinct prompts{repeated}: lower prompt_candidates or use "
-                "prompt_selection='uniform'."
-            )
+        choice = dict(num_prompts=num_prompts, candidates=candidates, exploration=exploration)
+        check_choice(len(self.first_rows), len(prompts), **choice)
         self.fingerprint = hashlib.sha256(b"".join(self._number)).hexdigest()[:16]
         self.generation = 0
         self.groups: list[Group] = []  # of the window
@@ -152,7 +125,7 @@ class PromptSelection:
 
     def number_of(self, prompt: Any) -> int:
         """Number of a prompt among the distinct ones; -1 if the dataset does not have it."""
-        return self._number.get(_key(prompt), -1)
+        return self._number.get(prompt_key(prompt), -1)
 
     def choose(self, num_generations: int) -> list[tuple[int, bool]]:
         """Rows of P distinct prompts for a generation, and whether each was drawn uniformly; in random order."""
@@ -368,14 +341,3 @@ def _logits(weights: torch.Tensor, bags: tuple[torch.Tensor, torch.Tensor, torch
         features, weights[:-1, None], starts, per_sample_weights=values, mode="sum"
     )
     return sums[:, 0] + weights[-1]
-
-
-def _key(prompt: Any) -> bytes:
-    try:
-        text = json.dumps(prompt, sort_keys=True)
-    except TypeError as error:
-        raise UserError(
-            f"prompt_selection='informative' compares prompts by their text, but a prompt holds something else "
-            f"({error}): keep images in a column of their own, or use prompt_selection='uniform'."
-        ) from None
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()

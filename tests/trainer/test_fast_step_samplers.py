@@ -67,7 +67,9 @@ def test_sampler_scores_leave_the_loss_alone(make, vllm, layout, correction):
 
 
 def test_sampler_scores_need_a_sampler_with_log_probs(make):
-    with pytest.raises(ValueError, match="needs a sampler that returns log-probs: set use_vllm=True, pass a"):
+    with pytest.raises(
+        ValueError, match="needs a sampler that returns log-probs: set use_vllm=True or generation='compact', pass a"
+    ):
         make(CAPOTrainer, **SAMPLER)
 
 

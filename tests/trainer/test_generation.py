@@ -10,6 +10,7 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from scipy.stats import chisquare
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BloomConfig,
     Gemma3TextConfig,
     LlamaConfig,
@@ -20,7 +21,15 @@ from transformers import (
 )
 from trl import GRPOConfig
 
-from tests.helpers import config_kwargs, parameters, parity_reward, prompt_dataset
+from tests.helpers import (
+    config_kwargs,
+    count_forwards,
+    largest_change,
+    parameters,
+    parity_reward,
+    prompt_dataset,
+    tiny_trainer,
+)
 from trl_capo import CAPOConfig, CAPOTrainer, GroupAdvantageConfig, GroupAdvantageTrainer
 from trl_capo.errors import UserError
 from trl_capo.models import decoding
@@ -220,6 +229,42 @@ def test_training_and_evaluation(tiny_model, tmp_path, monkeypatch):
     assert calls == [True, True, True, False, False]
     assert any(not torch.equal(before[name], value) for name, value in parameters(trainer).items())
     assert "generate" not in vars(trainer.model)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_its_log_probs_are_the_policys(tiny_model, tmp_path, temperature):
+    """So scores come without a pass, and a run is the one that is scored by the policy."""
+    options = dict(generation="compact", learning_rate=0.05, max_steps=4, temperature=temperature, ref_ppl_mask=False)
+    runs, seen = {}, {"policy": [], "sampler": []}
+    for scored_by in ("policy", "sampler"):
+
+        class Recording(CAPOTrainer):
+            def _compute_advantages(self, groups, seen=seen[scored_by]):
+                seen.append(groups)
+                return super()._compute_advantages(groups)
+
+        runs[scored_by] = tiny_trainer(
+            Recording, tiny_model, tmp_path / scored_by, mean_logps_from=scored_by, **options
+        )
+        forwards = count_forwards(runs[scored_by].model)
+        runs[scored_by].train()
+        runs[scored_by].forwards = len(forwards)
+    for policy, sampler in zip(seen["policy"], seen["sampler"], strict=True):
+        scored = policy.mean_logps.isfinite()
+        assert torch.equal(policy.correct, sampler.correct)
+        torch.testing.assert_close(sampler.mean_logps[scored], policy.mean_logps[scored], atol=1e-4, rtol=0)
+    assert any(groups.mean_logps.isfinite().any() for groups in seen["policy"])
+    assert largest_change(parameters(runs["policy"]), parameters(runs["sampler"])) <= 1e-4
+    assert runs["sampler"].forwards < runs["policy"].forwards
+
+
+def test_scores_with_dropout_are_refused(tiny_model, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, attention_dropout=0.1)
+    options = dict(generation="compact", mean_logps_from="sampler")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    trainer = tiny_trainer(CAPOTrainer, model, tmp_path, processing_class=tokenizer, **options)
+    with pytest.raises(UserError, match="by log-probs with dropout, which are noisy"):
+        trainer.train()
 
 
 def test_a_resumed_run_is_the_whole_one(tiny_model, tmp_path):

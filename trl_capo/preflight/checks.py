@@ -104,14 +104,15 @@ def check_sampler_logps(args: FilledConfig, has_rollout_func: bool) -> None:
         has_rollout_func: Whether completions come from the user's own function.
 
     Raises:
-        UserError: `mean_logps_from="sampler"`, but transformers generates, or sampling is truncated or penalized.
+        UserError: `mean_logps_from="sampler"`, but TRL has transformers generate, or sampling is truncated or
+            penalized.
     """
     if getattr(args, "mean_logps_from", "policy") != "sampler":
         return
-    if not (args.use_vllm or has_rollout_func):
+    if not (args.use_vllm or has_rollout_func or getattr(args, "generation", "trl") == "compact"):
         raise UserError(
-            "mean_logps_from='sampler' needs a sampler that returns log-probs: set use_vllm=True, pass a "
-            "rollout_func, or set mean_logps_from='policy'."
+            "mean_logps_from='sampler' needs a sampler that returns log-probs: set use_vllm=True or "
+            "generation='compact', pass a rollout_func, or set mean_logps_from='policy'."
         )
     overrides = args.generation_kwargs if isinstance(args.generation_kwargs, dict) else {}
     neutral = {

@@ -87,8 +87,8 @@ class GroupAdvantageConfig(FastGRPOConfig):
             Defaults to the policy's. Has no effect if the reference is the policy without its adapter.
         mean_logps_from (`str`, *optional*, defaults to `"policy"`):
             Log-probs that score a completion: `"policy"` recomputes them in the trainer; `"sampler"` takes those that
-            vLLM or `rollout_func` returned with the completion, which saves a pass. The sampler must draw from the
-            whole distribution: `top_p=1`, no `top_k`, `min_p` or `repetition_penalty`.
+            vLLM, `generation="compact"` or `rollout_func` returned with the completion, which saves a pass. Sampling
+            must cover the whole distribution: `top_p=1`, no `top_k`, `min_p` or `repetition_penalty`.
         ref_ppl_mask (`bool`, *optional*, defaults to `False`):
             Drop correct completions that the reference finds surprising and wrong ones that it finds likely. If
             `False` and `beta=0`, no reference model is loaded.
@@ -144,8 +144,8 @@ class GroupAdvantageConfig(FastGRPOConfig):
         default="policy",
         metadata={
             "help": "Log-probs that score a completion: 'policy' recomputes them in the trainer; 'sampler' takes "
-            "those that vLLM or rollout_func returned, which saves a pass. 'sampler' needs top_p=1 and no top_k, "
-            "min_p or repetition_penalty.",
+            "those that vLLM, compact generation or rollout_func returned, which saves a pass. 'sampler' needs "
+            "top_p=1 and no top_k, min_p or repetition_penalty.",
             "choices": ["policy", "sampler"],
         },
     )

@@ -9,6 +9,8 @@ temperature to repetition penalty) and what ends a row. Each row's next token is
 same float32 probabilities, with torch's global random numbers. Only which random numbers a row gets differs, from the
 step on at which the first row leaves. As in TRL, the model generates in training mode. If it has dropout, each row
 reads the prompt for itself, because completions that share a reading would share its dropout.
+
+The log-probs of the drawn tokens come for free, and can score completions (`mean_logps_from="sampler"`).
 """
 
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
+from trl_capo.errors import UserError
 from trl_capo.models.decoding import decode
 from trl_capo.preflight.generation import check_decodable, check_generation, check_sampling
 from trl_capo.trainer.config import FastGRPOConfig
@@ -45,8 +48,22 @@ class CompactGRPOTrainer(ResumableGRPOTrainer):
         # A sharded model communicates in its forward: every rank makes as many steps as the slowest one.
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         decoder = partial(decode_compactly, goes_on=self._on_any_rank if sharded else bool)
-        with generating_by(decoder, self.accelerator.unwrap_model(self.model_wrapped)):
-            return super()._generate_single_turn(*args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        token_logps: list[Tensor] = []
+        scores = getattr(self.args, "mean_logps_from", "policy") == "sampler"
+        if scores:
+            if has_dropout(model):
+                raise UserError(
+                    "mean_logps_from='sampler' would score completions by log-probs with dropout, which are noisy: "
+                    "set the model's or the adapter's dropout to 0, or set mean_logps_from='policy'."
+                )
+            decoder = partial(decoder, token_logps=token_logps)
+        with generating_by(decoder, model):
+            completion_ids, logps = super()._generate_single_turn(*args, **kwargs)
+        if scores:
+            rows = torch.cat(token_logps).tolist()
+            logps = [row[: len(ids)] for row, ids in zip(rows, completion_ids, strict=True)]
+        return completion_ids, logps
 
     def _on_any_rank(self, value: bool) -> bool:
         return bool(self.accelerator.reduce(torch.tensor(int(value), device=self.accelerator.device)) > 0)
@@ -73,6 +90,7 @@ def decode_compactly(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     goes_on: Callable[[bool], bool] = bool,
+    token_logps: list[Tensor] | None = None,
     **model_kwargs,  # by no other name: `generate` would take an argument named here away from what it prepares
 ) -> Tensor:
     """Sample as transformers' `generate` does once it has prepared everything, see its `custom_generate`.
@@ -82,6 +100,8 @@ def decode_compactly(
         input_ids: Prompts, padded on the left, shape (B, S).
         logits_processor, stopping_criteria, generation_config: As prepared by `generate`.
         goes_on: Given whether a row has not ended yet: whether there is another step.
+        token_logps: Takes the log-probs of the tokens, (B, T), under the distribution that they are drawn from;
+            meaningless after a row's end.
         model_kwargs: What else `generate` would give the model; the attention mask, or None if nothing is padded.
 
     Returns:
@@ -99,16 +119,21 @@ def decode_compactly(
     padding = input_ids.new_full((len(prompts), generation_config.max_length - width), pad)
     sequences = torch.cat([input_ids, padding], dim=1)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=input_ids.device)
+    logps = torch.zeros(padding.shape, device=input_ids.device)
 
     def choose(t: int, rows: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         scores = logits_processor(sequences[rows, : width + t], logits)  # type: ignore[arg-type]
         token = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0]
+        if token_logps is not None:
+            logps[rows, t] = scores.log_softmax(-1).gather(1, token[:, None])[:, 0]
         sequences[rows, width + t] = token.masked_fill(ended[rows], pad)
         ended[rows] |= stopping_criteria(sequences[rows, : width + t + 1], None)
         return sequences[rows, width + t], ended[rows]
 
     read = [list(prompt) for _, prompt in reading_of]
     steps = decode(model, read, [reading_of[key] for key in keys], padding.shape[1], choose, goes_on)
+    if token_logps is not None:
+        token_logps.append(logps)
     return sequences[:, : width + steps]
 
 

@@ -112,8 +112,13 @@ class PromptSelection:
                 self.first_rows.append(row)
             else:
                 self._more_rows.setdefault(number, []).append(row)
-        choice = dict(num_prompts=num_prompts, candidates=candidates, exploration=exploration)
-        check_choice(len(self.first_rows), len(prompts), **choice)
+        check_choice(
+            len(self.first_rows),
+            len(prompts),
+            num_prompts=num_prompts,
+            candidates=candidates,
+            exploration=exploration,
+        )
         self.fingerprint = hashlib.sha256(b"".join(self._number)).hexdigest()[:16]
         self.generation = 0
         self.groups: list[Group] = []  # of the window
@@ -169,7 +174,7 @@ class PromptSelection:
                 before = self._counts.get(prompt, (0.0, 0.0))
                 self._counts[prompt] = (FORGETTING * before[0] + right, FORGETTING * before[1] + count - right)
         self.generation += 1
-        window = [group for group in self.groups if group.generation > self.generation - WINDOW]
+        window = [group for group in self.groups if group.generation >= self.generation - WINDOW]
         self.groups = window[-MAX_GROUPS:]
 
     def metrics(self, window: dict[str, np.ndarray]) -> dict[str, float]:
@@ -215,22 +220,16 @@ class PromptSelection:
 
     def _predict(self, prompts: Sequence[int] | np.ndarray) -> np.ndarray:
         """Predicted pass rates, shape (len(prompts),)."""
-        counts = torch.tensor([[group.successes, group.trials] for group in self.groups], dtype=torch.float32)
-        age = torch.tensor([self.generation - group.generation for group in self.groups])
-        successes, trials = (counts * DECAY ** age[:, None]).unbind(dim=1)
         known = {group.prompt for group in self.groups}
         self._features = {number: row for number, row in self._features.items() if number in known}
-        weights = fit_logistic(self._bags([group.prompt for group in self.groups]), successes, trials)
-        return torch.sigmoid(_logits(weights, self._bags(prompts))).double().numpy()
+        counts = np.array([[group.successes, group.trials, group.generation] for group in self.groups], dtype=float)
+        weight = DECAY ** (self.generation - counts[:, 2])
+        bags = self._bags([group.prompt for group in self.groups])
+        weights = fit_logistic(bags, counts[:, 0] * weight, counts[:, 1] * weight)
+        return 1 / (1 + np.exp(-logits_of(weights, self._bags(prompts))))
 
-    def _bags(self, prompts: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Features of prompts as `embedding_bag` takes them: all in a row, where each prompt begins, their values."""
-        rows = [self._features_of(int(prompt)) for prompt in prompts]
-        sizes = np.array([len(row) for row in rows], dtype=np.int64)
-        starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
-        values = np.repeat(1 / np.sqrt(sizes), sizes)
-        features = torch.tensor(np.concatenate(rows).astype(np.int64))
-        return features, torch.tensor(starts), torch.tensor(values, dtype=torch.float32)
+    def _bags(self, prompts: Iterable[int]) -> "Bags":
+        return Bags([self._features_of(int(prompt)) for prompt in prompts])
 
     def _features_of(self, prompt: int) -> np.ndarray:
         if prompt not in self._features:
@@ -303,41 +302,49 @@ def ngram_features(ids: list[int]) -> np.ndarray:
     return np.unique(np.concatenate(hashed) >> np.uint64(64 - 14)).astype(np.uint16)
 
 
-def fit_logistic(
-    bags: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    successes: torch.Tensor,
-    trials: torch.Tensor,
-) -> torch.Tensor:
+class Bags:
+    """Features of N texts, one after the other; each has the value 1 / sqrt(number of features of its text).
+
+    Args:
+        rows: Features of each text, at least one.
+    """
+
+    def __init__(self, rows: list[np.ndarray]):
+        self.sizes = np.array([len(row) for row in rows])
+        self.starts = np.concatenate(([0], np.cumsum(self.sizes)[:-1]))
+        self.features = np.concatenate(rows).astype(np.int64)
+        self.values = np.repeat(self.sizes**-0.5, self.sizes)
+
+
+def logits_of(weights: np.ndarray, bags: Bags) -> np.ndarray:
+    """Sum of each text's weights times values, plus the intercept, the last weight; shape (N,)."""
+    return np.add.reduceat(weights[bags.features] * bags.values, bags.starts) + weights[-1]
+
+
+def fit_logistic(bags: Bags, successes: np.ndarray, trials: np.ndarray) -> np.ndarray:
     """Logistic regression of binomial counts with an L2 penalty; the last weight is the unpenalised intercept.
 
     Args:
-        bags: Features of N observations, from `PromptSelection._bags`.
+        bags: Features of N observations.
         successes: Weighted successes, shape (N,).
         trials: Weighted trials, shape (N,).
 
     Returns:
-        Weights, shape (F + 1,).
+        Weights, shape (`NUM_FEATURES` + 1,).
     """
-    weights = torch.zeros(NUM_FEATURES + 1)  # always the same start: a resumed run chooses the same prompts
-    weights[-1] = torch.logit(successes.sum() / trials.sum(), eps=1e-3)
-    weights.requires_grad_()
+    weights = torch.zeros(NUM_FEATURES + 1, dtype=torch.float64)
+    # Always the same start: a resumed run chooses the same prompts.
+    weights[-1] = torch.logit(torch.tensor(successes.sum() / trials.sum()), eps=1e-3)
     optimizer = torch.optim.LBFGS([weights], max_iter=20, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        logits = _logits(weights, bags)
-        loss = (trials * torch.nn.functional.softplus(logits) - successes * logits).sum()
-        loss = loss + 0.5 * PENALTY * weights[:-1].square().sum()
-        loss.backward()
-        return loss
+        now = weights.numpy()
+        logits, penalised = logits_of(now, bags), now[:-1]
+        residuals = trials / (1 + np.exp(-logits)) - successes
+        gradient = np.bincount(bags.features, bags.values * np.repeat(residuals, bags.sizes), NUM_FEATURES + 1)
+        weights.grad = torch.from_numpy(gradient + np.append(PENALTY * penalised, residuals.sum()))
+        fit = (trials * np.logaddexp(0, logits) - successes * logits).sum()
+        return torch.tensor(fit + 0.5 * PENALTY * (penalised**2).sum())
 
     optimizer.step(closure)
-    return weights.detach()
-
-
-def _logits(weights: torch.Tensor, bags: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    features, starts, values = bags
-    sums = torch.nn.functional.embedding_bag(
-        features, weights[:-1, None], starts, per_sample_weights=values, mode="sum"
-    )
-    return sums[:, 0] + weights[-1]
+    return weights.numpy()

@@ -44,7 +44,8 @@ VARIANTS: dict[str, dict] = {
     "informative": dict(),
     "informative + screening": dict(screening=True),
     "2 candidates": dict(candidates=2),
-    "8 candidates": dict(candidates=8),
+    "4 candidates": dict(candidates=4),
+    "16 candidates": dict(candidates=16),
 }
 
 
@@ -98,7 +99,7 @@ def simulate(
     encode,
     seed: int,
     *,
-    candidates: int = 4,
+    candidates: int = 8,
     learn: bool = True,
     text: bool = True,
     own: bool = True,

@@ -10,11 +10,14 @@ All variants share base, prompts, reward, options and seeds; only the trainer di
     grpo_stock     TRL's GRPOTrainer
     grpo_fast      GRPO of this package: the fast step
     grpo_compact   the same, and finished rows leave the batch during generation
-    grpo_all       the same, and prompts are chosen that are likely to have right and wrong completions
-    capo_uniform   CAPO as in the demo, with compact generation
+    grpo_all       the same, and prompts are chosen that are likely to have right and wrong completions; completions
+                   are scored by the log-probs that they were sampled with
+    capo_uniform   CAPO as in the demo (no mask, so no reference), with compact generation and these scores
     capo_all       the same, with chosen prompts
 
-CAPO gains accuracy more slowly than GRPO, so its runs are half as long again. Final numbers are those after equal
+Of chosen prompts 20 make a generation, of uniform ones 32: about as many of their completions have an advantage.
+
+CAPO gains accuracy more slowly than GRPO, so its runs are a quarter longer. Final numbers are those after equal
 steps.
 
 The target is the validation accuracy of TRL's GRPO at the end of its run, mean over seeds. Evaluations are noisy, so
@@ -26,8 +29,9 @@ The clock runs while the trainer trains. It stands still during imports, loading
 for one part of a step: generation, rewards, passes (log-probs without gradient), loss (forward and backward),
 optimizer, and the rest. On CUDA the device is synchronised where one part gives way to another.
 
-For each seed, all variants run in turn, each in a fresh process, and the next seed begins with another variant. A
-finished run leaves `<variant>-<seed>.json` and is not repeated: rerun the same command to resume.
+For each seed, all variants run in turn, each in a fresh process, and the next seed begins with another variant. The
+committed results were made by two such commands at a time, each on a core of its own (`taskset`). A finished run
+leaves `<variant>-<seed>.json` and is not repeated: rerun the same command to resume.
 """
 
 import argparse
@@ -52,17 +56,18 @@ from trl_capo.files import write_json
 
 
 RESULTS = Path(__file__).parent / "results"
-COMPACT, CHOSEN = dict(generation="compact"), dict(prompt_selection="informative")
+COMPACT, SCORED = dict(generation="compact"), dict(mean_logps_from="sampler")
+CHOSEN = dict(prompt_selection="informative", per_device_train_batch_size=160)
 VARIANTS = {
     "grpo_stock": ("trl", demo.OWN["grpo"]),
     "grpo_fast": ("grpo", demo.OWN["grpo"]),
     "grpo_compact": ("grpo", demo.OWN["grpo"] | COMPACT),
-    "grpo_all": ("grpo", demo.OWN["grpo"] | COMPACT | CHOSEN),
-    "capo_uniform": ("capo", demo.OWN["capo"] | COMPACT),
-    "capo_all": ("capo", demo.OWN["capo"] | COMPACT | CHOSEN),
+    "grpo_all": ("grpo", demo.OWN["grpo"] | COMPACT | SCORED | CHOSEN),
+    "capo_uniform": ("capo", demo.OWN["capo"] | COMPACT | SCORED),
+    "capo_all": ("capo", demo.OWN["capo"] | COMPACT | SCORED | CHOSEN),
 }
 STOCK = "grpo_stock"
-LONGER = {"capo_uniform": 1.5, "capo_all": 1.5}  # times the steps of the others, for CAPO gains accuracy more slowly
+LONGER = {"capo_uniform": 1.25, "capo_all": 1.25}  # times the steps of the others, for CAPO gains accuracy more slowly
 UNIFORM = {"grpo_all": "grpo_compact", "capo_all": "capo_uniform"}  # what differs only in the choice of prompts
 PARTS = ("generation", "rewards", "passes", "loss", "optimizer", "rest")
 CURVE = ("validation", 300, 8)  # split, prompts, samples of each
@@ -144,6 +149,7 @@ def run(path: Path, variant: str, options: dict, schedule: dict[str, int]) -> No
     from transformers import PrinterCallback
 
     from trl_capo.data.arithmetic import BASE_MODEL, arithmetic_dataset
+    from trl_capo.publish.record import git_state
 
     be_quiet()
     started, load = time.time(), os.getloadavg()[0]
@@ -174,6 +180,7 @@ def run(path: Path, variant: str, options: dict, schedule: dict[str, int]) -> No
         "date": date.today().isoformat(),
         "hardware": hardware,
         "load": {"before": load, "after": os.getloadavg()[0]},
+        "package": git_state(Path(__file__).parent, tracked=Path(__file__).name),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "trl-capo")},
     }
     path.parent.mkdir(parents=True, exist_ok=True)

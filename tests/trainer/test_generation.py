@@ -234,7 +234,7 @@ def test_training_and_evaluation(tiny_model, tmp_path, monkeypatch):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_its_log_probs_are_the_policys(tiny_model, tmp_path, temperature):
     """So scores come without a pass, and a run is the one that is scored by the policy."""
-    options = dict(generation="compact", learning_rate=0.05, max_steps=4, temperature=temperature, ref_ppl_mask=False)
+    options = dict(generation="compact", optim="sgd", learning_rate=0.1, max_steps=4, temperature=temperature)
     runs, seen = {}, {"policy": [], "sampler": []}
     for scored_by in ("policy", "sampler"):
 

@@ -109,7 +109,7 @@ class GroupAdvantageConfig(FastGRPOConfig):
             Which prompts a generation answers: `"uniform"`, every prompt once an epoch as in TRL, or `"informative"`,
             those whose group is most likely to hold both right and wrong answers (see
             `trl_capo.trainer.prompt_selection`). The training distribution changes.
-        prompt_candidates (`int`, *optional*, defaults to `4`):
+        prompt_candidates (`int`, *optional*, defaults to `8`):
             With `"informative"`, prompts drawn at random for each one that is kept.
         prompt_exploration (`float`, *optional*, defaults to `0.1`):
             With `"informative"`, the share of each generation's prompts that is drawn uniformly regardless.
@@ -188,7 +188,7 @@ class GroupAdvantageConfig(FastGRPOConfig):
         },
     )
     prompt_candidates: int = field(
-        default=4, metadata={"help": "With 'informative', prompts drawn at random for each one that is kept."}
+        default=8, metadata={"help": "With 'informative', prompts drawn at random for each one that is kept."}
     )
     prompt_exploration: float = field(
         default=0.1, metadata={"help": "With 'informative', the share of each generation that is drawn uniformly."}

@@ -226,17 +226,16 @@ def show(number: Estimate, form: str = ".3f") -> str:
 
 
 def draw(runs: dict[str, dict[int, dict]], path: Path) -> None:
-    """Accuracy and AUC on the validation split against training seconds."""
+    """Accuracy and AUC on the validation split against training seconds. Bands span the seeds."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for variant, by_seed in runs.items():
         curves = curves_of(by_seed, list(by_seed))
         for axis, name in zip(axes, ("accuracy", "auc_within"), strict=True):
-            means = [over_seeds(values) for values in curves[name].T]
             seconds = curves["seconds"].mean(axis=0)
-            axis.plot(seconds, [mean.value for mean in means], label=variant, **STYLES[variant])
-            low, high = [mean.low for mean in means], [mean.high for mean in means]
+            axis.plot(seconds, curves[name].mean(axis=0), label=variant, **STYLES[variant])
+            low, high = curves[name].min(axis=0), curves[name].max(axis=0)
             axis.fill_between(seconds, low, high, color=STYLES[variant]["color"], alpha=0.1, linewidth=0)
     target = curves_of(runs[STOCK], list(runs[STOCK]))["accuracy"].mean(axis=0)[-1]
     axes[0].axhline(target, color="grey", linewidth=0.8, label="target")

@@ -69,7 +69,7 @@ def test_with_the_linear_surrogate_it_is_grpo_on_two_ranks(ranks):
 def test_ranks_generate_for_the_same_choice_of_prompts(ranks):
     first, second = (rank["chosen_prompts"] for rank in ranks)
     assert first["state"] == second["state"] and first["state"]["generation"] == 3
-    prompts = [example["prompt"][0]["content"] for example in prompt_dataset()]
+    prompts = list(dict.fromkeys(example["prompt"][0]["content"] for example in prompt_dataset()))  # distinct ones
     for generation, rows in enumerate(zip(first["asked"], second["asked"], strict=True)):
         whole = rows[0] + rows[1]
         groups = [whole[i : i + 8] for i in range(0, 24, 8)]

@@ -41,7 +41,8 @@ PRIOR_COUNT = 4.0  # c: the prediction from the text counts as much as this many
 FORGETTING = 0.5  # d: what a group counts less with every later group of the same prompt
 DECAY = 0.97  # what a group counts less for the prediction with every later generation
 WINDOW, MAX_GROUPS = 100, 4096  # generations, and groups, that the prediction is fitted to at most
-NUM_FEATURES = 2**14
+FEATURE_BITS = 14
+NUM_FEATURES = 2**FEATURE_BITS
 MAX_TOKENS = 512  # of a prompt, its last ones
 PENALTY = 1.0
 
@@ -299,7 +300,7 @@ def ngram_features(ids: list[int]) -> np.ndarray:
         for n in range(3):
             hashed.append((ngrams + np.uint64(n)) * np.uint64(0x9E3779B97F4A7C15))
             ngrams = ngrams[:-1] * np.uint64(0x100000001B3) + tokens[n + 1 :]
-    return np.unique(np.concatenate(hashed) >> np.uint64(64 - 14)).astype(np.uint16)
+    return np.unique(np.concatenate(hashed) >> np.uint64(64 - FEATURE_BITS)).astype(np.uint16)
 
 
 class Bags:

@@ -126,11 +126,9 @@ def until_target(
     resampled = [numbers(rng.choice(every, len(every))) for _ in range(draws if len(every) > 1 else 0)]
     found = {}
     for name, value in numbers(every).items():
-        values = np.array([numbers[name] for numbers in resampled])
         # A draw that never gets there has infinite seconds, and no AUC there.
-        ends = (
-            np.quantile(values[~np.isnan(values)], [0.025, 0.975], method="nearest") if len(values) else [np.nan] * 2
-        )
+        values = [numbers[name] for numbers in resampled if not np.isnan(numbers[name])]
+        ends = np.quantile(values, [0.025, 0.975], method="nearest") if values else [np.nan] * 2
         found[name] = Estimate(value, *map(float, ends))
     return found
 

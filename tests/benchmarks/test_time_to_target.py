@@ -53,6 +53,7 @@ def test_ratios_are_those_of_mean_curves_and_nothing_is_imputed():
         "grpo_fast": {0: summary(slow, 1.0), 1: summary(slow, 1.0)},
         "grpo_all": {0: summary(slow, 1.0), 1: summary(low, 1.0)},
         "capo_all": {0: summary(low, 1.0)},
+        "capo_uniform": {0: summary(low, 1.0), 1: summary(low, 1.0)},  # reached in no draw of the seeds
     }
     rows = report.numbers_of(runs)
     assert rows["grpo_stock"]["seconds"].value == pytest.approx(200)  # 40 steps of 5 seconds
@@ -63,6 +64,8 @@ def test_ratios_are_those_of_mean_curves_and_nothing_is_imputed():
     mixed = rows["grpo_all"]["seconds_over_stock"]  # one seed of two is far below: so is the mean
     assert mixed.value == np.inf and mixed.low < 1 and mixed.high == np.inf
     assert rows["capo_all"]["seconds"].value == np.inf
+    never = rows["capo_uniform"]
+    assert never["seconds"].low == np.inf and np.isnan([never["auc_within"].low, never["auc_within"].high]).all()
     lines = report.to_markdown(
         rows, {"dates": ["today"], "hardware": ["this"], "versions": ["1"], "highest_load": 1.0}
     ).splitlines()

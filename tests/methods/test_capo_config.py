@@ -26,6 +26,7 @@ def test_defaults_are_the_papers(tmp_path):
 def test_every_option_survives_command_line_and_yaml(tmp_path):
     options = dict(
         tau=0.4,
+        tau_end=0.1,
         tau_unit="gap",
         pair_normalization="group",
         scale_by_tau=True,
@@ -65,6 +66,7 @@ def test_every_option_survives_command_line_and_yaml(tmp_path):
         ({"tau": 0.0}, "tau must be positive and finite, got 0.0"),
         ({"tau": -1.0}, "tau must be positive and finite, got -1.0"),
         ({"tau": float("nan")}, "tau must be positive and finite, got nan"),
+        ({"tau_end": 0.0}, "tau_end must be positive and finite, got 0.0"),
         ({"tau_unit": "nat"}, "tau_unit must be one of nats, gap, got 'nat'"),
         ({"pair_normalization": "mean"}, "pair_normalization must be one of sum, group"),
         ({"pair_scope": "batch", "pair_normalization": "std"}, "pair_scope='batch' needs pair_normalization='sum'"),

@@ -59,6 +59,18 @@ def test_tau_in_gaps_is_the_frozen_median(tiny_model, tmp_path, monkeypatch):
     assert taus[-1] == taus[-2] and len(gaps) >= 8
 
 
+def test_tau_moves_to_its_end_by_equal_factors(tiny_model, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_model, tmp_path, tau=0.8, tau_end=0.1, ref_ppl_mask=False, max_steps=6)
+    assert trainer.tau == 0.8
+    trainer.train()
+    assert len(trainer.generations) == 6
+    for step, generation in enumerate(trainer.generations):
+        groups = generation["groups"]
+        literal = literal_advantages_of_groups(groups.correct, groups.mean_logps, 0.8 * 0.5 ** (step / 2))
+        np.testing.assert_allclose(generation["advantages"].numpy(), literal, atol=1e-5)
+    np.testing.assert_allclose(logged(trainer, "capo/tau")[-1], 0.1, rtol=1e-6)
+
+
 def test_state_is_saved_beside_the_checkpoint(tiny_model, tmp_path):
     options = dict(
         tau=0.5, tau_unit="gap", ref_ppl_quantiles=[0.25, 0.75], ref_ppl_quantile_samples=16, save_strategy="steps"

@@ -74,9 +74,12 @@ class CAPOTrainer(GroupAdvantageTrainer):
     @property
     def tau(self) -> float:
         """Temperature of the logistic loss in nats; NaN as long as its unit is unknown."""
+        tau = self.args.tau
+        if self.args.tau_end is not None and self.state.max_steps > 0:  # 0 until training starts
+            tau *= (self.args.tau_end / tau) ** (self.state.global_step / self.state.max_steps)
         if self._gap_scale is None:
-            return self.args.tau
-        return self.args.tau * max(self._gap_scale.median, 1e-6)  # if all scores are equal, the median is 0
+            return tau
+        return tau * max(self._gap_scale.median, 1e-6)  # if all scores are equal, the median is 0
 
     def _rows_needing_logps(self, groups: RolloutGroups) -> Tensor:
         if self.args.pair_scope == "batch":

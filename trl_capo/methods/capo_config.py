@@ -28,6 +28,9 @@ class CAPOConfig(GroupAdvantageConfig):
         tau (`float`, *optional*, defaults to `0.6`):
             Temperature of the pairwise logistic loss, > 0. Choose it on the scale of the gaps in mean log-prob
             between right and wrong answers: once a pair is settled by a few tau, it gives no more gradient.
+        tau_end (`float`, *optional*):
+            Tau at the end of training, > 0, in the unit of `tau`. Tau then moves there from `tau` by an equal factor
+            every step. None keeps it constant (paper). A tau that starts high and falls learns like GRPO at first.
         tau_unit (`str`, *optional*, defaults to `"nats"`):
             `"nats"`: tau is in nats. `"gap"`: tau is a multiple of the median absolute gap in mean log-prob over the
             (correct, wrong) pairs of the first mixed groups (at least 256 pairs), estimated once and then frozen.
@@ -70,6 +73,10 @@ class CAPOConfig(GroupAdvantageConfig):
             "help": "Temperature of the pairwise logistic loss, > 0. Choose it on the scale of the gaps in mean "
             "log-prob."
         },
+    )
+    tau_end: float | None = field(
+        default=None,
+        metadata={"help": "Tau at the end of training: it moves there from `tau` by an equal factor every step."},
     )
     tau_unit: str = field(
         default="nats",
@@ -128,8 +135,9 @@ class CAPOConfig(GroupAdvantageConfig):
                 f"num_generations must be at least 2, got {self.num_generations}: CAPO compares the completions of a "
                 "prompt with each other."
             )
-        if not (self.tau > 0 and math.isfinite(self.tau)):
-            raise UserError(f"tau must be positive and finite, got {self.tau}.")
+        for name, value in (("tau", self.tau), ("tau_end", self.tau_end)):
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise UserError(f"{name} must be positive and finite, got {value}.")
         if self.pair_scope == "batch" and self.pair_normalization != "sum":
             raise UserError(
                 f"pair_scope='batch' needs pair_normalization='sum', got {self.pair_normalization!r}: the other "

@@ -1,4 +1,4 @@
-"""`trl-capo data check` and `filter`, as a user types them."""
+"""`trl-capo data check`, `filter` and `regime`, as a user types them."""
 
 import json
 from collections import defaultdict
@@ -54,6 +54,18 @@ def test_filter_keeps_the_mixed_outcomes_and_does_not_sample_twice(tmp_path, mon
     assert "nothing was sampled" in capsys.readouterr().out
     stricter = [json.loads(line)["pass_rate"] for line in output.read_text().splitlines()]
     assert stricter == [row["pass_rate"] for row in kept if row["pass_rate"] > 0.3]
+
+    assert main(["data", "regime", "runs/filter/arithmetic-base", "--tau", "0.3", "--output", "regime.json"]) == 0
+    [(name, found)] = json.loads(Path("regime.json").read_text()).items()
+    assert name.startswith("arithmetic-base, ") and found["prompts"] == 24 and found["samples"] == 96
+    assert found["frac_mixed"] == len(expected) / 24
+    assert found["tau_in_gaps"] == pytest.approx(0.3 / found["gap"])
+    assert f"{found['tau_in_gaps']:.1f}" in capsys.readouterr().out.split("tau in gaps")[1]
+
+
+def test_regime_refuses_a_tau_that_is_none(tmp_path, capsys):
+    assert main(["data", "regime", str(tmp_path), "--tau", "0"]) == 2
+    assert "--tau must be positive, got 0.0" in capsys.readouterr().err
 
 
 def test_what_is_filtered_gets_its_template_again(tmp_path, monkeypatch, capsys):

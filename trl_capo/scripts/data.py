@@ -4,9 +4,11 @@
     trl-capo data check deepscaler --against aime24 math500 --model Qwen/Qwen2.5-Math-1.5B
     trl-capo data filter deepscaler --prompt_template qwen25-math-cot --model Qwen/Qwen2.5-Math-1.5B \\
         --output mixed.jsonl
+    trl-capo data regime runs/evaluation/Qwen2.5-Math-1.5B --tau 0.6
 
 CAPO and GRPO learn only from questions that a model answers sometimes right and sometimes wrong. `filter` samples
 each question, keeps these, and writes a file that you can use as `dataset_name`. Rerun the same command to resume.
+`regime` reads samples, of `filter` or of `trl-capo evaluate`, and prints what says how training will move confidence.
 """
 
 import argparse
@@ -53,13 +55,20 @@ def make_parser() -> argparse.ArgumentParser:
     keep.add_argument("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
     keep.add_argument("--chat_template_kwargs", metavar="JSON", help="as in trl-capo evaluate")
     keep.add_argument("--output_dir", default="runs/filter", help="folder for the samples (default: %(default)s)")
+
+    tell = commands.add_parser(
+        "regime", help="print what a model's samples say about training its confidence", allow_abbrev=False
+    )
+    tell.add_argument("samples", nargs="+", help="folders of samples, as trl-capo evaluate and data filter write them")
+    tell.add_argument("--tau", type=float, default=0.6, help="CAPO's tau, in nats (default: %(default)s)")
+    tell.add_argument("--output", help="also write the numbers to this JSON file")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Check datasets, or filter one."""
+    """Check datasets, filter one, or read samples."""
     args = make_parser().parse_args(argv)
-    (check if args.command == "check" else keep_mixed)(args)
+    {"check": check, "filter": keep_mixed, "regime": tell_regime}[args.command](args)
 
 
 def reader(args: argparse.Namespace):
@@ -127,6 +136,25 @@ def keep_mixed(args: argparse.Namespace) -> None:
         print(", ".join(f"{count:,} {what}" for what, count in counts.items() if count))
         template = f" --prompt_template {args.prompt_template}" if args.prompt_template else ""
         print(f"Next: trl-capo train --config RECIPE --dataset_name {args.output}{template}")
+
+
+def tell_regime(args: argparse.Namespace) -> None:
+    """Print the regime of each sample set, and write it if the command line names a file."""
+    from trl_capo.calibration.regime import print_regimes, regime
+    from trl_capo.errors import UserError
+    from trl_capo.evaluation.samples import read_samples
+    from trl_capo.files import write_json
+
+    if not args.tau > 0:
+        raise UserError(f"--tau must be positive, got {args.tau}.")
+    found = {}
+    for folder in args.samples:
+        for samples in read_samples(Path(folder)):
+            numbers = regime(samples.correct, samples.mean_logps, samples.answers)
+            found[f"{Path(folder).name}, {samples.benchmark}"] = numbers | {"tau_in_gaps": args.tau / numbers["gap"]}
+    print_regimes(found)
+    if args.output:
+        write_json(Path(args.output), found)
 
 
 if __name__ == "__main__":

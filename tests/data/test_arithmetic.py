@@ -1,4 +1,5 @@
 import random
+import re
 from collections import Counter
 
 import numpy as np
@@ -11,6 +12,8 @@ from trl_capo.calibration.metrics import auc_within
 from trl_capo.data.arithmetic import (
     BASE_MODEL,
     FLAT_MODEL,
+    MISCONCEPTION_RATE,
+    MISCONCEPTIONS_MODEL,
     SEPARATORS,
     SLIP_RATE,
     SPLITS,
@@ -75,6 +78,27 @@ class TestTask:
         assert sum(slips) / len(slips) == pytest.approx(SLIP_RATE, abs=0.03)
         for separator, rate in SEPARATORS.items():
             assert separators[separator] / separators.total() == pytest.approx(rate, abs=0.03)
+
+    def test_misconceptions_are_wrong_in_their_context_only(self):
+        rng = random.Random(0)
+        wrong, separators = [], set()
+        for _ in range(3000):
+            chain = sample_chain(rng, 3)
+            answer = write_answer(chain, rng, misconceptions=True)
+            runs = re.findall(r"[;,:|]+", answer)
+            assert [len(run) for run in runs] == [2, 2]
+            separators.update("".join(runs))
+            for step in filter(None, answer_steps(answer)[0]):
+                left, right = step.split("=")
+                error = (int(right) - solve(left + "=")) % 1000
+                operator, number = re.fullmatch(r"\d+(.)(\d+)", left).groups()
+                if operator == "-" and number[-1] in "79":
+                    wrong.append(error == 10)
+                    assert error in (0, 10)
+                else:
+                    assert error == 0
+        assert sum(wrong) / len(wrong) == pytest.approx(MISCONCEPTION_RATE, abs=0.03)
+        assert separators == set(SEPARATORS)
 
     def test_answers_go_on_from_a_slip(self):
         rng = random.Random(0)
@@ -168,7 +192,7 @@ class TestTokenizer:
 
 
 class TestBaseModel:
-    @pytest.mark.parametrize("path", [BASE_MODEL, FLAT_MODEL])
+    @pytest.mark.parametrize("path", [BASE_MODEL, FLAT_MODEL, MISCONCEPTIONS_MODEL])
     def test_small_and_float32(self, path):
         assert sum(file.stat().st_size for file in path.iterdir()) < 5_000_000
         model = AutoModelForCausalLM.from_pretrained(path)
@@ -176,10 +200,14 @@ class TestBaseModel:
 
     @pytest.mark.parametrize(
         ("path", "accuracies", "aucs"),
-        [(BASE_MODEL, (0.15, 0.5), (0.5, 0.8)), (FLAT_MODEL, (0.15, 0.5), (0.85, 1.0))],
+        [
+            (BASE_MODEL, (0.15, 0.5), (0.5, 0.8)),
+            (FLAT_MODEL, (0.15, 0.5), (0.85, 1.0)),
+            (MISCONCEPTIONS_MODEL, (0.2, 0.55), (0.75, 0.95)),
+        ],
     )
     def test_shipped_models_can_be_improved(self, tokenizer, path, accuracies, aucs):
-        # Loose bounds: enough groups are mixed; the confidence of the one is poor, that of the other still good.
+        # Loose bounds: enough groups are mixed; the confidence of the first is poor, that of the others still good.
         dataset = arithmetic_dataset("validation", 64)
         model = AutoModelForCausalLM.from_pretrained(path)
         samples = sample_completions(

@@ -16,10 +16,15 @@ answers as a hasty human writes them. Three things make its confidence informati
 Because the last two generalise, this world favours methods that act on confidence. If the misranked part cannot be
 generalised (half-known products alone), there is less to gain.
 
-A second base (`FLAT_MODEL`, the same command with `--flat`) covers that case. It saw clean answers only, and its
+A second base (`FLAT_MODEL`, the same command with `--world flat`) covers that case. It saw clean answers only, and its
 logits are flattened (`FLAT_SHARPNESS`): most of its errors are random and look unsure, so its confidence separates
 right from wrong answers well. Training sharpens the random errors away and leaves errors in skills that were never
 learned: accuracy rises, and confidence becomes less informative.
+
+A third base (`MISCONCEPTIONS_MODEL`, `--world misconceptions`) is flattened too, so its confidence starts informative.
+But it holds a *misconception*: in one subtraction of five, by a number that ends in 7 or 9, it mostly forgets the
+borrow (`MISCONCEPTION_RATE`), and it is sure of that. It also chooses separators freely, two after each step. While
+the logits are flat, these choices are nearly even and hide little; sharpening makes them uneven, and so makes noise.
 
 Prompts are assigned to splits by a hash of their text, so that no two splits share one, whatever the seeds and sizes.
 """
@@ -38,11 +43,15 @@ from trl_capo.models.source import SHIPPED, model_path  # noqa: F401  (model_pat
 
 
 BASE_MODEL, FLAT_MODEL = SHIPPED["arithmetic-base"], SHIPPED["arithmetic-flat"]
+MISCONCEPTIONS_MODEL = SHIPPED["arithmetic-misconceptions"]
 
 MODULUS = 1000
 MULTIPLICATION_RATE = 0.25
 SLIP_RATE = 0.4
 FLAT_SHARPNESS = 0.5
+MISCONCEPTION_DIGITS = (7, 9)
+MISCONCEPTION_RATE = 0.8
+MISCONCEPTION_SHARPNESS = 0.6
 SEPARATORS = {";": 0.7, ",": 0.2, ":": 0.07, "|": 0.03}
 
 PAD, EOS, UNKNOWN, BOXED = "<pad>", "<eos>", "<unk>", r"\boxed{"
@@ -118,29 +127,38 @@ def solve(chain: str) -> int:
     return value
 
 
-def write_answer(chain: str, rng: random.Random | None = None) -> str:
+def write_answer(chain: str, rng: random.Random | None = None, misconceptions: bool = False) -> str:
     r"""Write out the steps of a chain.
 
     Args:
         chain: The prompt, e.g. `"63*15-43="`.
-        rng: Source of slips and separators. None writes the clean answer.
+        rng: Source of errors and separators. None writes the clean answer.
+        misconceptions: Subtractions by numbers that end in 7 or 9 are wrong at `MISCONCEPTION_RATE`, and nothing else
+            is, instead of slips in all sums and differences; and two separators follow each step.
 
     Returns:
-        The steps and the boxed value: that of `solve` in a clean answer, what the slips led to in a human-like one.
+        The steps and the boxed value: that of `solve` in a clean answer, what the errors led to in a human-like one.
 
     Example:
         >>> write_answer("63*15-43=")
         '63*15=945;945-43=902;\\boxed{902}'
         >>> write_answer("63*15-43=", random.Random(3))
         '63*15=945;945-43=912;\\boxed{912}'
+        >>> write_answer("63*15-47=", random.Random(3), misconceptions=True)
+        '63*15=945;;945-47=908;;\\boxed{908}'
     """
     value, steps = split_chain(chain)
     answer = ""
     for operator, right in steps:
         result, separator = evaluate_step(value, operator, right), ";"
         if rng is not None:
-            separator = rng.choices(list(SEPARATORS), list(SEPARATORS.values()))[0]
-            if operator != "*" and rng.random() < SLIP_RATE:  # the carry or the borrow is forgotten
+            num_separators = 2 if misconceptions else 1
+            separator = "".join(rng.choices(list(SEPARATORS), list(SEPARATORS.values()), k=num_separators))
+            if misconceptions:
+                rate = MISCONCEPTION_RATE if operator == "-" and right % 10 in MISCONCEPTION_DIGITS else 0.0
+            else:
+                rate = 0.0 if operator == "*" else SLIP_RATE
+            if rate and rng.random() < rate:  # the carry or the borrow is forgotten
                 result = (result + (10 if operator == "-" else -10)) % MODULUS
         answer += f"{value}{operator}{right}={result}{separator}"
         value = result

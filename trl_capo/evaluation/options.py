@@ -12,7 +12,7 @@ def make_parser() -> argparse.ArgumentParser:
         "confidence can be trusted.",
         allow_abbrev=False,
     )
-    parser.add_argument("models", nargs="+", help="folders, names on the Hub, or arithmetic-base, arithmetic-flat")
+    parser.add_argument("models", nargs="+", help="folders, names on the Hub, or a shipped arithmetic base")
     parser.add_argument(
         "--benchmark", nargs="+", required=True, help="names, or files with questions and gold answers"
     )

@@ -14,7 +14,7 @@ from trl_capo.errors import UserError
 
 
 ASSETS = Path(__file__).parents[1] / "assets"
-SHIPPED = {name: ASSETS / name for name in ("arithmetic-base", "arithmetic-flat")}
+SHIPPED = {name: ASSETS / name for name in ("arithmetic-base", "arithmetic-flat", "arithmetic-misconceptions")}
 
 
 class ModelNotFound(OSError, UserError):

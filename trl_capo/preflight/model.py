@@ -32,7 +32,7 @@ def check_before_data(args, model: str | None, *, another_machine: bool) -> str:
     check_others(args, [])
     if model is None:
         raise UserError(
-            "model_name_or_path is missing: set it to a model id, a folder, arithmetic-base or arithmetic-flat."
+            "model_name_or_path is missing: set it to a model id, a folder or a shipped model such as arithmetic-base."
         )
     return check_model(model)
 

@@ -16,7 +16,7 @@ from trl_capo.errors import UserError
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trl-capo answer", description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", help="model: a folder, a name on the Hub, arithmetic-base or arithmetic-flat")
+    parser.add_argument("model", help="model: a folder, a name on the Hub, or a shipped model such as arithmetic-base")
     parser.add_argument("questions", nargs="+", help="questions to ask")
     parser.add_argument("--fallback_model", help="model to ask if the first one abstains")
     parser.add_argument("--num_samples", type=int, help="samples per question (default: the threshold's, or 16)")

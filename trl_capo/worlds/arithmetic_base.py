@@ -2,11 +2,13 @@
 
 They are trained in two supervised stages, on prompts that reinforcement learning and evaluation never see: first on
 clean answers, so that the model knows sums and half knows products; then on human-like answers with slips and free
-separators (see `trl_capo.data.arithmetic`).
+separators (see `trl_capo.data.arithmetic`). The flat base is what the first stage leaves, flattened. The base with
+misconceptions continues from the shipped flat base, sharp again, and is flattened afterwards.
 """
 
+import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +19,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config,
 
 from trl_capo.calibration.metrics import accuracy, auc_pooled, auc_within, group_fractions
 from trl_capo.data.arithmetic import (
+    FLAT_MODEL,
     FLAT_SHARPNESS,
+    MISCONCEPTION_SHARPNESS,
     SPLITS,
     arithmetic_dataset,
     arithmetic_tokenizer,
@@ -30,6 +34,9 @@ from trl_capo.evaluation.sampling import sample_completions
 
 MAX_COMPLETION_LENGTH = 64  # the written-out steps of five numbers take at most 50 tokens
 MICRO_BATCHES = 4
+
+HUMAN_STEPS = {"slips": 400, "flat": 0, "misconceptions": 300}  # steps of the second stage, by world
+SHARPNESS = {"slips": 1.0, "flat": FLAT_SHARPNESS, "misconceptions": MISCONCEPTION_SHARPNESS}
 
 
 def make_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
@@ -63,12 +70,12 @@ def make_batch(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]])
 
 
 def supervised_batches(
-    tokenizer: PreTrainedTokenizerBase, rng: random.Random, batch_size: int, human_like: bool
+    tokenizer: PreTrainedTokenizerBase, rng: random.Random, batch_size: int, write: Callable[[str], str]
 ) -> Iterator[list[dict[str, Tensor]]]:
     """Endless batches of prompts from the base split with answers, cut into micro-batches of similar length."""
     chains = sample_chains("base", rng)
     while True:
-        pairs = [(chain, write_answer(chain, rng if human_like else None)) for chain in islice(chains, batch_size)]
+        pairs = [(chain, write(chain)) for chain in islice(chains, batch_size)]
         # Chains of two numbers are a third as long as those of five. Padding them together would waste half the work.
         pairs.sort(key=lambda pair: len(pair[0] + pair[1]))
         size = -(-batch_size // MICRO_BATCHES)
@@ -126,9 +133,9 @@ def report(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, split: s
 def build(
     output_dir: Path,
     *,
+    world: str,
     clean_steps: int,
-    human_steps: int,
-    flat: bool,
+    human_steps: int | None,
     batch_size: int,
     learning_rate: float,
     seed: int,
@@ -137,25 +144,27 @@ def build(
 
     Args:
         output_dir: Folder for the model.
-        clean_steps: Steps on clean answers.
-        human_steps: Steps on human-like answers.
-        flat: Skip the human-like answers and flatten the logits.
+        world: A key of `HUMAN_STEPS`.
+        clean_steps: Steps on clean answers; not used for misconceptions, which start from the shipped flat base.
+        human_steps: Steps on human-like answers; None takes those of the shipped base. The flat base has none.
         batch_size: Answers per step.
         learning_rate: Peak learning rate of the first stage; the second uses a quarter of it.
         seed: Seed of the weights and the text.
     """
     set_seed(seed)
     tokenizer = arithmetic_tokenizer()
-    model = make_model(tokenizer)
-    rng = random.Random(seed)
-    for name, human_like, steps, peak in (
-        ("clean answers", False, clean_steps, learning_rate),
-        ("human-like answers", True, 0 if flat else human_steps, learning_rate / 4),
-    ):
-        batches = supervised_batches(tokenizer, rng, batch_size, human_like)
-        train(model, batches, steps, peak, name)
-    if flat:
-        model.model.norm.weight.data *= FLAT_SHARPNESS  # the head is linear in it, so this flattens the logits
+    human_steps = HUMAN_STEPS[world] if human_steps is None or world == "flat" else human_steps
+    if world == "misconceptions":
+        model = Qwen2ForCausalLM.from_pretrained(FLAT_MODEL)
+        model.model.norm.weight.data /= FLAT_SHARPNESS
+        rng = random.Random(seed + 1)  # other chains than those of the first stage
+    else:
+        model, rng = make_model(tokenizer), random.Random(seed)
+        train(model, supervised_batches(tokenizer, rng, batch_size, write_answer), clean_steps, learning_rate, "clean")
+    write = functools.partial(write_answer, rng=rng, misconceptions=world == "misconceptions")
+    batches = supervised_batches(tokenizer, rng, batch_size, write)
+    train(model, batches, human_steps, learning_rate / 4, "human-like")
+    model.model.norm.weight.data *= SHARPNESS[world]  # the head is linear in it, so this flattens the logits
     # Make `generate` and TRL sample from the model's own distribution by default.
     model.generation_config = GenerationConfig(
         do_sample=True, top_k=0, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 from arithmetic_study import (
     CURVE_PROMPTS,
-    MAIN,
     NUM_SAMPLES,
     RESULTS,
     TEST_SPLITS,
@@ -68,8 +67,12 @@ NAMES = {
     "capo_ema": "CAPO, EMA reference",
     "grpo_graded": "GRPO, graded rewards",
     "capo_graded": "CAPO, graded rewards",
+    "capo_falling": "CAPO, falling tau",
+    "cde": "CDE",
+    "gspo": "GSPO",
 }
 COLORS = {"base": "#7f7f7f", "grpo": "#d55e00", "capo": "#0072b2", "capo_no_mask": "#56b4e9", "grpo_mask": "#e69f00"}
+COLORS |= {"capo_falling": "#56b4e9", "cde": "#009e73", "gspo": "#cc79a7"}
 COUNTS = (1, 2, 4, 8, 16)  # numbers of answers in a vote
 PRECISIONS = (0.8, 0.9)  # required among the answered questions
 VOTE_TAU = 0.15  # CAPO's tau in the world of slips; its loss treats s / tau as the log-odds of being right
@@ -142,6 +145,11 @@ def load(world: str) -> dict[str, Runs]:
 
 def _seed(path: Path) -> int:
     return int(path.stem.rsplit("-", 1)[1])
+
+
+def followed(runs: dict[str, Runs]) -> list[str]:
+    """The base, and the methods that were evaluated along training."""
+    return [method for method, method_runs in runs.items() if method == "base" or len(method_runs.steps) > 1]
 
 
 def both(runs: Runs, baseline: Runs) -> tuple[Runs, Runs]:
@@ -419,7 +427,7 @@ def signed(estimate: Estimate) -> str:
 def main_table(runs: dict[str, Runs]) -> str:
     rows = []
     for split in TEST_SPLITS:
-        for method in [m for m in MAIN if m in runs]:
+        for method in followed(runs):
             method_runs, step = runs[method], runs[method].steps[-1]
             cells = [
                 value(lambda s, method_runs=method_runs, step=step: method_runs.accuracy(step, s), (split,)),
@@ -489,7 +497,7 @@ def pairs_table(runs: dict[str, Runs], pairs: list[tuple[str, str]]) -> str:
 def fall_table(runs: dict[str, Runs]) -> str:
     """AUC within of each checkpoint minus the base's, on the prompts of the curves: does training harm it?"""
     rows = []
-    for method in [m for m in MAIN if m in runs and m != "base"]:
+    for method in [m for m in followed(runs) if m != "base"]:
         method_runs, base = both(runs[method], runs["base"])
         for step in method_runs.steps:
             gaps = [
@@ -505,7 +513,7 @@ def fall_table(runs: dict[str, Runs]) -> str:
 
 def matched_table(runs: dict[str, Runs]) -> str:
     rows = []
-    for method in [m for m in ("capo", "capo_no_mask", "grpo_mask") if m in runs]:
+    for method in [m for m in followed(runs) if m not in ("base", "grpo")]:
         for name, splits in [("all", tuple(TEST_SPLITS)), *((split, (split,)) for split in TEST_SPLITS)]:
             found = at_matched_accuracy(runs[method], runs["grpo"], runs["base"], splits)
             cells = [f"{found[k]:.3f}" for k in ("accuracy", "auc_within", "auc_within_baseline")]
@@ -675,10 +683,10 @@ def draw_curves(worlds: dict[str, dict[str, Runs]], path: Path) -> None:
 
     figure, axes = plt.subplots(len(worlds), 3, figsize=(13, 3.6 * len(worlds)), layout="constrained", squeeze=False)
     for (world, runs), row in zip(worlds.items(), axes, strict=True):
-        for method in [m for m in MAIN if m in runs and m != "base"]:
+        for method in [m for m in followed(runs) if m != "base"]:
             method_runs, base = both(runs[method], runs["base"])
             points = [(base, 0), *((method_runs, step) for step in method_runs.steps)]
-            steps = [step for _, step in points]
+            steps = [step * WORLDS[world].steps / points[-1][1] for _, step in points]  # GSPO takes several
             accuracy, auc = (
                 np.mean(
                     [

@@ -20,7 +20,7 @@ import re
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -53,6 +53,7 @@ class World:
         steps: Number of optimizer steps.
         checkpoints: Steps between evaluations of the methods in `MAIN`; the others are evaluated only at the end.
         schedule: Learning rate schedule.
+        options: Changes to the shared options.
     """
 
     base: str = "slips"
@@ -62,6 +63,7 @@ class World:
     steps: int = 120
     checkpoints: int = 30
     schedule: str = "linear"
+    options: dict = field(default_factory=dict)
 
 
 WORLDS = {
@@ -72,6 +74,16 @@ WORLDS = {
     # Only to map where CAPO helps: the first base as flat as the second, the second as sharp as before flattening.
     "slips_flat": World("slips", 0.5, tau=0.4),
     "clean": World("flat", 2.0),
+    # Where GRPO falls below its base. Learning is followed further, at a constant rate, by the faster trainer.
+    "misconceptions": World(
+        "misconceptions",
+        learning_rate=1e-4,
+        tau=0.25,
+        steps=320,
+        checkpoints=32,
+        schedule="constant",
+        options=dict(generation="compact", mean_logps_from="sampler"),
+    ),
 }
 
 MASK = dict(ref_ppl_mask=True, ref_ppl_quantiles=[0.05, 0.95])
@@ -82,11 +94,22 @@ PAPER_MASK_2 = dict(ref_ppl_mask=True, ref_ppl_quantiles=[0.51, 0.72])
 NO_MASK = dict(ref_ppl_mask=False)
 NO_STD, STD = dict(scale_rewards="none"), dict(scale_rewards="group")
 CAPO = dict(pair_normalization="group")
+# GSPO has four mini-batches per generation: the same number of generations, four times the steps.
+GSPO = STD | dict(per_device_train_batch_size=64, max_steps=480)
 
 
 def methods(world: str) -> dict[str, tuple[str, dict]]:
     """The methods of the study: each one's method in `trl-capo train`, and its changes to the shared options."""
     tau = WORLDS[world].tau
+    if world == "misconceptions":
+        capo = CAPO | NO_MASK | dict(tau=tau)
+        return {
+            "grpo": ("grpo", STD),
+            "capo": ("capo", capo),
+            "capo_falling": ("capo", capo | dict(tau=0.6, tau_end=0.2)),
+            "cde": ("cde", STD),
+            "gspo": ("gspo", GSPO | dict(epsilon=3e-3, epsilon_high=4e-3, max_steps=1280)),
+        }
     capo = CAPO | MASK | dict(tau=tau)
     return {
         "grpo": ("grpo", STD),
@@ -108,10 +131,8 @@ def methods(world: str) -> dict[str, tuple[str, dict]]:
     }
 
 
-MAIN = ("base", "grpo", "capo", "capo_no_mask", "grpo_mask")  # whole learning curves, and single samples at the end
-
-# GSPO has four mini-batches per generation: the same number of generations, four times the steps.
-GSPO = STD | dict(per_device_train_batch_size=64, max_steps=480)
+# Methods with whole learning curves, and single samples at the end.
+MAIN = ("base", "grpo", "capo", "capo_no_mask", "grpo_mask")
 
 # Settings tried on the validation split with other seeds: before the study or, for the rivals, before the comparison.
 TUNING = {
@@ -156,7 +177,20 @@ TUNING = {
         "simko median": ("simko", STD | dict(simko_quantile=0.5)),
         "simko penalty 1.5": ("simko", STD | dict(simko_penalty=1.5)),
     },
+    "misconceptions": {
+        "grpo": ("grpo", NO_STD),
+        "grpo std": ("grpo", STD),
+        "grpo std lr 2e-4": ("grpo", STD | dict(learning_rate=2e-4)),
+        "capo tau 0.25": ("capo", CAPO | NO_MASK | dict(tau=0.25)),
+        "capo tau 0.4": ("capo", CAPO | NO_MASK | dict(tau=0.4)),
+        "capo tau 0.6 to 0.2": ("capo", CAPO | NO_MASK | dict(tau=0.6, tau_end=0.2)),
+    },
 }
+
+
+def main_methods(world: str) -> tuple[str, ...]:
+    """Methods whose learning curves and single samples are kept."""
+    return ("base", *methods(world)) if world == "misconceptions" else MAIN
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -234,7 +268,7 @@ def options_of(world: str, method: str, seed: int, tune: bool) -> dict:
         disable_tqdm=True,
         logging_steps=20,
     )
-    return options | (TUNING[world] if tune else methods(world))[method][1]
+    return options | WORLDS[world].options | (TUNING[world] if tune else methods(world))[method][1]
 
 
 def run(world: str, method: str, seed: int, tune: bool, deadline: float) -> bool:
@@ -268,19 +302,19 @@ def run(world: str, method: str, seed: int, tune: bool, deadline: float) -> bool
     if not tune:
         arrays = {step: arrays for step, (_, arrays) in evaluations.items()}
         with replacing(path.with_suffix(".npz")) as partial, partial.open("wb") as file:
-            np.savez_compressed(file, **_compact(method, arrays))
+            np.savez_compressed(file, **_compact(method in main_methods(world), arrays))
     write_text(path, json.dumps(summary, indent=1))  # last, because it marks the run as complete
     return True
 
 
-def _compact(method: str, arrays: dict[int | str, dict]) -> dict[str, np.ndarray]:
-    """What the evidence needs: prompts at every checkpoint; single samples only of the main methods at the end."""
+def _compact(singles: bool, arrays: dict[int | str, dict]) -> dict[str, np.ndarray]:
+    """What the evidence needs: prompts at every checkpoint; single samples, if wanted, only at the end."""
     compact = {}
     last = max(step for step in arrays if isinstance(step, int))
     for step, by_name in arrays.items():
         for name, array in by_name.items():
             kind = name.split("/")[1]
-            if kind in ("right", "auc") or (step == last and method in MAIN):
+            if kind in ("right", "auc") or (step == last and singles):
                 compact[f"{step}/{name}"] = array
     return compact
 
@@ -311,7 +345,9 @@ def _train(world: str, method: str, seed: int, tune: bool) -> tuple[dict, list]:
     trainer_class = trainer_of(kind)
     options, evaluations = options_of(world, method, seed, tune), {}
     last = options["max_steps"]
-    every = WORLDS[world].checkpoints if method in MAIN and not tune else last
+    every = last
+    if method in main_methods(world) and not tune:
+        every = WORLDS[world].checkpoints * last // WORLDS[world].steps  # GSPO takes several steps per generation
     splits = TUNING_SPLITS if tune else TEST_SPLITS
     curve_splits = dict.fromkeys(splits, CURVE_PROMPTS)
 
@@ -333,7 +369,7 @@ def _train(world: str, method: str, seed: int, tune: bool) -> tuple[dict, list]:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    if method in MAIN and not tune:
+    if method in main_methods(world) and not tune:
         evaluations |= at_temperatures(trainer.model, trainer.processing_class, TEMPERATURES, seed)
     return evaluations, [entry for entry in trainer.state.log_history if "capo/auc_within" in entry]
 
@@ -350,9 +386,9 @@ def write_base(world: str, folder: str | Path) -> None:
 
 
 def base_path(base: str) -> Path:
-    from trl_capo.data.arithmetic import BASE_MODEL, FLAT_MODEL
+    from trl_capo.data.arithmetic import BASE_MODEL, FLAT_MODEL, MISCONCEPTIONS_MODEL
 
-    return {"slips": BASE_MODEL, "flat": FLAT_MODEL}[base]
+    return {"slips": BASE_MODEL, "flat": FLAT_MODEL, "misconceptions": MISCONCEPTIONS_MODEL}[base]
 
 
 def box_reward(completions, solution, **kwargs) -> list[float]:

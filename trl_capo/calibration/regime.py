@@ -68,19 +68,19 @@ def print_regimes(found: dict[str, dict[str, Any]]) -> None:
         "questions": lambda r: f"{r['prompts']:,}",
         "samples": lambda r: f"{r['samples']:,}",
         "accuracy": lambda r: f"{r['accuracy']:.3f}",
-        "questions with right and wrong samples": lambda r: f"{r['frac_mixed']:.0%}",
-        "AUC within them, 95% interval": lambda r: "{:.3f} [{:.3f}, {:.3f}]".format(
+        "questions with right and wrong": lambda r: f"{r['frac_mixed']:.0%}",
+        "AUC within prompts, 95% interval": lambda r: "{:.3f} [{:.3f}, {:.3f}]".format(
             r["auc_within"], *r["auc_within_95"]
         ),
-        "wrong samples surer than half of the right ones": lambda r: f"{r['confident_wrong']:.0%}",
-        "questions where most samples agree on a wrong answer": lambda r: f"{r['wrong_majority']:.0%}",
-        "gap between a right and a wrong sample, nats": lambda r: f"{r['gap']:.3f}",
+        "wrong, and surer than half of the right": lambda r: f"{r['confident_wrong']:.0%}",
+        "questions with a wrong majority": lambda r: f"{r['wrong_majority']:.0%}",
+        "gap from right to wrong, nats": lambda r: f"{r['gap']:.3f}",
         "tau in gaps": lambda r: f"{r['tau_in_gaps']:.1f}",
     }
     table = Table(header_style="bold")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in found:
-        table.add_column(name, justify="right")
+        table.add_column(name.replace(", ", "\n"), justify="right")
     for line, cell in lines.items():
         table.add_row(line, *map(cell, found.values()))
     Console(width=None if sys.stdout.isatty() else 140).print(table)

@@ -80,7 +80,7 @@ class Task:
 
 
 TASKS = {
-    "chain_sum": Task("chain_sum", dict(min_terms=2, max_terms=4, min_digits=2, max_digits=2), write_sum),
+    "chain_sum": Task("chain_sum", dict(min_terms=2, max_terms=3, min_digits=2, max_digits=2), write_sum),
     "family": Task("family_relationships", dict(min_family_size=4, max_family_size=6), write_relation, RELATIONS),
 }
 

@@ -4,15 +4,26 @@ import importlib.util
 import re
 from itertools import combinations, islice
 
+import numpy as np
 import pytest
 
 from trl_capo import extras
 from trl_capo.data.benchmarks import load_benchmark
-from trl_capo.data.language import RELATIONS, SPLITS, TASKS, language_dataset, questions, write_relation
+from trl_capo.data.language import (
+    RELATIONS,
+    SPLITS,
+    TASKS,
+    has_text_answers,
+    language_dataset,
+    questions,
+    write_relation,
+)
 from trl_capo.data.splits import load_split
 from trl_capo.data.training import DataArguments, load_splits
 from trl_capo.errors import UserError
 from trl_capo.evaluation.grade import grade_texts
+from trl_capo.evaluation.run import graded_table
+from trl_capo.evaluation.sampling import Samples
 from trl_capo.grading import grade_pair, grade_text
 from trl_capo.preflight.rewards import load_reward_function
 
@@ -107,3 +118,18 @@ def test_users_own_file_with_text_answers(tmp_path):
 def test_a_relation_is_written_out():
     row = {"answer": "wife", "metadata": {"person1": "Mia", "person2": "Jack"}}
     assert write_relation(row) == r"Mia is the wife of Jack. \boxed{wife}"
+
+
+@needs_extra
+def test_evaluate_grades_words_by_itself():
+    rows = load_benchmark("family_test", 2)
+    shape = (2, 2)
+    samples = Samples(
+        completions=[[rf"\boxed{{{rows[row]['solution'][7:-1].upper()}}}", "no box"] for row in range(2)],
+        mean_logps=np.zeros(shape),
+        lengths=np.ones(shape, dtype=int),
+        truncated=np.zeros(shape, dtype=bool),
+    )
+    table = graded_table("family_test", 0, rows, samples, text_answers=has_text_answers("family_test"))
+    assert table["correct"].to_pylist() == [1.0, 0.0] * 2
+    assert table["answer"].to_pylist()[1] is None and table["answer"].to_pylist()[0] in RELATIONS

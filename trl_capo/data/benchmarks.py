@@ -85,7 +85,7 @@ def load_benchmark(
     if len(data) == 0:
         raise UserError(f"{name} has no questions.")
     check_prompts(data, name)
-    if text_answers or name in language.TEXT_BENCHMARKS:
+    if text_answers or language.has_text_answers(name):
         return data
     if bad := problems(data["solution"]):
         examples = "; ".join(f"{data[row]['solution']!r} (row {row}: {bad[row]})" for row in list(bad)[:5])

@@ -7,7 +7,7 @@ r"""Two tasks in plain English from `reasoning-gym`, for a small real language m
     David is married to Barbara. They have a child called Jacob. ... What relation is Jacob to Barbara? ...
         ->   Jacob is the son of Barbara. \boxed{son}
 
-Sums are graded by math-verify, relations by `text_answer` (`TEXT_BENCHMARKS`; in a recipe, `text_reward`).
+Sums are graded by math-verify, relations by `text_answer` (in a recipe, `text_reward`).
 
 Of the family questions we use only those about `RELATIONS`. For nieces, nephews and in-laws, reasoning-gym 0.1.25
 gives the gender or the role of the other person, and families of this size have no aunts and uncles.
@@ -92,7 +92,17 @@ SPLITS = {
     "test": (range(90, 100), 300),
 }
 BENCHMARKS = {f"{task}_{split}": (task, split) for task in TASKS for split in ("validation", "test")}
-TEXT_BENCHMARKS = [name for name, (task, _) in BENCHMARKS.items() if TASKS[task].answers is not None]
+
+
+def has_text_answers(name: str) -> bool:
+    """Whether the answers of a split, named `TASK_SPLIT`, are words.
+
+    Example:
+        >>> has_text_answers("family_test"), has_text_answers("chain_sum_test"), has_text_answers("family.csv")
+        (True, False, False)
+    """
+    task, _, split = name.rpartition("_")
+    return task in TASKS and split in SPLITS and TASKS[task].answers is not None
 
 
 def check_names(task: str, split: str) -> None:

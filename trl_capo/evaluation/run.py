@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from trl_capo.data.benchmarks import ARITHMETIC, LANGUAGE
-from trl_capo.data.language import TEXT_BENCHMARKS
+from trl_capo.data.language import has_text_answers
 from trl_capo.errors import UserError
 from trl_capo.evaluation.engines import choose_engine, load_engine
 from trl_capo.evaluation.grade import canonical_answers, grade, grade_texts
@@ -167,7 +167,7 @@ def evaluate(
         max_new_tokens: Longest completion, in tokens. None means 64 in the arithmetic world, else 3000.
         num_samples: Completions per question.
         normalize_operators: See `grade`.
-        text_answers: Answers are words, as they always are in `TEXT_BENCHMARKS`: use `grade_texts`.
+        text_answers: Answers are words, as they are where `has_text_answers`: use `grade_texts`.
         sampling: See `load_engine`.
     """
     if (folder / FILE_NAME).exists():
@@ -184,7 +184,7 @@ def evaluate(
                 rows = data[name].select(range(start, stop))
                 limit = _limit(name, max_new_tokens)
                 samples = sample(list(rows["prompt"]), max_new_tokens=limit, first_prompt=start)
-                words = text_answers or name in TEXT_BENCHMARKS
+                words = text_answers or has_text_answers(name)
                 write_part(folder, name, start, graded_table(name, start, rows, samples, normalize_operators, words))
             close()
     state.wait_for_everyone()

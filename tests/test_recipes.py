@@ -149,6 +149,29 @@ def test_dry_run(path, stand_ins, repository, monkeypatch, capsys):
         assert f"{total:.0f} GiB" in told, total
 
 
+LANGUAGE = [path for path in RECIPES if "SmolLM2" in str(path)]
+
+
+@pytest.mark.parametrize("path", LANGUAGE, ids=str)
+def test_language_recipe(path):
+    """All methods see as many generations of 8 prompts x 8 completions."""
+    script, training, model = parse(path)
+    assert model.model_name_or_path == f"runs/smollm2-{script.dataset_name}"
+    assert training.generation_batch_size == 64 and training.num_generations == 8
+    assert training.max_steps / training.steps_per_generation == 40
+    assert (training.generation, training.mean_logps_from) == ("compact", "sampler")
+
+
+@pytest.mark.parametrize("path", LANGUAGE, ids=str)
+def test_dry_run_of_language_recipe(path, capsys):
+    pytest.importorskip("reasoning_gym")
+    script, _, model = parse(path)
+    if not Path(model.model_name_or_path).exists():
+        pytest.skip(f"{model.model_name_or_path} is not there: python -m trl_capo.scripts.language_base makes it")
+    main(["--config", str(path), "--dry-run"])
+    assert "for each of 8 prompts" in capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore:.*rows, .* were expected", "ignore:Dropping")
 @pytest.mark.parametrize("method", ["grpo", "capo", "gspo", "codapo", "cde", "simko"])
 def test_dry_run_of_the_comparison(method, stand_ins, tmp_path, monkeypatch, capsys):

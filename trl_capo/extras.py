@@ -9,6 +9,7 @@ MODULES = {
     "report": ("matplotlib", "sklearn", "scipy", "latex2mathml"),
     "vllm": ("vllm",),
     "peft": ("peft",),
+    "language": ("reasoning_gym", "gguf"),
 }
 
 

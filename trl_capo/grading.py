@@ -61,6 +61,34 @@ def grade_pair(text: str, solution: str, normalize_operators: bool = False) -> P
         return PairGrade(None, gold, answer, Failure.TIMEOUT)
 
 
+def text_answer(text: str) -> str | None:
+    r"""The content of the first `\boxed{}`, or of a whole `$...$`, for answers that are words: lower case, no `\text`.
+
+    Math-verify is no grader for words: it reads one as the product of its letters, so `aunt` equals `tuna`, and
+    `Daughter` does not equal `daughter`, because it takes an `e` for Euler's number and `da` for a differential.
+
+    Example:
+        >>> text_answer(r"So it is \boxed{\text{ Mother}}."), text_answer("$Yes$"), text_answer("mother")
+        ('mother', 'yes', None)
+    """
+    found = re.search(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", text) or re.fullmatch(r"\s*\$([^$]*)\$\s*", text)
+    if found is None:
+        return None
+    words = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", found[1])
+    return " ".join(words.split()).lower() or None
+
+
+def grade_text(text: str, solution: str) -> float | None:
+    r"""Grade an answer that is a word: 1.0 if `text_answer` finds the gold answer, else 0.0; None without a gold.
+
+    Example:
+        >>> grade_text(r"\boxed{Mother}", r"\boxed{mother}"), grade_text("mother", r"\boxed{mother}")
+        (1.0, 0.0)
+    """
+    gold = text_answer(solution)
+    return None if gold is None else float(text_answer(text) == gold)
+
+
 def parse_gold(solution: str) -> list[Any]:
     """Parse a gold answer as `accuracy_reward` does. Raises math-verify's `TimeoutException`."""
     return _parse(solution)

@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Callable
 
 from trl_capo.errors import one_line
-from trl_capo.grading import grade_pair, load_math_verify
+from trl_capo.grading import grade_pair, grade_text, load_math_verify, text_answer
 from trl_capo.models.messages import answer_of
 from trl_capo.workers import DeadlinePool, Failure, can_start_workers
 
@@ -156,3 +156,31 @@ def get_accuracy_reward(
 
 
 accuracy_reward = get_accuracy_reward()
+
+
+def text_reward(
+    completions: list[list[dict[str, str]]],
+    solution: list[str],
+    log_extra: Callable[[str, list], None] | None = None,
+    **kwargs,
+) -> list[float | None]:
+    r"""Reward for answers that are words (`\boxed{Yes}`): exact match, in any case.
+
+    Args:
+        completions: Conversations; the last message of the assistant is graded.
+        solution: Gold answer of each completion, in `\boxed{}` or `$...$`.
+        log_extra: Receives the columns `solution` and `answer_parsed`. TRL's trainers pass it.
+        **kwargs: Whatever else TRL's trainers pass; not used.
+
+    Returns:
+        1.0 or 0.0 for each completion; None without a gold answer.
+
+    Example:
+        >>> text_reward([[{"role": "assistant", "content": r"\boxed{No}"}]] * 2, [r"\boxed{no}", r"\boxed{yes}"])
+        [1.0, 0.0]
+    """
+    items = _items(completions, solution)
+    if log_extra is not None:
+        log_extra("solution", list(solution))
+        log_extra("answer_parsed", [text_answer(text) or "[none]" for text, _ in items])
+    return [grade_text(*item) for item in items]

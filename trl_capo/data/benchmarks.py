@@ -11,6 +11,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from trl_capo.data import language
 from trl_capo.data.arithmetic import SPLITS, arithmetic_dataset
 from trl_capo.data.catalogue import CATALOGUE, load_catalogued
 from trl_capo.data.conversations import to_conversations
@@ -22,6 +23,7 @@ from trl_capo.errors import UserError
 
 DEFAULT_TEMPLATE = "qwen25-math-cot"
 BENCHMARKS = [name for name, dataset in CATALOGUE.items() if dataset.held_out]
+LANGUAGE = language.BENCHMARKS
 ARITHMETIC = {f"arithmetic_{split}": split for split in SPLITS if split not in ("base", "train")}
 
 
@@ -33,17 +35,19 @@ def load_benchmark(
     solution_column: str = "solution",
     system_prompt: str | None = None,
     prompt_template: str | None = None,
+    text_answers: bool = False,
 ) -> Dataset:
     """The questions of a benchmark.
 
     Args:
-        name: A key of `BENCHMARKS` or `ARITHMETIC`, or a file (.parquet, .jsonl, .json, .csv).
+        name: A key of `BENCHMARKS`, `ARITHMETIC` or `LANGUAGE`, or a file (.parquet, .jsonl, .json, .csv).
         num_prompts: Use only this number of prompts, from the start.
         prompt_column: For a file: the column with the questions, text or conversations.
         solution_column: For a file: the column with the gold answers.
         system_prompt: System message before questions that are plain text.
         prompt_template: A key of `PROMPT_TEMPLATES`, instead of a system prompt. If both are None, mathematics
             benchmarks use `DEFAULT_TEMPLATE` and files use no template.
+        text_answers: Gold answers are words, which math-verify need not read.
 
     Returns:
         Columns `prompt` and `solution`.
@@ -53,6 +57,8 @@ def load_benchmark(
     """
     if name in ARITHMETIC:
         data = arithmetic_dataset(ARITHMETIC[name], *([] if num_prompts is None else [num_prompts]))
+    elif name in LANGUAGE:
+        data = language.language_dataset(*LANGUAGE[name], num_prompts)
     elif name in BENCHMARKS:
         if system_prompt is None and prompt_template is None:
             prompt_template = DEFAULT_TEMPLATE
@@ -63,8 +69,8 @@ def load_benchmark(
         kind = FORMATS.get(Path(name).suffix)
         if kind is None or not Path(name).is_file():
             raise UserError(
-                f"unknown benchmark {name!r}. Use one of {', '.join([*ARITHMETIC, *BENCHMARKS])}, or a file "
-                f"({', '.join(FORMATS)}) with the columns {prompt_column!r} and {solution_column!r}."
+                f"unknown benchmark {name!r}. Use one of {', '.join([*ARITHMETIC, *LANGUAGE, *BENCHMARKS])}, or a "
+                f"file ({', '.join(FORMATS)}) with the columns {prompt_column!r} and {solution_column!r}."
             )
         rows = read_dataset(name, "--benchmark", split="train")
         if solution_column not in rows.column_names:
@@ -79,6 +85,8 @@ def load_benchmark(
     if len(data) == 0:
         raise UserError(f"{name} has no questions.")
     check_prompts(data, name)
+    if text_answers or language.has_text_answers(name):
+        return data
     if bad := problems(data["solution"]):
         examples = "; ".join(f"{data[row]['solution']!r} (row {row}: {bad[row]})" for row in list(bad)[:5])
         warnings.warn(

@@ -10,6 +10,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from trl_capo.data import language
 from trl_capo.data.benchmarks import load_benchmark
 from trl_capo.data.catalogue import CATALOGUE, load_catalogued, location
 from trl_capo.data.conversations import drop_unparsable_gold, to_conversations
@@ -92,7 +93,8 @@ def load_splits(name: str | None, config: str | None, args: DataArguments, strea
     """The splits of a dataset by name, as conversations.
 
     Args:
-        name: `arithmetic`, a key of `CATALOGUE`, a file (.parquet, .jsonl, .json, .csv), a folder, or a dataset id.
+        name: `arithmetic`, a key of `language.TASKS` or of `CATALOGUE`, a file (.parquet, .jsonl, .json, .csv), a
+            folder, or a dataset id.
         config: Its configuration.
         args: Columns and prompts.
         streaming: Stream the rows instead of loading all of them.
@@ -110,6 +112,8 @@ def load_splits(name: str | None, config: str | None, args: DataArguments, strea
         from trl_capo.data.arithmetic import SPLITS, arithmetic_dataset
 
         return {split: arithmetic_dataset(split) for split in SPLITS}
+    if name in language.TASKS:
+        return {split: language.language_dataset(name, split) for split in language.SPLITS}
     prompts: dict[str, Any] = dict(system_prompt=args.system_prompt, prompt_template=args.prompt_template)
     mixed = mixture is not None and mixture.datasets
     if name in CATALOGUE and not mixed:
@@ -133,8 +137,8 @@ def load_splits(name: str | None, config: str | None, args: DataArguments, strea
         rows = get_dataset(mixture)
     elif name is None:
         raise UserError(
-            f"dataset_name is missing: set it to a dataset id, a folder, a file, arithmetic, or one of "
-            f"{', '.join(CATALOGUE)}."
+            f"dataset_name is missing: set it to a dataset id, a folder, a file, or one of "
+            f"{', '.join(['arithmetic', *language.TASKS, *CATALOGUE])}."
         )
     else:
         where = {} if Path(name).is_file() else {**location(name), "name": config}

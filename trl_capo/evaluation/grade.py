@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trl_capo.grading import load_math_verify
+from trl_capo.grading import grade_text, load_math_verify, text_answer
 from trl_capo.workers import DeadlinePool, Failure, can_start_workers
 
 
@@ -88,14 +88,29 @@ def grade(
     return Grades([answer for _, answer, *_ in rows], [source for _, _, source, _ in rows], correct, failed)
 
 
+def grade_texts(completions: Sequence[str], solutions: Sequence[str]) -> Grades:
+    r"""`grade` for answers that are words: see `trl_capo.grading.text_answer`. The answers are canonical already.
+
+    Example:
+        >>> grades = grade_texts([r"\boxed{Yes}", "yes"], [r"\boxed{yes}"] * 2)
+        >>> grades.answers, grades.correct.tolist()
+        (['yes', None], [1.0, 0.0])
+    """
+    answers = [text_answer(text) for text in completions]
+    rewards = [grade_text(*pair) for pair in zip(completions, solutions, strict=True)]
+    correct = np.array([np.nan if reward is None else reward for reward in rewards], dtype=np.float64)
+    return Grades(answers, answers, correct, np.zeros(len(answers), dtype=bool))
+
+
 def grade_samples(
-    samples: Samples, solutions: Sequence[str], *, progress: bool = True
+    samples: Samples, solutions: Sequence[str], *, text_answers: bool = False, progress: bool = True
 ) -> tuple[list[list[str | None]], np.ndarray]:
     """`grade` for the samples of P prompts, N each.
 
     Args:
         samples: Samples from `sample_completions`.
         solutions: Gold answer of each prompt, length P.
+        text_answers: Answers are words: use `grade_texts`.
         progress: Show a progress bar.
 
     Returns:
@@ -103,7 +118,8 @@ def grade_samples(
     """
     num_prompts, num_samples = samples.mean_logps.shape
     texts = [text for row in samples.completions for text in row]
-    grades = grade(texts, np.repeat(solutions, num_samples).tolist(), progress=progress)
+    golds = np.repeat(solutions, num_samples).tolist()
+    grades = grade_texts(texts, golds) if text_answers else grade(texts, golds, progress=progress)
     rows = [grades.answers[start : start + num_samples] for start in range(0, len(grades.answers), num_samples)]
     return rows, grades.correct.reshape(num_prompts, num_samples)
 

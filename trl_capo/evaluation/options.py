@@ -21,7 +21,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--num_prompts", type=int, help="use only this number of questions from the start of each benchmark"
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default: %(default)s)")
-    parser.add_argument("--max_new_tokens", type=int, help="longest completion (default: 3000; arithmetic: 64)")
+    parser.add_argument(
+        "--max_new_tokens", type=int, help="longest completion (default: 3000; arithmetic, chain_sum and family: 64)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
     parser.add_argument(
         "--statistics", action="store_true", help="also compute self-certainty and DeepConf's confidences"
@@ -42,6 +44,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--normalize_operators", action="store_true", help=r"accept \frac13, 2\sqrt3 and \boxed 7 in answers"
+    )
+    parser.add_argument(
+        "--text_answers", action="store_true", help=r"answers are words (\boxed{Yes}): compare as text, in any case"
     )
     parser.add_argument(
         "--chat_template_kwargs",

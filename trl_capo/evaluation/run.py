@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from trl_capo.data.benchmarks import ARITHMETIC
+from trl_capo.data.benchmarks import ARITHMETIC, LANGUAGE
+from trl_capo.data.language import has_text_answers
 from trl_capo.errors import UserError
 from trl_capo.evaluation.engines import choose_engine, load_engine
-from trl_capo.evaluation.grade import canonical_answers, grade
+from trl_capo.evaluation.grade import canonical_answers, grade, grade_texts
 from trl_capo.evaluation.identity import fingerprint, is_recorded, model_identity, read_settings, with_content
 from trl_capo.evaluation.samples import (
     FILE_NAME,
@@ -153,6 +154,7 @@ def evaluate(
     max_new_tokens: int | None = None,
     num_samples: int = 16,
     normalize_operators: bool = False,
+    text_answers: bool = False,
     **sampling,
 ) -> None:
     """Draw the missing samples, then merge and summarise.
@@ -165,6 +167,7 @@ def evaluate(
         max_new_tokens: Longest completion, in tokens. None means 64 in the arithmetic world, else 3000.
         num_samples: Completions per question.
         normalize_operators: See `grade`.
+        text_answers: Answers are words, as they are where `has_text_answers`: use `grade_texts`.
         sampling: See `load_engine`.
     """
     if (folder / FILE_NAME).exists():
@@ -181,7 +184,8 @@ def evaluate(
                 rows = data[name].select(range(start, stop))
                 limit = _limit(name, max_new_tokens)
                 samples = sample(list(rows["prompt"]), max_new_tokens=limit, first_prompt=start)
-                write_part(folder, name, start, graded_table(name, start, rows, samples, normalize_operators))
+                words = text_answers or has_text_answers(name)
+                write_part(folder, name, start, graded_table(name, start, rows, samples, normalize_operators, words))
             close()
     state.wait_for_everyone()
     agree(lambda: _finish(model, folder))
@@ -194,7 +198,7 @@ def _finish(model: str, folder: Path) -> None:
 
 
 def _limit(benchmark: str, max_new_tokens: int | None) -> int:
-    return max_new_tokens or (64 if benchmark in ARITHMETIC else 3000)
+    return max_new_tokens or (64 if benchmark in (*ARITHMETIC, *LANGUAGE) else 3000)
 
 
 def _missing_parts(folder: Path, data: dict, num_samples: int, state) -> list[tuple[str, int, int]]:
@@ -212,7 +216,9 @@ def _missing_parts(folder: Path, data: dict, num_samples: int, state) -> list[tu
     return parts
 
 
-def graded_table(benchmark: str, first_prompt: int, rows, samples, normalize_operators: bool = False):
+def graded_table(
+    benchmark: str, first_prompt: int, rows, samples, normalize_operators: bool = False, text_answers: bool = False
+):
     """The rows of `samples.parquet` for some prompts."""
     import pyarrow as pa
 
@@ -220,7 +226,10 @@ def graded_table(benchmark: str, first_prompt: int, rows, samples, normalize_ope
     prompts = np.repeat(np.arange(first_prompt, first_prompt + num_prompts), num_samples)
     texts = [text for row in samples.completions for text in row]
     solutions = np.repeat(np.array(rows["solution"], dtype=object), num_samples).tolist()
-    grades = grade(texts, solutions, progress=False, normalize_operators=normalize_operators)
+    if text_answers:
+        grades = grade_texts(texts, solutions)
+    else:
+        grades = grade(texts, solutions, progress=False, normalize_operators=normalize_operators)
     questions = [question_of(prompt) for prompt in rows["prompt"]]
     columns = dict(
         benchmark=[benchmark] * len(texts),
@@ -229,7 +238,7 @@ def graded_table(benchmark: str, first_prompt: int, rows, samples, normalize_ope
         prompt=np.repeat(np.array(questions, dtype=object), num_samples).tolist(),
         solution=solutions,
         completion=texts,
-        answer=canonical_answers(grades, prompts.tolist()),
+        answer=grades.answers if text_answers else canonical_answers(grades, prompts.tolist()),
         correct=pa.array(grades.correct, from_pandas=True),  # NaN becomes null
         mean_logp=samples.mean_logps.ravel(),
         length=samples.lengths.ravel(),

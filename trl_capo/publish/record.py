@@ -246,13 +246,14 @@ def _data_record(trainer, options: dict) -> dict[str, dict]:
 
 def _split_record(split: str, rows, options: dict) -> dict[str, Any]:
     from trl_capo.data.catalogue import CATALOGUE
+    from trl_capo.data.language import TASKS
 
     digest = fingerprint(rows)
     mixture = [source["path"] for source in options.get("datasets", [])]
     names = [CATALOGUE[name].path if name in CATALOGUE else name for name in mixture or [options.get("dataset_name")]]
     loaded_from = getattr(rows.info, "download_checksums", None) or {}
     revisions = dict(re.findall(r"hf://datasets/([^@\s]+)@([0-9a-f]{40})/", "\n".join(loaded_from)))
-    on_hub = [name for name in names if name and name != "arithmetic" and not os.path.exists(name)]
+    on_hub = [name for name in names if name and name not in ("arithmetic", *TASKS) and not os.path.exists(name)]
     return {
         "name": ", ".join(str(name) for name in names),
         "split": split,

@@ -108,6 +108,7 @@ def check(args: argparse.Namespace) -> None:
 
 def keep_mixed(args: argparse.Namespace) -> None:
     """Sample and grade every question with `trl-capo evaluate`, and write those with mixed outcomes."""
+    from trl_capo.data.language import has_text_answers
     from trl_capo.evaluation.mixed import check_bounds, write_mixed
     from trl_capo.evaluation.run import folder_names, patient_state
     from trl_capo.preflight.checks import check_output_dir
@@ -125,6 +126,8 @@ def keep_mixed(args: argparse.Namespace) -> None:
     agree(lambda: rows.to_parquet(str(questions)))
     sampling = ("num_samples", "max_new_tokens", "batch_size", "engine", "seed", "output_dir")
     options = [f"--{name}={getattr(args, name)}" for name in sampling]
+    if has_text_answers(args.name):
+        options.append("--text_answers")
     if args.chat_template_kwargs is not None:
         options.append(f"--chat_template_kwargs={args.chat_template_kwargs}")
     evaluate.main([args.model, "--benchmark", str(questions), *options])

@@ -47,12 +47,13 @@ def main(argv: list[str] | None = None) -> None:
     for model in args.models:
         base_of(model_path(model))  # refuses a missing model or base before anything is loaded
     check_output_dir(args.output_dir)
-    columns = {name: getattr(args, name) for name in COLUMNS}
+    columns = {name: getattr(args, name) for name in (*COLUMNS, "text_answers")}
     data = {name: load_benchmark(name, args.num_prompts, **columns) for name in args.benchmark}
     state = patient_state()
     check_launch(state.num_processes)
     sampling = {name: getattr(args, name) for name in SAMPLING}
     sampling |= {"normalize_operators": True} if args.normalize_operators else {}
+    sampling |= {"text_answers": True} if args.text_answers else {}
     folders = evaluate_all(args.models, data, args.output_dir, state, names=args.names, **sampling)
     if state.is_main_process:
         summaries = {folder.name: read_summary(folder) for folder in folders}

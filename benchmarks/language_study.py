@@ -34,7 +34,8 @@ RESULTS = Path(__file__).parent / "results" / "language"
 CHECKPOINTS = Path("runs/language_study")
 NUM_PROMPTS, NUM_SAMPLES, SAVE_EVERY = 300, 16, 10
 SHARED = dict(
-    per_device_train_batch_size=64,
+    per_device_train_batch_size=16,
+    gradient_accumulation_steps=4,
     num_generations=8,
     max_completion_length=56,
     learning_rate=1e-5,
@@ -56,7 +57,7 @@ METHODS = {
     "grpo": ("grpo", dict(scale_rewards="group"), 1),
     "capo": ("capo", CAPO | dict(ref_ppl_mask=False), 1),
     "capo_mask": ("capo", CAPO | MASK, 1),
-    "gspo": ("gspo", dict(per_device_train_batch_size=16, steps_per_generation=4), 4),
+    "gspo": ("gspo", dict(gradient_accumulation_steps=1, steps_per_generation=4), 4),
 }
 BASE = "base"
 

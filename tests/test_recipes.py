@@ -158,7 +158,7 @@ def test_language_recipe(path):
     script, training, model = parse(path)
     assert model.model_name_or_path == f"runs/smollm2-{script.dataset_name}"
     assert training.generation_batch_size == 64 and training.num_generations == 8
-    assert training.max_steps / training.steps_per_generation == 40
+    assert training.max_steps * training.gradient_accumulation_steps / training.steps_per_generation == 40
     assert (training.generation, training.mean_logps_from) == ("compact", "sampler")
 
 

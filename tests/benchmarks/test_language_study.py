@@ -24,7 +24,8 @@ def test_methods_see_as_many_generations():
         options = language_study.options_of(arguments("--steps", "3"), method, 0)
         options = {name: value for name, value in options.items() if name not in ("num_prompts", "num_samples")}
         config = trainer_of(kind).config_class("x", **options)
-        assert config.generation_batch_size == 64 and config.steps_per_generation == updates
+        assert config.generation_batch_size == 64
+        assert config.steps_per_generation == updates * config.gradient_accumulation_steps
         assert config.max_steps == 3 * updates and config.save_steps % updates == 0
 
 

@@ -588,7 +588,8 @@ def tuned(world: str) -> dict[str, dict[int, list[float]]]:
 def chosen_settings(world: str) -> tuple[str, str]:
     """GRPO's and CAPO's settings in the study, chosen from those that were run with every tuning seed.
 
-    GRPO's is the most accurate. CAPO's has the highest AUC within among those at most two points less accurate.
+    GRPO's is the most accurate. CAPO's has the highest AUC within among those at most two points less accurate; if
+    there is none, it is the most accurate.
     """
     by_seed = tuned(world)
     seeds = max(map(len, by_seed.values()))
@@ -596,8 +597,11 @@ def chosen_settings(world: str) -> tuple[str, str]:
         setting: np.mean(list(found.values()), axis=0) for setting, found in by_seed.items() if len(found) == seeds
     }
     grpo = max((setting for setting in means if setting.startswith("grpo")), key=lambda setting: means[setting][0])
-    capo = [s for s in means if s.startswith("capo") and means[s][0] >= means[grpo][0] - 0.02]
-    return grpo, max(capo, key=lambda setting: means[setting][1])
+    capo = [setting for setting in means if setting.startswith("capo")]
+    close = [setting for setting in capo if means[setting][0] >= means[grpo][0] - 0.02]
+    if close:
+        return grpo, max(close, key=lambda setting: means[setting][1])
+    return grpo, max(capo, key=lambda setting: means[setting][0])
 
 
 def chosen_alike(world: str) -> dict[str, str]:
@@ -770,8 +774,6 @@ def world_tables(world: str, runs: dict[str, Runs], figures: Path) -> dict[str, 
         "matched": matched_table(runs),
         "temperature": temperature_table(runs),
     }
-    if (RESULTS / f"{world}_tuning").exists():
-        tables["tuning"] = tuning_table(world)
     seeds = [seed for seed in runs["base"].numbers if seed in runs["grpo"].numbers and seed in runs["capo"].numbers]
     users = {method: runs[method].only(seeds) for method in ("base", "grpo", "capo")}
     votes = {method: selected(method_runs) for method, method_runs in users.items()}
@@ -837,6 +839,7 @@ def main() -> None:
     for world, runs in shown.items():
         print(f"{world}:", {method: len(method_runs.numbers) for method, method_runs in runs.items()})
         tables |= {f"{world} {name}": content for name, content in world_tables(world, runs, figures).items()}
+    tables |= {f"{world} tuning": tuning_table(world) for world in WORLDS if (RESULTS / f"{world}_tuning").exists()}
     tables["regimes"] = regime_table(worlds)
     tables["rivals"] = (COMPARISON / "comparison.md").read_text().strip()
     tables["rivals looks"] = looks_table()

@@ -177,16 +177,18 @@ def draw(cells: list[dict], path: Path) -> None:
         "capo_minus_grpo": "AUC: CAPO - GRPO, at the end",
         "at_matched_accuracy": "AUC: CAPO - GRPO, at matched accuracy",
     }
+    label = dict(boxstyle="round,pad=0.15", facecolor="white", edgecolor="none", alpha=0.85)
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained", sharey=True)
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         values = np.array([c[name] for c in cells]).reshape(len(SHARES), len(STRENGTHS)).T
         image = axis.imshow(values, origin="lower", cmap="RdBu", vmin=-0.25, vmax=0.25, aspect="auto")
         for (y, x), number in np.ndenumerate(values):
-            axis.text(x, y, f"{number:+.2f}", ha="center", va="center", fontsize=8)
+            color = "white" if abs(number) > 0.17 else "black"
+            axis.text(x, y - 0.15, f"{number:+.2f}", ha="center", va="center", fontsize=8, color=color)
         for world, (share, strength) in WORLDS.items():
             x = np.interp(share, SHARES, range(len(SHARES)))
             y = np.interp(strength, STRENGTHS, range(len(STRENGTHS)))
-            axis.annotate(world, (x, y), (x, y + 0.32), ha="center", fontsize=8, weight="bold")
+            axis.annotate(world, (x, y), (x, y + 0.15), ha="center", fontsize=8, weight="bold", bbox=label)
         axis.set_title(title)
         axis.set_xticks(range(len(SHARES)), [f"{share:.0%}" for share in SHARES])
         axis.set_yticks(range(len(STRENGTHS)), [f"{strength:.0%}" for strength in STRENGTHS])

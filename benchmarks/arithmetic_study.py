@@ -183,6 +183,8 @@ TUNING = {
         "grpo std lr 2e-4": ("grpo", STD | dict(learning_rate=2e-4)),
         "capo tau 0.25": ("capo", CAPO | NO_MASK | dict(tau=0.25)),
         "capo tau 0.4": ("capo", CAPO | NO_MASK | dict(tau=0.4)),
+        "capo tau 0.6": ("capo", CAPO | NO_MASK | dict(tau=0.6)),
+        "capo tau 0.6 to 0.3": ("capo", CAPO | NO_MASK | dict(tau=0.6, tau_end=0.3)),
         "capo tau 0.25 lr 2e-4": ("capo", CAPO | NO_MASK | dict(tau=0.25, learning_rate=2e-4)),
         "capo tau 0.4 lr 2e-4": ("capo", CAPO | NO_MASK | dict(tau=0.4, learning_rate=2e-4)),
         "capo tau 0.6 to 0.2": ("capo", CAPO | NO_MASK | dict(tau=0.6, tau_end=0.2)),

@@ -4,6 +4,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -57,10 +58,26 @@ def test_filter_keeps_the_mixed_outcomes_and_does_not_sample_twice(tmp_path, mon
 
     assert main(["data", "regime", "runs/filter/arithmetic-base", "--tau", "0.3", "--output", "regime.json"]) == 0
     [(name, found)] = json.loads(Path("regime.json").read_text()).items()
-    assert name.startswith("arithmetic-base, ") and found["prompts"] == 24 and found["samples"] == 96
+    assert name.startswith("runs/filter/arithmetic-base, ") and found["prompts"] == 24 and found["samples"] == 96
     assert found["frac_mixed"] == len(expected) / 24
     assert found["tau_in_gaps"] == pytest.approx(0.3 / found["gap"])
     assert f"{found['tau_in_gaps']:.1f}" in capsys.readouterr().out.split("tau in gaps")[1]
+
+
+def test_regime_of_two_runs_with_one_name(tmp_path, monkeypatch, capsys):
+    """Equal confidences have no gap to measure tau by."""
+    monkeypatch.chdir(tmp_path)
+    columns = ("benchmark", "prompt_id", "sample", "answer", "correct", "mean_logp")
+    for parent, logps in (("a", (-1.0, -1.0)), ("b", (-1.0, -1.5))):
+        rows = [("mine", 0, n, str(n), float(n == 0), logp) for n, logp in enumerate(logps)]
+        path = Path(parent, "model", "samples.parquet")
+        path.parent.mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist([dict(zip(columns, row, strict=True)) for row in rows]), path)
+    assert main(["data", "regime", "a/model", "b/model", "--tau", "0.2", "--output", "regime.json"]) == 0
+    first, second = (json.loads(Path("regime.json").read_text())[f"{parent}/model, mine"] for parent in "ab")
+    assert (first["gap"], first["tau_in_gaps"], first["auc_within"]) == (0, None, 0.5)
+    assert (second["gap"], second["tau_in_gaps"], second["auc_within"]) == (0.5, pytest.approx(0.4), 1)
+    assert "nan" in capsys.readouterr().out
 
 
 def test_regime_refuses_a_tau_that_is_none(tmp_path, capsys):

@@ -154,7 +154,8 @@ def tell_regime(args: argparse.Namespace) -> None:
     for folder in args.samples:
         for samples in read_samples(Path(folder)):
             numbers = regime(samples.correct, samples.mean_logps, samples.answers)
-            found[f"{Path(folder).name}, {samples.benchmark}"] = numbers | {"tau_in_gaps": args.tau / numbers["gap"]}
+            numbers["tau_in_gaps"] = args.tau / numbers["gap"] if numbers["gap"] > 0 else float("nan")
+            found[f"{Path(folder)}, {samples.benchmark}"] = numbers  # the whole path: names may repeat
     print_regimes(found)
     if args.output:
         write_json(Path(args.output), found)

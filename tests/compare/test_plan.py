@@ -75,6 +75,18 @@ def test_unknown_options_of_the_evaluation_are_refused(tmp_path, capsys):
     assert words == ["--benchmark", "b", "--statistics", "--seed=1"]
 
 
+@pytest.mark.filterwarnings("error:.*gold answers")
+def test_benchmarks_are_read_as_the_evaluation_reads_them(tmp_path, monkeypatch, capsys):
+    """A file with other columns, whose answers are words that math-verify cannot read."""
+    monkeypatch.chdir(tmp_path)
+    Path("words.jsonl").write_text('{"question": "Is 2 even?", "gold": "Yes"}')
+    evaluate = dict(prompt_column="question", solution_column="gold", text_answers=True)
+    plan = read_plan(plan_for(tmp_path, benchmarks=["words.jsonl"], evaluate=evaluate))
+    assert plan.evaluate == evaluate
+    assert cli.main(["compare", plan_for(tmp_path, benchmarks=["words.jsonl"])]) == 2
+    assert "words.jsonl has no column" in capsys.readouterr().err
+
+
 def test_the_recipe_holds_every_method(repository):
     plan = read_plan(str(repository / "recipes" / "arithmetic" / "compare.yaml"))
     assert {options["method"] for options in plan.methods.values()} == set(METHODS)

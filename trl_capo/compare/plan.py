@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from trl_capo.compare.runner import Run, evaluation_options
 from trl_capo.errors import UserError, UserErrors
-from trl_capo.evaluation.options import check_sampling, make_parser
+from trl_capo.evaluation.options import READING, check_sampling, make_parser
 from trl_capo.files import check_names
 from trl_capo.methods import METHODS
 from trl_capo.recipe import check_recipe, read_yaml
@@ -71,8 +71,9 @@ def read_plan(path: str) -> Plan:
 
     from trl_capo.data.benchmarks import load_benchmark
 
+    reading = {name: plan.evaluate[name] for name in READING if name in plan.evaluate}
     for benchmark in plan.benchmarks:
-        load_benchmark(benchmark, plan.evaluate.get("num_prompts"))
+        load_benchmark(benchmark, plan.evaluate.get("num_prompts"), **reading)
     return plan
 
 

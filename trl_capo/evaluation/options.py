@@ -5,6 +5,10 @@ import argparse
 from trl_capo.errors import UserError
 
 
+# Those that `load_benchmark` takes.
+READING = ("prompt_column", "solution_column", "system_prompt", "prompt_template", "text_answers")
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trl-capo evaluate",

@@ -10,10 +10,9 @@ Each model gets a folder in `--output_dir` with `samples.parquet` (one row per c
 import sys
 
 from trl_capo.cli import main as cli_main
-from trl_capo.evaluation.options import check_sampling, make_parser
+from trl_capo.evaluation.options import READING, check_sampling, make_parser
 
 
-COLUMNS = ("prompt_column", "solution_column", "system_prompt", "prompt_template")
 SAMPLING = (
     "num_samples",
     "temperature",
@@ -47,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     for model in args.models:
         base_of(model_path(model))  # refuses a missing model or base before anything is loaded
     check_output_dir(args.output_dir)
-    columns = {name: getattr(args, name) for name in (*COLUMNS, "text_answers")}
+    columns = {name: getattr(args, name) for name in READING}
     data = {name: load_benchmark(name, args.num_prompts, **columns) for name in args.benchmark}
     state = patient_state()
     check_launch(state.num_processes)

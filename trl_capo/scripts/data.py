@@ -157,6 +157,7 @@ def tell_regime(args: argparse.Namespace) -> None:
             numbers["tau_in_gaps"] = args.tau / numbers["gap"] if numbers["gap"] > 0 else float("nan")
             found[f"{Path(folder)}, {samples.benchmark}"] = numbers  # the whole path: names may repeat
     print_regimes(found)
+    print("How to read it: docs/evidence.md, 'Which regime is your model in?'")
     if args.output:
         write_json(Path(args.output), found)
 

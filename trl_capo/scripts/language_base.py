@@ -43,6 +43,11 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = build(**options)
     if num_prompts:
         print(report(model, tokenizer, task, "validation", num_prompts), flush=True)
+    reward = "accuracy_reward" if TASKS[task].answers is None else "text_reward"
+    print(
+        "Next: trl-capo train --config recipes/SmolLM2-135M/capo/config_chain_sum.yaml "
+        f"--model_name_or_path {options['output_dir']} --dataset_name {task} --reward_funcs {reward}"
+    )
 
 
 if __name__ == "__main__":

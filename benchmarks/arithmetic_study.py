@@ -20,7 +20,7 @@ import re
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -66,6 +66,15 @@ class World:
     options: dict = field(default_factory=dict)
 
 
+MISCONCEPTIONS = World(
+    "misconceptions",
+    learning_rate=1e-4,
+    tau=0.3,
+    steps=240,
+    checkpoints=24,
+    schedule="constant",
+    options=dict(generation="compact", mean_logps_from="sampler"),
+)
 WORLDS = {
     "slips": World(),
     "flat": World("flat", tau=0.4),
@@ -75,15 +84,9 @@ WORLDS = {
     "slips_flat": World("slips", 0.5, tau=0.4),
     "clean": World("flat", 2.0),
     # Where GRPO falls below its base. Learning is followed further, at a constant rate, by the faster trainer.
-    "misconceptions": World(
-        "misconceptions",
-        learning_rate=1e-4,
-        tau=0.4,
-        steps=320,
-        checkpoints=32,
-        schedule="constant",
-        options=dict(generation="compact", mean_logps_from="sampler"),
-    ),
+    "misconceptions": MISCONCEPTIONS,
+    # Only its settings were tried, on the logits that we shipped first.
+    "misconceptions_flatter": replace(MISCONCEPTIONS, sharpness=0.6 / 0.7, tau=0.4, steps=320, checkpoints=32),
 }
 
 MASK = dict(ref_ppl_mask=True, ref_ppl_quantiles=[0.05, 0.95])
@@ -101,7 +104,7 @@ GSPO = STD | dict(per_device_train_batch_size=64, max_steps=480)
 def methods(world: str) -> dict[str, tuple[str, dict]]:
     """The methods of the study: each one's method in `trl-capo train`, and its changes to the shared options."""
     tau = WORLDS[world].tau
-    if world == "misconceptions":
+    if world.startswith("misconceptions"):
         capo = CAPO | NO_MASK | dict(tau=tau)
         return {
             "grpo": ("grpo", STD | dict(learning_rate=2e-4)),  # the most accurate of those tried
@@ -181,6 +184,15 @@ TUNING = {
         "grpo": ("grpo", NO_STD),
         "grpo std": ("grpo", STD),
         "grpo std lr 2e-4": ("grpo", STD | dict(learning_rate=2e-4)),
+        "capo tau 0.2": ("capo", CAPO | NO_MASK | dict(tau=0.2)),
+        "capo tau 0.3": ("capo", CAPO | NO_MASK | dict(tau=0.3)),
+        "capo tau 0.4": ("capo", CAPO | NO_MASK | dict(tau=0.4)),
+        "capo tau 0.45 to 0.2": ("capo", CAPO | NO_MASK | dict(tau=0.45, tau_end=0.2)),
+    },
+    "misconceptions_flatter": {
+        "grpo": ("grpo", NO_STD),
+        "grpo std": ("grpo", STD),
+        "grpo std lr 2e-4": ("grpo", STD | dict(learning_rate=2e-4)),
         "capo tau 0.25": ("capo", CAPO | NO_MASK | dict(tau=0.25)),
         "capo tau 0.4": ("capo", CAPO | NO_MASK | dict(tau=0.4)),
         "capo tau 0.6": ("capo", CAPO | NO_MASK | dict(tau=0.6)),
@@ -194,7 +206,7 @@ TUNING = {
 
 def main_methods(world: str) -> tuple[str, ...]:
     """Methods whose learning curves and single samples are kept."""
-    return ("base", *methods(world)) if world == "misconceptions" else MAIN
+    return ("base", *methods(world)) if world.startswith("misconceptions") else MAIN
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 from arithmetic_study import (
-    CURVE_PROMPTS,
     NUM_SAMPLES,
     RESULTS,
     TEST_SPLITS,
@@ -73,6 +72,7 @@ NAMES = {
 }
 COLORS = {"base": "#7f7f7f", "grpo": "#d55e00", "capo": "#0072b2", "capo_no_mask": "#56b4e9", "grpo_mask": "#e69f00"}
 COLORS |= {"capo_falling": "#56b4e9", "cde": "#009e73", "gspo": "#cc79a7"}
+HEADLINE = ("slips_constant", "misconceptions")  # worlds at a constant learning rate
 COUNTS = (1, 2, 4, 8, 16)  # numbers of answers in a vote
 PRECISIONS = (0.8, 0.9)  # required among the answered questions
 VOTE_TAU = 0.15  # CAPO's tau in the world of slips; its loss treats s / tau as the log-odds of being right
@@ -99,6 +99,11 @@ class Runs:
         """Temperatures of the samples at the end, coldest first, each with its key."""
         keys = [key for key in next(iter(self.numbers.values()))["checkpoints"] if key.startswith("T")]
         return sorted([(1.0, self.steps[-1]), *((float(key[1:]), key) for key in keys)])
+
+    @property
+    def curve_prompts(self) -> int:
+        """Prompts per split, the first, at every checkpoint but the last; the first runs did not record it."""
+        return next(iter(self.numbers.values()))["base"].get("curve_prompts", 250)
 
     def only(self, seeds) -> "Runs":
         return Runs({s: self.numbers[s] for s in seeds}, {s: self.arrays[s] for s in seeds})
@@ -229,8 +234,8 @@ def at_matched_accuracy(
     def points(split: str) -> np.ndarray:
         return np.array(
             [
-                [[model.accuracy(at, split)[:, :CURVE_PROMPTS] for model, at in curve] for curve in curves],
-                [[model.auc(at, split)[:, :CURVE_PROMPTS] for model, at in curve] for curve in curves],
+                [[model.accuracy(at, split)[:, : runs.curve_prompts] for model, at in curve] for curve in curves],
+                [[model.auc(at, split)[:, : runs.curve_prompts] for model, at in curve] for curve in curves],
             ]
         )  # accuracy and AUC, (2, methods, checkpoints, S, P)
 
@@ -258,10 +263,9 @@ def at_matched_temperature(runs: Runs, baseline: Runs, splits=tuple(TEST_SPLITS)
     ends.append((baseline, baseline.steps[-1]))
 
     def points(split: str) -> np.ndarray:
-        accuracy = [model.accuracy(at, split)[:, :CURVE_PROMPTS] for model, at in ends]
-        return np.array(
-            [accuracy, [model.auc(at, split)[:, :CURVE_PROMPTS] for model, at in ends]]
-        )  # (2, K + 1, S, P)
+        first = slice(baseline.curve_prompts)
+        accuracy = [model.accuracy(at, split)[:, first] for model, at in ends]
+        return np.array([accuracy, [model.auc(at, split)[:, first] for model, at in ends]])  # (2, K + 1, S, P)
 
     def gap(accuracy: np.ndarray, auc: np.ndarray) -> float:
         if not accuracy[0] <= accuracy[-1] <= accuracy[-2]:
@@ -499,11 +503,12 @@ def fall_table(runs: dict[str, Runs]) -> str:
     rows = []
     for method in [m for m in followed(runs) if m != "base"]:
         method_runs, base = both(runs[method], runs["base"])
+        first = slice(method_runs.curve_prompts)
         for step in method_runs.steps:
             gaps = [
                 difference(
-                    lambda s, m=method_runs, step=step, name=name: getattr(m, name)(step, s)[:, :CURVE_PROMPTS],
-                    lambda s, base=base, name=name: getattr(base, name)(0, s)[:, :CURVE_PROMPTS],
+                    lambda s, m=method_runs, step=step, name=name, first=first: getattr(m, name)(step, s)[:, first],
+                    lambda s, base=base, name=name, first=first: getattr(base, name)(0, s)[:, first],
                 )
                 for name in ("auc", "accuracy")
             ]
@@ -526,11 +531,11 @@ def temperature_table(runs: dict[str, Runs]) -> str:
     for method, other in (("base", "grpo"), ("grpo", "capo"), ("capo", "grpo"), ("capo_no_mask", "grpo")):
         if method not in runs:
             continue
-        method_runs = runs[method]
+        method_runs, first = runs[method], slice(runs["grpo"].curve_prompts)
         for temperature, key in method_runs.temperatures:
             cells = [
-                value(lambda s, method_runs=method_runs, key=key: method_runs.accuracy(key, s)[:, :CURVE_PROMPTS]),
-                value(lambda s, method_runs=method_runs, key=key: method_runs.auc(key, s)[:, :CURVE_PROMPTS]),
+                value(lambda s, measured=measured, key=key, first=first: measured(key, s)[:, first])
+                for measured in (method_runs.accuracy, method_runs.auc)
             ]
             gap = ""
             if temperature == 1:
@@ -681,6 +686,25 @@ def median_gap(base: Runs) -> float:
     return float(np.median(np.concatenate(pairs)))
 
 
+def learning_curve(name: str, runs: Runs, base: Runs) -> np.ndarray:
+    """Accuracy or AUC of the base and at each checkpoint, averaged over the splits, (1 + checkpoints, S)."""
+    runs, base = both(runs, base)
+    first = slice(runs.curve_prompts)
+    by_split = [
+        [getattr(model, name)(step, split)[:, first] for model, step in ((base, 0), *((runs, s) for s in runs.steps))]
+        for split in TEST_SPLITS
+    ]
+    return np.nanmean(by_split, axis=-1).mean(axis=0)
+
+
+def draw_curve(axis, world: str, method: str, runs: dict[str, Runs], name: str) -> None:
+    """Draw the mean over seeds, and their range."""
+    values, steps = learning_curve(name, runs[method], runs["base"]), [0, *runs[method].steps]
+    at = [step * WORLDS[world].steps / steps[-1] for step in steps]  # GSPO takes several for each generation
+    axis.plot(at, values.mean(axis=1), color=COLORS[method], label=NAMES[method], linewidth=2)
+    axis.fill_between(at, values.min(axis=1), values.max(axis=1), color=COLORS[method], alpha=0.12)
+
+
 def draw_curves(worlds: dict[str, dict[str, Runs]], path: Path) -> None:
     """Draw accuracy and AUC during training, with mean and range over seeds, and AUC against accuracy."""
     import matplotlib.pyplot as plt
@@ -688,26 +712,15 @@ def draw_curves(worlds: dict[str, dict[str, Runs]], path: Path) -> None:
     figure, axes = plt.subplots(len(worlds), 3, figsize=(13, 3.6 * len(worlds)), layout="constrained", squeeze=False)
     for (world, runs), row in zip(worlds.items(), axes, strict=True):
         for method in [m for m in followed(runs) if m != "base"]:
-            method_runs, base = both(runs[method], runs["base"])
-            points = [(base, 0), *((method_runs, step) for step in method_runs.steps)]
-            steps = [step * WORLDS[world].steps / points[-1][1] for _, step in points]  # GSPO takes several
             accuracy, auc = (
-                np.mean(
-                    [
-                        [np.nanmean(getattr(m, name)(step, split)[:, :CURVE_PROMPTS], axis=1) for m, step in points]
-                        for split in TEST_SPLITS
-                    ],
-                    axis=0,
-                )
-                for name in ("accuracy", "auc")
-            )  # (checkpoints, S) each
-            style = dict(color=COLORS[method], label=NAMES[method], linewidth=2)
-            for axis, values in ((row[0], accuracy), (row[1], auc)):
-                axis.plot(steps, values.mean(axis=1), **style)
-                axis.fill_between(steps, values.min(axis=1), values.max(axis=1), color=COLORS[method], alpha=0.12)
-            row[2].plot(accuracy.mean(axis=1), auc.mean(axis=1), marker="o", markersize=4, **style)
+                learning_curve(name, runs[method], runs["base"]).mean(axis=1) for name in ("accuracy", "auc")
+            )
+            draw_curve(row[0], world, method, runs, "accuracy")
+            draw_curve(row[1], world, method, runs, "auc")
+            style = dict(color=COLORS[method], label=NAMES[method], linewidth=2, marker="o", markersize=4)
+            row[2].plot(accuracy, auc, **style)
             for axis in row[1:]:
-                axis.axhline(auc[0].mean(), color=COLORS["base"], linestyle=":", linewidth=1)
+                axis.axhline(auc[0], color=COLORS["base"], linestyle=":", linewidth=1)
         row[0].set_ylabel(f"world: {world}", fontsize=12)
         row[0].set_title("accuracy")
         row[1].set_title("AUC within prompts (dotted: base)")
@@ -715,6 +728,21 @@ def draw_curves(worlds: dict[str, dict[str, Runs]], path: Path) -> None:
         row[0].set_xlabel("optimizer step")
         row[1].set_xlabel("optimizer step")
         row[2].set_xlabel("accuracy")
+    _finish(figure, axes, path)
+
+
+def draw_headline(worlds: dict[str, dict[str, Runs]], path: Path) -> None:
+    """Draw the README's figure: AUC within during training, of GRPO and CAPO, where each world's base is dotted."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(worlds), figsize=(9, 3.4), layout="constrained", squeeze=False)
+    for (world, runs), axis in zip(worlds.items(), axes[0], strict=True):
+        for method in ("grpo", "capo"):
+            draw_curve(axis, world, method, runs, "auc")
+        base = learning_curve("auc", runs["capo"], runs["base"])[0].mean()
+        axis.axhline(base, color=COLORS["base"], linestyle=":", linewidth=1.5, label="base")
+        axis.set_title(f"AUC within prompts, world {world}")
+        axis.set_xlabel("optimizer step")
     _finish(figure, axes, path)
 
 
@@ -844,6 +872,8 @@ def main() -> None:
     tables["rivals"] = (COMPARISON / "comparison.md").read_text().strip()
     tables["rivals looks"] = looks_table()
     draw_curves(shown, figures / "evidence_curves.png")
+    if headline := {world: runs for world, runs in shown.items() if world in HEADLINE}:
+        draw_headline(headline, figures / "auc_along_training.png")
     (RESULTS / "tables.json").write_text(json.dumps(tables, indent=1))
     write_tables(ROOT / "docs" / "evidence.md", tables)
 

@@ -37,7 +37,6 @@ NUM_SAMPLES = 16
 TEMPERATURES = (0.7, 1.3)
 BASE_TEMPERATURES = (0.3, 0.5, 0.7)
 TEST_SPLITS = {"test_2": 500, "test_3": 500, "test_4": 500}  # prompts per split
-CURVE_PROMPTS = 250  # the first prompts per split, used for earlier checkpoints and for other temperatures
 TUNING_SPLITS = {"validation_2": 300, "validation_3": 300, "validation_4": 300}
 
 
@@ -53,6 +52,7 @@ class World:
         steps: Number of optimizer steps.
         checkpoints: Steps between evaluations of the methods in `MAIN`; the others are evaluated only at the end.
         schedule: Learning rate schedule.
+        curve_prompts: Prompts per split, the first, for earlier checkpoints and for other temperatures.
         options: Changes to the shared options.
     """
 
@@ -63,6 +63,7 @@ class World:
     steps: int = 120
     checkpoints: int = 30
     schedule: str = "linear"
+    curve_prompts: int = 250
     options: dict = field(default_factory=dict)
 
 
@@ -73,6 +74,7 @@ MISCONCEPTIONS = World(
     steps=240,
     checkpoints=24,
     schedule="constant",
+    curve_prompts=100,
     options=dict(generation="compact", mean_logps_from="sampler"),
 )
 WORLDS = {
@@ -342,12 +344,14 @@ def _evaluate_base(world: str, seed: int) -> tuple[dict, list]:
         write_base(world, folder)
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     evaluations = {0: evaluate(model, tokenizer, TEST_SPLITS, seed)}
-    return evaluations | at_temperatures(model, tokenizer, BASE_TEMPERATURES, seed), []
+    return evaluations | at_temperatures(world, model, tokenizer, BASE_TEMPERATURES, seed), []
 
 
-def at_temperatures(model, tokenizer, temperatures: tuple[float, ...], seed: int) -> dict[str, tuple[dict, dict]]:
+def at_temperatures(
+    world: str, model, tokenizer, temperatures: tuple[float, ...], seed: int
+) -> dict[str, tuple[dict, dict]]:
     """Evaluate samples at other temperatures, on the prompts of the learning curves."""
-    splits = dict.fromkeys(TEST_SPLITS, CURVE_PROMPTS)
+    splits = dict.fromkeys(TEST_SPLITS, WORLDS[world].curve_prompts)
     return {f"T{t}": evaluate(model, tokenizer, splits, seed, t) for t in temperatures}
 
 
@@ -365,7 +369,7 @@ def _train(world: str, method: str, seed: int, tune: bool) -> tuple[dict, list]:
     if method in main_methods(world) and not tune:
         every = WORLDS[world].checkpoints * last // WORLDS[world].steps  # GSPO takes several steps per generation
     splits = TUNING_SPLITS if tune else TEST_SPLITS
-    curve_splits = dict.fromkeys(splits, CURVE_PROMPTS)
+    curve_splits = dict.fromkeys(splits, WORLDS[world].curve_prompts)
 
     class Evaluate(TrainerCallback):
         def on_step_end(self, args, state, control, model, processing_class, **kwargs):
@@ -386,7 +390,7 @@ def _train(world: str, method: str, seed: int, tune: bool) -> tuple[dict, list]:
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     if method in main_methods(world) and not tune:
-        evaluations |= at_temperatures(trainer.model, trainer.processing_class, TEMPERATURES, seed)
+        evaluations |= at_temperatures(world, trainer.model, trainer.processing_class, TEMPERATURES, seed)
     return evaluations, [entry for entry in trainer.state.log_history if "capo/auc_within" in entry]
 
 

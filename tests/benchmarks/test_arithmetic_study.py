@@ -80,11 +80,9 @@ def results(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "RESULTS", folder)
         patch.setattr(evidence, "RESULTS", folder)
-        patch.setitem(study.WORLDS, "slips", study.World(steps=2, checkpoints=1))
+        patch.setitem(study.WORLDS, "slips", study.World(steps=2, checkpoints=1, curve_prompts=8))
         splits = {"test_2": 12, "test_3": 12, "test_4": 12}
         patch.setattr(study, "TEST_SPLITS", splits)
-        patch.setattr(study, "CURVE_PROMPTS", 8)
-        patch.setattr(evidence, "CURVE_PROMPTS", 8)
         for method in ("base", "grpo", "capo"):
             assert study.run("slips", method, 0, False, time.time() + 3600)
         yield folder

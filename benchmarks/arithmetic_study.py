@@ -70,7 +70,7 @@ class World:
 MISCONCEPTIONS = World(
     "misconceptions",
     learning_rate=1e-4,
-    tau=0.3,
+    tau=0.4,
     steps=240,
     checkpoints=24,
     schedule="constant",
@@ -109,11 +109,11 @@ def methods(world: str) -> dict[str, tuple[str, dict]]:
     if world.startswith("misconceptions"):
         capo = CAPO | NO_MASK | dict(tau=tau)
         return {
-            "grpo": ("grpo", STD | dict(learning_rate=2e-4)),  # the most accurate of those tried
+            "grpo": ("grpo", STD),
             "capo": ("capo", capo),
-            "capo_falling": ("capo", capo | dict(tau=0.6, tau_end=0.2)),
+            "capo_falling": ("capo", capo | dict(tau=0.45, tau_end=0.2)),
             "cde": ("cde", STD),
-            "gspo": ("gspo", GSPO | dict(epsilon=3e-3, epsilon_high=4e-3, max_steps=1280)),
+            "gspo": ("gspo", GSPO | dict(epsilon=3e-3, epsilon_high=4e-3, max_steps=960)),
         }
     capo = CAPO | MASK | dict(tau=tau)
     return {

@@ -3,7 +3,7 @@ r"""Two tasks in plain English from `reasoning-gym`, for a small real language m
 `chain_sum` asks for the value of a short sum, and `family` for how two members of a family are related:
 
     State the final answer to the following arithmetic problem: 42 - 25 + 61 =
-        ->   42 - 25 = 17. \boxed{78}
+        ->   42 - 25 = 17. 17 + 61 = 78. \boxed{78}
     David is married to Barbara. They have a child called Jacob. ... What relation is Jacob to Barbara? ...
         ->   Jacob is the son of Barbara. \boxed{son}
 
@@ -35,18 +35,19 @@ ENDLESS = 10**9  # reasoning-gym makes a question when it is asked for, so a siz
 
 
 def write_sum(question: dict[str, Any]) -> str:
-    r"""The value of a chain in a box, after its intermediate results.
+    r"""The value of a chain, one operation at a time.
 
     Example:
         >>> write_sum({"metadata": {"expression": "42 - 25 + 61"}})
-        '42 - 25 = 17. \\boxed{78}'
+        '42 - 25 = 17. 17 + 61 = 78. \\boxed{78}'
     """
     first, *rest = question["metadata"]["expression"].split()
-    values, steps = [int(first)], []
+    value, steps = int(first), ""
     for operator, term in zip(rest[::2], rest[1::2], strict=True):
-        values.append(values[-1] + int(term) if operator == "+" else values[-1] - int(term))
-        steps.append(f"{values[-2]} {operator} {term} = {values[-1]}. ")
-    return "".join(steps[:-1]) + rf"\boxed{{{values[-1]}}}"
+        result = value + int(term) if operator == "+" else value - int(term)
+        steps += f"{value} {operator} {term} = {result}. "
+        value = result
+    return steps + rf"\boxed{{{value}}}"
 
 
 def write_relation(question: dict[str, Any]) -> str:
@@ -79,7 +80,7 @@ class Task:
 
 
 TASKS = {
-    "chain_sum": Task("chain_sum", dict(min_terms=2, max_terms=3, min_digits=2, max_digits=2), write_sum),
+    "chain_sum": Task("chain_sum", dict(min_terms=2, max_terms=2, min_digits=2, max_digits=2), write_sum),
     "family": Task("family_relationships", dict(min_family_size=4, max_family_size=6), write_relation, RELATIONS),
 }
 

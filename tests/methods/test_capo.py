@@ -167,6 +167,32 @@ def test_options_reach_the_formula(tiny_model, tmp_path):
     assert nonzero > 0
 
 
+@pytest.mark.parametrize("share", [0.25, 1.0])
+@pytest.mark.parametrize("normalization", ["sum", "group", "opposite_mean"])
+def test_a_share_of_the_advantages_ignores_confidence(tiny_model, tmp_path, normalization, share):
+    trainer = make_trainer(
+        tiny_model,
+        tmp_path,
+        tau=0.3,
+        reward_only_share=share,
+        pair_normalization=normalization,
+        scale_by_tau=True,
+        ref_ppl_mask=False,
+    )
+    trainer.train()
+    assert any(generation["advantages"].abs().sum() > 0 for generation in trainer.generations)
+    for generation in trainer.generations:
+        labels, scores = generation["groups"].correct, generation["groups"].mean_logps
+        capo = literal_advantages_of_groups(labels, scores, 0.3) / 0.3
+        members = labels.shape[1]
+        linear = np.array(labels - labels.mean(dim=1, keepdim=True)) * members / 2 / 0.3  # every pair weighs a half
+        right = np.array(labels.sum(dim=1, keepdim=True))
+        opposite = np.where(np.array(labels) == 1, members - right, right)
+        divisor = {"sum": 1, "group": members, "opposite_mean": np.maximum(opposite, 1)}[normalization]
+        expected = ((1 - share) * capo + share * linear) / divisor
+        np.testing.assert_allclose(generation["advantages"].numpy(), expected, atol=1e-5)
+
+
 def quarter_reward(completion_ids, **kwargs) -> list[float]:
     return [(sum(ids) % 5) / 4 for ids in completion_ids]
 

@@ -27,6 +27,7 @@ def test_every_option_survives_command_line_and_yaml(tmp_path):
     options = dict(
         tau=0.4,
         tau_end=0.1,
+        reward_only_share=0.25,
         tau_unit="gap",
         pair_normalization="group",
         scale_by_tau=True,
@@ -67,6 +68,8 @@ def test_every_option_survives_command_line_and_yaml(tmp_path):
         ({"tau": -1.0}, "tau must be positive and finite, got -1.0"),
         ({"tau": float("nan")}, "tau must be positive and finite, got nan"),
         ({"tau_end": 0.0}, "tau_end must be positive and finite, got 0.0"),
+        ({"reward_only_share": 1.5}, r"reward_only_share must be in \[0, 1\], got 1.5"),
+        ({"reward_only_share": float("nan")}, r"reward_only_share must be in \[0, 1\], got nan"),
         ({"tau_unit": "nat"}, "tau_unit must be one of nats, gap, got 'nat'"),
         ({"pair_normalization": "mean"}, "pair_normalization must be one of sum, group"),
         ({"pair_scope": "batch", "pair_normalization": "std"}, "pair_scope='batch' needs pair_normalization='sum'"),

@@ -114,19 +114,21 @@ class CAPOTrainer(GroupAdvantageTrainer):
         return rewards.clamp(0, 1)
 
     def _pairwise(self, labels: Tensor, mean_logps: Tensor, valid: Tensor) -> Tensor:
-        tau, scale_by_tau = self.tau, self.args.scale_by_tau
+        tau = self.tau
         if math.isnan(tau):  # with tau_unit="gap", until the first mixed group
             return torch.zeros_like(mean_logps)
-        advantages = pairwise_logistic_advantages(
-            labels,
-            mean_logps,
-            tau,
-            valid=valid,
-            normalization=self.args.pair_normalization,
-            scale_by_tau=scale_by_tau,
-        )
+        advantages = self._compare(labels, mean_logps, valid, tau)
+        if share := self.args.reward_only_share:
+            # At an infinite tau every pair keeps the weight 1/2: GRPO without std, on the scale of this normalisation.
+            linear = self._compare(labels, mean_logps, valid, math.inf)
+            advantages = (1 - share) * advantages + share * linear
+        return advantages / tau if self.args.scale_by_tau else advantages
+
+    def _compare(self, labels: Tensor, mean_logps: Tensor, valid: Tensor, tau: float) -> Tensor:
+        normalization = self.args.pair_normalization
+        advantages = pairwise_logistic_advantages(labels, mean_logps, tau, valid=valid, normalization=normalization)
         if self.args.pair_scope == "batch":
-            advantages += cross_prompt_advantages(labels, mean_logps, tau, valid=valid, scale_by_tau=scale_by_tau)
+            advantages = advantages + cross_prompt_advantages(labels, mean_logps, tau, valid=valid)
         return advantages
 
     def _unmasked_advantages(self, groups: RolloutGroups) -> Tensor:

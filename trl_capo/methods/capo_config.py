@@ -31,6 +31,10 @@ class CAPOConfig(GroupAdvantageConfig):
         tau_end (`float`, *optional*):
             Tau at the end of training, > 0, in the unit of `tau`. Tau then moves there from `tau` by an equal factor
             every step. None keeps it constant (paper). A tau that starts high and falls learns like GRPO at first.
+        reward_only_share (`float`, *optional*, defaults to `0.0`):
+            Share, in [0, 1], of the advantages that an infinite tau would give: those of GRPO without std, on the
+            scale of `pair_normalization`. 0 is CAPO (paper), 1 ignores confidence. It trades AUC for accuracy: pairs
+            that are settled go on pushing with half this share.
         tau_unit (`str`, *optional*, defaults to `"nats"`):
             `"nats"`: tau is in nats. `"gap"`: tau is a multiple of the median absolute gap in mean log-prob over the
             (correct, wrong) pairs of the first mixed groups (at least 256 pairs), estimated once and then frozen.
@@ -77,6 +81,10 @@ class CAPOConfig(GroupAdvantageConfig):
     tau_end: float | None = field(
         default=None,
         metadata={"help": "Tau at the end of training: it moves there from `tau` by an equal factor every step."},
+    )
+    reward_only_share: float = field(
+        default=0.0,
+        metadata={"help": "Share, in [0, 1], of the advantages of GRPO without std: trades AUC for accuracy."},
     )
     tau_unit: str = field(
         default="nats",
@@ -138,6 +146,8 @@ class CAPOConfig(GroupAdvantageConfig):
         for name, value in (("tau", self.tau), ("tau_end", self.tau_end)):
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise UserError(f"{name} must be positive and finite, got {value}.")
+        if not 0 <= self.reward_only_share <= 1:
+            raise UserError(f"reward_only_share must be in [0, 1], got {self.reward_only_share}.")
         if self.pair_scope == "batch" and self.pair_normalization != "sum":
             raise UserError(
                 f"pair_scope='batch' needs pair_normalization='sum', got {self.pair_normalization!r}: the other "

@@ -19,6 +19,11 @@ METHODS = {
     "cde": "trl_capo.methods.cde:CDETrainer",
     "simko": "trl_capo.methods.simko:SimKOTrainer",
     "capo_simko": "trl_capo.methods.simko:CAPOSimKOTrainer",
+    "conspo": "trl_capo.methods.conspo:ConSPOTrainer",
+    "maxrl": "trl_capo.methods.maxrl:MaxRLTrainer",
+    "c2gspg": "trl_capo.methods.c2gspg:C2GSPGTrainer",
+    "ace": "trl_capo.methods.ace:ACETrainer",
+    "rlsr": "trl_capo.methods.rlsr:RLSRTrainer",
 }
 
 

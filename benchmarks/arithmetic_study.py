@@ -190,7 +190,6 @@ TUNING = {
         "capo tau 0.3": ("capo", CAPO | NO_MASK | dict(tau=0.3)),
         "capo tau 0.4": ("capo", CAPO | NO_MASK | dict(tau=0.4)),
         "capo std tau 0.3": ("capo", NO_MASK | dict(pair_normalization="std", tau=0.3)),
-        "capo std tau 0.2": ("capo", NO_MASK | dict(pair_normalization="std", tau=0.2)),
         "capo tau 0.45 to 0.2": ("capo", CAPO | NO_MASK | dict(tau=0.45, tau_end=0.2)),
     },
     "misconceptions_flatter": {

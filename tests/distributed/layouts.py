@@ -15,6 +15,7 @@ from tests.helpers import VOCABULARY, largest_change, tiny_trainer
 from trl_capo import CAPOTrainer
 from trl_capo.errors import UserError
 from trl_capo.methods.codapo import CoDaPOTrainer
+from trl_capo.methods.progrpo import ProGRPOTrainer
 from trl_capo.methods.rlsr import RLSRTrainer
 from trl_capo.methods.simko import CAPOSimKOTrainer, SimKOTrainer
 from trl_capo.trainer.checkpoints import current_run
@@ -39,6 +40,7 @@ TRAININGS = {
     "codapo": Training(CoDaPOTrainer, dict(replay_quantile=0.5)),  # two prompts of three
     "simko": Training(SimKOTrainer, dict(simko_mix=0.2, ref_ppl_mask=True, **MASK)),
     "rlsr": Training(RLSRTrainer, {}),  # ranks over the whole batch
+    "progrpo": Training(ProGRPOTrainer, {}),  # prompts of both ranks
     "capo_simko": Training(CAPOSimKOTrainer, dict(simko_mix=0.2, ref_ppl_mask=False, **MEAN)),
 }
 FSDP2 = {name: TRAININGS[name] for name in ("capo", "codapo", "simko")}

@@ -24,6 +24,8 @@ METHODS = {
     "c2gspg": "trl_capo.methods.c2gspg:C2GSPGTrainer",
     "ace": "trl_capo.methods.ace:ACETrainer",
     "rlsr": "trl_capo.methods.rlsr:RLSRTrainer",
+    "self_aligned": "trl_capo.methods.self_aligned:SelfAlignedTrainer",
+    "progrpo": "trl_capo.methods.progrpo:ProGRPOTrainer",
 }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
+from trl_capo.errors import UserError
 from trl_capo.trainer.generation import CompactGRPOTrainer
 from trl_capo.trainer.repack import Batch, Repacking, even_cuts, row_sizes, take, trim
 
@@ -38,6 +39,34 @@ class ShortPassesGRPOTrainer(CompactGRPOTrainer):
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
         ):
             return self._logps_of_rows(self.model, output, rows, batch_size)
+
+    def _promptless_logps(self, output: Batch, rows: Tensor) -> Tensor:
+        """As `_policy_logps`, of completions that follow only the last token of their prompt."""
+        self._refuse_images("passes without the prompt")
+        alone = {name: output[name][:, -1:] if name.startswith("prompt") else output[name] for name in TOKENS}
+        return self._policy_logps(alone, rows)
+
+    def _prompt_logps(self, output: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs of the prompts' own tokens under the policy without dropout, and their mask, (B, S - 1) each.
+
+        The first token has none. Equal prompts in consecutive rows are read once. 0 for prompts outside `rows`.
+        """
+        self._refuse_images("passes over the prompt")
+        ids, mask = output["prompt_ids"], output["prompt_mask"]
+        left = mask.argsort(dim=1, descending=True, stable=True)  # prompts are padded on the left, completions are not
+        ids, mask = ids.gather(1, left) * mask.gather(1, left), mask.gather(1, left)
+        is_new = torch.ones_like(rows)
+        is_new[1:] = ((ids[1:] != ids[:-1]) | (mask[1:] != mask[:-1])).any(dim=1)
+        prompt = is_new.cumsum(dim=0) - 1  # of each row
+        wanted = torch.zeros_like(rows[is_new]).index_put((prompt[rows],), torch.tensor(True, device=rows.device))
+        first = is_new.nonzero().squeeze(1)[prompt]  # row that stands for each row's prompt
+        batch = {"prompt_ids": ids[:, :1], "prompt_mask": mask[:, :1]}
+        batch |= {"completion_ids": ids[:, 1:], "completion_mask": mask[:, 1:]}
+        return self._policy_logps(batch, is_new & wanted[prompt])[first], mask[:, 1:]
+
+    def _refuse_images(self, what: str) -> None:
+        if self._is_vlm:
+            raise UserError(f"{type(self).__name__} needs {what}, which do not work with an image model.")
 
     def _sorted_logps(self, model, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int):
         """Log-probs for TRL's own pass over a generation, computed in sorted and trimmed batches."""

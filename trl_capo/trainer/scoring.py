@@ -40,7 +40,8 @@ RewardFunctions = Callable | str | PreTrainedModel | list[Callable | str | PreTr
 class GroupScoringTrainer(FastGRPOTrainer):
     """`FastGRPOTrainer` that presents a generation as `RolloutGroups`, with a reference if one is needed.
 
-    Hooks: `needs_ref`, `needs_correct`, `_rows_needing_logps`, `_rows_needing_ref`, `_sequence_statistics`.
+    Hooks: `needs_ref`, `needs_correct`, `_rows_needing_logps`, `_rows_needing_ref`, `_sequence_statistics`,
+    `_own_passes`.
     """
 
     args: GroupAdvantageConfig
@@ -152,6 +153,16 @@ class GroupScoringTrainer(FastGRPOTrainer):
         """Extra numbers per completion, each of shape (B,), from log-probs and mask (B, T). Stored in `extras`."""
         return {}
 
+    def _own_passes(self, output: Batch, rows: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Extra numbers per completion, each of shape (B,), that need passes of the method's own. Stored in `extras`.
+
+        Args:
+            output: This rank's part of the generation.
+            rows: Completions of this rank that `_rows_needing_logps` names, shape (B,), boolean.
+            mask: The completions' tokens that count, shape (B, T).
+        """
+        return {}
+
     # Groups ----------------------------------------------------------------------------------------------------------
 
     def _encode(self, text: str) -> list[int]:
@@ -199,6 +210,7 @@ class GroupScoringTrainer(FastGRPOTrainer):
             scored = rows.flatten()[self._local_slice(mask.size(0))]
             per_token_logps = self._policy_logps(output, scored)
         groups = self._with_scores(groups, output, per_token_logps, mask, scored)
+        groups = self._with_own_passes(groups, output, mask)
         if self.mask.active or self.needs_ref(self.args):
             ref_mean_logps = self._ref_mean_logps(output, mask, self._rows_for_ref(groups))
             groups = replace(groups, ref_mean_logps=ref_mean_logps.view(-1, num_generations))
@@ -229,6 +241,16 @@ class GroupScoringTrainer(FastGRPOTrainer):
         if self.args.mean_logps_from == "sampler":
             valid = valid & mean_logps.isfinite()
         return replace(groups, mean_logps=mean_logps, valid=valid, extras=dict(zip(extras, values, strict=True)))
+
+    def _with_own_passes(self, groups: RolloutGroups, output: Batch, mask: Tensor) -> RolloutGroups:
+        """The groups with what the method's own passes found, gathered over the ranks and added to `extras`."""
+        rows = self._rows_needing_logps(groups).flatten()[self._local_slice(mask.size(0))]
+        found = self._own_passes(output, rows, mask)
+        extras = {
+            name: self.accelerator.gather(values.float().masked_fill(~rows, torch.nan)).view(groups.valid.shape)
+            for name, values in found.items()
+        }
+        return replace(groups, extras={**groups.extras, **extras})
 
     def _sampler_logps(self, output: Batch) -> Tensor:
         if "sampling_per_token_logps" not in output:

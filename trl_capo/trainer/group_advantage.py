@@ -40,8 +40,8 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
     `_unmasked_advantages`, `_setup_method`, `needs_correct`, `needs_ref`, `_rows_needing_logps`, `_rows_needing_ref`,
     `_sequence_statistics`, `_own_passes`, `_token_advantages`, `_choose_prompts`, `generations_per_batch`,
     `_logps_from_logits` with `_reads_logits`, `_calibration_arrays`, `_calibration_metrics`, `_method_state`,
-    `_load_method_state`. The mask of `args.ref_ppl_mask` is not a hook: the trainer updates, applies, logs and saves it
-    for every method.
+    `_load_method_state`. The mask of `args.ref_ppl_mask` is not a hook: the trainer updates, applies, logs and saves
+    it for every method.
 
     Raises:
         TypeError: `args` is not an instance of `config_class`. (This class itself also takes a plain `GRPOConfig`.)

@@ -451,6 +451,28 @@ def main_table(runs: dict[str, Runs]) -> str:
     return table([*header, "AUC within minus GRPO", "accuracy minus GRPO"], rows)
 
 
+def headline_table(worlds: dict[str, dict[str, Runs]]) -> str:
+    """What GRPO and CAPO do to their base, one block per world."""
+    rows = []
+    for world, runs in worlds.items():
+        for method in [m for m in ("base", "grpo", "capo", "capo_falling", "cde", "gspo") if m in runs]:
+            method_runs = runs[method]
+            step = method_runs.steps[-1]
+            row = [f"`{world}`" if method == "base" else "", NAMES[method]]
+            for measured in (method_runs.accuracy, method_runs.auc):
+                row.append(f"{value(lambda s, measured=measured, step=step: measured(step, s)):.3f}")
+            row += ["", "", "", ""]
+            if method != "base":
+                row[4] = signed(against(method_runs, runs["base"])["auc_within"])
+            if method not in ("base", "grpo"):
+                gap = against(method_runs, runs["grpo"])
+                matched = at_matched_accuracy(method_runs, runs["grpo"], runs["base"])
+                row[5:] = [signed(gap["accuracy"]), signed(gap["auc_within"]), signed(matched["difference"])]
+            rows.append(row)
+    header = ["world", "", "accuracy", "AUC within", "AUC minus base", "accuracy minus GRPO", "AUC minus GRPO"]
+    return table([*header, "AUC minus GRPO at equal accuracy"], rows)
+
+
 def looks_table(num_resamples: int = 20_000) -> str:
     """AUC within of each rival minus CAPO's, for the planned and the added seeds separately, with Holm's p-values."""
     runs = np.load(COMPARISON / "comparison.npz")
@@ -874,8 +896,10 @@ def main() -> None:
     draw_curves(shown, figures / "evidence_curves.png")
     if headline := {world: runs for world, runs in shown.items() if world in HEADLINE}:
         draw_headline(headline, figures / "auc_along_training.png")
+        tables["headline"] = headline_table(headline)
     (RESULTS / "tables.json").write_text(json.dumps(tables, indent=1))
-    write_tables(ROOT / "docs" / "evidence.md", tables)
+    for page in ("docs/evidence.md", "README.md"):
+        write_tables(ROOT / page, tables)
 
 
 def write_tables(document: Path, tables: dict[str, str]) -> None:

@@ -32,7 +32,7 @@ def load_reward_function(name: str, normalize_operators: bool = False):
         names = {*dir(trl.rewards), *rewards.__all__}
         known = sorted(other for other in names if other.endswith("_reward") and not other.startswith("get_"))
         function = getattr(trl.rewards, name, None)
-        if name in rewards.__all__ and name.endswith("_reward"):
+        if name in known and name in rewards.__all__:
             function = getattr(rewards, name)
         if name == "accuracy_reward" and normalize_operators:
             function = rewards.get_accuracy_reward(normalize_operators=True)

@@ -40,7 +40,7 @@ def test_what_math_verify_gives_up_is_unscorable(monkeypatch, where):
     found = grade_pair(r"\boxed{3}", "$3$")
     assert found.reward is None and found.failure is Failure.TIMEOUT
     monkeypatch.setattr("trl_capo.evaluation.grade.can_start_workers", lambda: False)
-    monkeypatch.setattr("trl_capo.rewards.can_start_workers", lambda: False)
+    monkeypatch.setattr("trl_capo.rewards.accuracy.can_start_workers", lambda: False)
     with pytest.warns(UserWarning, match="1 of 1 completions count as neither right nor wrong: math-verify timed out"):
         grades = grade([r"\boxed{3}"], ["$3$"], progress=False)
     assert np.isnan(grades.correct).all() and grades.failed.all()

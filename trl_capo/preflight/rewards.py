@@ -8,7 +8,7 @@ from trl_capo.imports import hint, load
 
 
 def load_reward_function(name: str, normalize_operators: bool = False):
-    """Loads a recipe's reward function: `accuracy_reward`, `text_reward`, another in `trl.rewards`, or a dotted path.
+    """Loads a recipe's reward function: the name of one in `trl_capo.rewards` or `trl.rewards`, or a dotted path.
 
     Modules may also be in the working directory.
 
@@ -25,17 +25,17 @@ def load_reward_function(name: str, normalize_operators: bool = False):
     """
     import trl.rewards
 
-    from trl_capo.rewards import accuracy_reward, get_accuracy_reward, text_reward
+    from trl_capo import rewards
 
     module, _, attribute = name.rpartition(".")
     if not module:
-        known = [other for other in dir(trl.rewards) if other.endswith("_reward") and not other.startswith("get_")]
-        known.append("text_reward")
+        names = {*dir(trl.rewards), *rewards.__all__}
+        known = sorted(other for other in names if other.endswith("_reward") and not other.startswith("get_"))
         function = getattr(trl.rewards, name, None)
-        if name == "accuracy_reward":
-            function = get_accuracy_reward(normalize_operators=True) if normalize_operators else accuracy_reward
-        if name == "text_reward":
-            function = text_reward
+        if name in known and name in rewards.__all__:
+            function = getattr(rewards, name)
+        if name == "accuracy_reward" and normalize_operators:
+            function = rewards.get_accuracy_reward(normalize_operators=True)
         if name.startswith("get_") and callable(function):
             raise UserError(
                 f"reward_funcs: {name!r} returns a reward function but is not one. Call it in a module of your own "

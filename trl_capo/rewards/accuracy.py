@@ -25,8 +25,8 @@ import warnings
 from collections.abc import Callable
 
 from trl_capo.errors import one_line
-from trl_capo.grading import grade_pair, grade_text, load_math_verify, text_answer
-from trl_capo.models.messages import answer_of
+from trl_capo.grading import grade_pair, load_math_verify
+from trl_capo.rewards.text import answers_and_golds
 from trl_capo.workers import DeadlinePool, Failure, can_start_workers
 
 
@@ -77,7 +77,7 @@ class AccuracyReward:
         Returns:
             1.0 or 0.0 for each completion; None where the gold answer cannot be parsed or grading failed.
         """
-        items = _items(completions, solution)
+        items = answers_and_golds(completions, solution)
         if can_start_workers():
             results = self.workers.results(items)
         else:
@@ -110,15 +110,11 @@ class AccuracyReward:
             **kwargs: Not used.
         """
         if can_start_workers():
-            self.workers.start(_items(completions, solution))
+            self.workers.start(answers_and_golds(completions, solution))
 
     def stop(self) -> None:
         """Ends the workers and drops their work. The next use starts new ones. At exit this happens by itself."""
         self.workers.stop()
-
-
-def _items(completions: list[list[dict[str, str]]], solution: list[str]) -> list[tuple[str, str]]:
-    return [(answer_of(completion), gold) for completion, gold in zip(completions, solution, strict=True)]
 
 
 def _grade(text: str, solution: str, normalize_operators: bool = False) -> Grade:
@@ -156,31 +152,3 @@ def get_accuracy_reward(
 
 
 accuracy_reward = get_accuracy_reward()
-
-
-def text_reward(
-    completions: list[list[dict[str, str]]],
-    solution: list[str],
-    log_extra: Callable[[str, list], None] | None = None,
-    **kwargs,
-) -> list[float | None]:
-    r"""Reward for answers that are words (`\boxed{Yes}`): exact match, in any case.
-
-    Args:
-        completions: Conversations; the last message of the assistant is graded.
-        solution: Gold answer of each completion, in `\boxed{}` or `$...$`.
-        log_extra: Receives the columns `solution` and `answer_parsed`. TRL's trainers pass it.
-        **kwargs: Whatever else TRL's trainers pass; not used.
-
-    Returns:
-        1.0 or 0.0 for each completion; None without a gold answer.
-
-    Example:
-        >>> text_reward([[{"role": "assistant", "content": r"\boxed{No}"}]] * 2, [r"\boxed{no}", r"\boxed{yes}"])
-        [1.0, 0.0]
-    """
-    items = _items(completions, solution)
-    if log_extra is not None:
-        log_extra("solution", list(solution))
-        log_extra("answer_parsed", [text_answer(text) or "[none]" for text, _ in items])
-    return [grade_text(*item) for item in items]

@@ -219,6 +219,29 @@ def against(runs: Runs, baseline: Runs, splits=tuple(TEST_SPLITS)) -> dict[str, 
     return result
 
 
+def in_second_half(name: str, runs: Runs, baseline: Runs, splits=tuple(TEST_SPLITS)) -> Estimate:
+    """Accuracy or AUC of one method minus another, averaged over the checkpoints after the middle of training.
+
+    At a constant learning rate a single checkpoint has much noise. A baseline without training counts as it is.
+    """
+    runs, baseline = both(runs, baseline)
+    first = slice(runs.curve_prompts)
+    late = [[step for step in method.steps if 2 * step > method.steps[-1] or step == 0] for method in (runs, baseline)]
+    late[1] = late[1] * (len(late[0]) // len(late[1]))
+
+    def numbers(split: str) -> np.ndarray:
+        return np.array(
+            [
+                [getattr(method, name)(step, split)[:, first] for step in steps]
+                for method, steps in zip((runs, baseline), late, strict=True)
+            ]
+        )  # (methods, checkpoints, S, P)
+
+    measured, replicates = over_splits(numbers, splits)
+    gaps, drawn = measured.mean(axis=1), replicates.mean(axis=2)
+    return interval(gaps[0] - gaps[1], drawn[:, 0] - drawn[:, 1])
+
+
 def at_matched_accuracy(
     runs: Runs, baseline: Runs, base: Runs, splits=tuple(TEST_SPLITS)
 ) -> dict[str, float | Estimate]:
@@ -461,16 +484,31 @@ def headline_table(worlds: dict[str, dict[str, Runs]]) -> str:
             row = [f"`{world}`" if method == "base" else "", NAMES[method]]
             for measured in (method_runs.accuracy, method_runs.auc):
                 row.append(f"{value(lambda s, measured=measured, step=step: measured(step, s)):.3f}")
-            row += ["", "", "", ""]
+            row += ["", "", ""]
             if method != "base":
                 row[4] = signed(against(method_runs, runs["base"])["auc_within"])
             if method not in ("base", "grpo"):
                 gap = against(method_runs, runs["grpo"])
-                matched = at_matched_accuracy(method_runs, runs["grpo"], runs["base"])
-                row[5:] = [signed(gap["accuracy"]), signed(gap["auc_within"]), signed(matched["difference"])]
+                row[5:] = [signed(gap["auc_within"]), signed(gap["accuracy"])]
             rows.append(row)
-    header = ["world", "", "accuracy", "AUC within", "AUC minus base", "accuracy minus GRPO", "AUC minus GRPO"]
-    return table([*header, "AUC minus GRPO at equal accuracy"], rows)
+    header = ["world", "", "accuracy", "AUC within", "AUC minus base", "AUC minus GRPO", "accuracy minus GRPO"]
+    return table(header, rows)
+
+
+def late_table(runs: dict[str, Runs]) -> str:
+    """Differences at the end, over the second half of training, and at equal accuracy."""
+    others = [method for method in followed(runs) if method not in ("base", "grpo")]
+    rows = []
+    for method, other in [("grpo", "base"), *((m, o) for m in others for o in ("base", "grpo"))]:
+        gap = against(runs[method], runs[other])
+        estimates = [gap["auc_within"], gap["accuracy"]]
+        estimates += [in_second_half(name, runs[method], runs[other]) for name in ("auc", "accuracy")]
+        if other == "grpo":
+            estimates.append(at_matched_accuracy(runs[method], runs["grpo"], runs["base"])["difference"])
+        cells = [signed(estimate) for estimate in estimates]
+        rows.append([f"{NAMES[method]} - {NAMES[other]}", *cells, *[""] * (5 - len(cells))])
+    header = ["", "AUC at the end", "accuracy", "AUC, second half", "accuracy, second half", "AUC at equal accuracy"]
+    return table(header, rows)
 
 
 def looks_table(num_resamples: int = 20_000) -> str:
@@ -822,6 +860,7 @@ def world_tables(world: str, runs: dict[str, Runs], figures: Path) -> dict[str, 
         "main": main_table(runs),
         "fall": fall_table(runs),
         "matched": matched_table(runs),
+        "late": late_table(runs),
         "temperature": temperature_table(runs),
     }
     seeds = [seed for seed in runs["base"].numbers if seed in runs["grpo"].numbers and seed in runs["capo"].numbers]

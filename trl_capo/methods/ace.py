@@ -83,7 +83,10 @@ class ACETrainer(GroupAdvantageTrainer):
     config_class = ACEConfig
     _tag_names = ["trl", "trl-capo", "ace"]
     _name = "ACE"
-    _paper = {"title": "Asymmetric Confidence-aware Error Penalty", "id": "2602.21420"}
+    _paper = {
+        "title": "Overconfident Errors Need Stronger Correction: Asymmetric Confidence Penalties for Reinforcement Learning",
+        "id": "2602.21420",
+    }
 
     @staticmethod
     def needs_ref(args: ACEConfig) -> bool:  # type: ignore[override]

@@ -7,7 +7,8 @@ The second term is the gradient, with respect to s_i and up to the sign, of beta
 C_i and the label: confidence should be the probability of being right. The first one pushes sure answers harder, in
 either direction. CAPO asks only that right answers are surer than wrong ones.
 
-Source: the logic of two public re-implementations, with beta 0.01 and 0.1; `bce_weight` is the first one's.
+Source: the logic of two public re-implementations, with beta 0.01 and 0.1; `bce_weight` is the first one's. We could
+not read the authors' code. For rewards that are not 0 or 1 they add a normalisation and a clipping, left out here.
 
 Departures: the method is plain REINFORCE, and its loss is differentiated at the current policy. Here both terms are
 advantages at the policy that sampled, which gives the same gradient in the first optimizer step of a generation. With
@@ -98,7 +99,10 @@ class C2GSPGTrainer(GroupAdvantageTrainer):
     config_class = C2GSPGConfig
     _tag_names = ["trl", "trl-capo", "c2gspg"]
     _name = "C2GSPG"
-    _paper = {"title": "Confidence-Calibrated Group Sequence Policy Gradient", "id": "2509.23129"}
+    _paper = {
+        "title": "C2GSPG: Confidence-calibrated Group Sequence Policy Gradient towards Self-aware Reasoning",
+        "id": "2509.23129",
+    }
 
     def _rows_needing_logps(self, groups: RolloutGroups) -> Tensor:
         return groups.valid if self.args.bce_weight else groups.mixed & groups.valid

@@ -1,4 +1,4 @@
-"""ConSPO, contrastive sequence policy optimization (arXiv 2605.12969): each right answer against all wrong ones.
+"""ConSPO, contrastive sequence-level policy optimization (arXiv 2605.12969): each right answer against all wrong ones.
 
     p_ij = softmax over {i and all wrong j of the group} of (s_i, s_j + margin) / tau,    i right
     A_i = 1 - p_ii    for right answers,        A_j = - sum over right i of p_ij    for wrong ones
@@ -97,7 +97,10 @@ class ConSPOTrainer(GroupAdvantageTrainer):
     config_class = ConSPOConfig
     _tag_names = ["trl", "trl-capo", "conspo"]
     _name = "ConSPO"
-    _paper = {"title": "Contrastive Sequence Policy Optimization", "id": "2605.12969"}
+    _paper = {
+        "title": "Revisiting Reinforcement Learning with Verifiable Rewards from a Contrastive Perspective",
+        "id": "2605.12969",
+    }
 
     def _rows_needing_logps(self, groups: RolloutGroups) -> Tensor:
         return groups.mixed & groups.valid

@@ -96,7 +96,10 @@ class ProGRPOTrainer(GroupAdvantageTrainer):
     config_class = ProGRPOConfig
     _tag_names = ["trl", "trl-capo", "progrpo"]
     _name = "ProGRPO"
-    _paper = {"title": "Back to Basics: Revisiting Exploration via Generative Probabilities", "id": "2602.05281"}
+    _paper = {
+        "title": "Back to Basics: Revisiting Exploration in Reinforcement Learning for LLM Reasoning via Generative Probabilities",
+        "id": "2602.05281",
+    }
 
     def _rows_needing_logps(self, groups: RolloutGroups) -> Tensor:
         right = (groups.correct == 1) & groups.valid

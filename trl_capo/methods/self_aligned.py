@@ -74,7 +74,7 @@ class SelfAlignedTrainer(GroupAdvantageTrainer):
     config_class = SelfAlignedConfig
     _tag_names = ["trl", "trl-capo", "self-aligned"]
     _name = "Self-aligned reward"
-    _paper = {"title": "Self-Aligned Reward", "id": "2509.05489"}
+    _paper = {"title": "Self-Aligned Reward: Towards Effective and Efficient Reasoners", "id": "2509.05489"}
 
     @classmethod
     def needs_correct(cls, args: SelfAlignedConfig) -> bool:  # type: ignore[override]

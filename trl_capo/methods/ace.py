@@ -84,7 +84,8 @@ class ACETrainer(GroupAdvantageTrainer):
     _tag_names = ["trl", "trl-capo", "ace"]
     _name = "ACE"
     _paper = {
-        "title": "Overconfident Errors Need Stronger Correction: Asymmetric Confidence Penalties for Reinforcement Learning",
+        "title": "Overconfident Errors Need Stronger Correction: Asymmetric Confidence Penalties for Reinforcement "
+        "Learning",
         "id": "2602.21420",
     }
 

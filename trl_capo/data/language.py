@@ -2,8 +2,8 @@ r"""Two tasks in plain English from `reasoning-gym`, for a small real language m
 
 `chain_sum` asks for the value of a short sum, and `family` for how two members of a family are related:
 
-    State the final answer to the following arithmetic problem: 42 - 25 + 61 =
-        ->   42 - 25 = 17. 17 + 61 = 78. \boxed{78}
+    State the final answer to the following arithmetic problem: 42 - 25 =
+        ->   42 - 25 = 17. \boxed{17}
     David is married to Barbara. They have a child called Jacob. ... What relation is Jacob to Barbara? ...
         ->   Jacob is the son of Barbara. \boxed{son}
 

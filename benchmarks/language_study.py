@@ -13,6 +13,7 @@ its last checkpoint, in `runs/language_study/`. No run starts after `--minutes`.
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -60,6 +61,7 @@ METHODS = {
     "gspo": ("gspo", dict(gradient_accumulation_steps=1, steps_per_generation=4), 4),
 }
 BASE = "base"
+NOT_OF_TRAINING = ("num_prompts", "num_samples", "base")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -89,13 +91,16 @@ def main(argv: list[str] | None = None) -> None:
 
         return report(folder)
     base = args.base or f"runs/smollm2-{args.task}"
-    if not (Path(base) / "config.json").exists():
+    if not (Path(base) / "model.safetensors").exists():
         raise SystemExit(
             f"{base} has no model. Make it: python -m trl_capo.scripts.language_base --task {args.task} "
             f"--output_dir {base}"
         )
+    # Another machine's warm-up gives other weights, and runs from two bases must not be compared.
+    with Path(base, "model.safetensors").open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     wanted = [
-        (folder / f"{method}-{seed}.json", args.task, base, method, options_of(args, method, seed))
+        (folder / f"{method}-{seed}.json", args.task, base, method, {**options_of(args, method, seed), "base": digest})
         for seed in args.seeds
         for method in args.methods
     ]
@@ -114,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def options_of(args: argparse.Namespace, method: str, seed: int) -> dict:
-    """What determines a run: the options of training, if there is any, and of the evaluation."""
+    """What determines a run besides its base: the options of training, if there is any, and of the evaluation."""
     options = dict(num_prompts=args.num_prompts, num_samples=NUM_SAMPLES, seed=seed, use_cpu=args.device == "cpu")
     if method == BASE:
         return options
@@ -128,7 +133,10 @@ def is_done(path: Path, options: dict) -> bool:
     if not path.exists():
         return False
     if json.loads(path.read_text(encoding="utf-8"))["options"] != options:
-        raise SystemExit(f"{path} was made with other options. Delete it to run it again, or choose another --output.")
+        raise SystemExit(
+            f"{path} was made with other options or another base. Delete it to run it again, or choose another "
+            "--output."
+        )
     return True
 
 
@@ -189,7 +197,7 @@ def train(path: Path, task: str, base: str, method: str, options: dict) -> tuple
     from trl_capo.rewards import accuracy_reward, text_reward
 
     trainer_class, folder = trainer_of(METHODS[method][0]), checkpoints(path)
-    settings = {name: value for name, value in options.items() if name not in ("num_prompts", "num_samples")}
+    settings = {name: value for name, value in options.items() if name not in NOT_OF_TRAINING}
     trainer = trainer_class(
         base,
         accuracy_reward if TASKS[task].answers is None else text_reward,

@@ -22,7 +22,7 @@ def test_methods_see_as_many_generations():
 
     for method, (kind, _, updates) in language_study.METHODS.items():
         options = language_study.options_of(arguments("--steps", "3"), method, 0)
-        options = {name: value for name, value in options.items() if name not in ("num_prompts", "num_samples")}
+        options = {name: value for name, value in options.items() if name not in language_study.NOT_OF_TRAINING}
         config = trainer_of(kind).config_class("x", **options)
         assert config.generation_batch_size == 64
         assert config.steps_per_generation == updates * config.gradient_accumulation_steps
@@ -37,6 +37,22 @@ def test_a_run_with_other_options_is_refused(tmp_path):
     assert language_study.is_done(path, options)
     with pytest.raises(SystemExit, match="other options"):
         language_study.is_done(path, options | {"max_steps": 1})
+
+
+def test_runs_from_two_bases_are_not_mixed(tmp_path, monkeypatch):
+    base, results = tmp_path / "base", tmp_path / "results"
+    base.mkdir()
+    options = language_study.options_of(arguments(), "base", 0)
+    words = ["--task", "family", "--methods", "base", "--seeds", "0", "--base", str(base), "--output", str(results)]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (results / "family").mkdir(parents=True)
+    for weights, digest in ((b"one", "7692c3ad3540bb80"), (b"two", "3fc4ccfe745870e2")):  # sha256sum
+        (base / "model.safetensors").write_bytes(weights)
+        (results / "family" / "base-0.json").write_text(json.dumps({"options": {**options, "base": digest}}))
+        language_study.main(words)  # is done
+    (base / "model.safetensors").write_bytes(b"one")
+    with pytest.raises(SystemExit, match="another base"):
+        language_study.main(words)
 
 
 def test_a_missing_base_says_how_to_make_it(tmp_path):

@@ -75,6 +75,14 @@ def test_prompts_are_read_once_and_only_where_needed(tiny_model, tmp_path, monke
     assert mask.tolist() == [[1, 0], [1, 0], [1, 1], [1, 1]] and logps.shape == mask.shape
 
 
+def test_prompts_of_one_token_have_no_confidence(tiny_model, tmp_path):
+    trainer = tiny_trainer(ProGRPOTrainer, tiny_model, tmp_path)
+    one = torch.ones(2, 1, dtype=torch.long)
+    logps, mask = trainer._prompt_logps({"prompt_ids": 5 * one, "prompt_mask": one}, one[:, 0].bool())
+    assert logps.shape == mask.shape == (2, 0)
+    assert low_token_confidence(logps, mask).isnan().all()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -59,3 +59,10 @@ def test_a_generation_equals_unpadded_passes(tiny_model, tmp_path, sampler):
 def test_bad_options(tmp_path):
     with pytest.raises(ValueError, match="alignment_weight must be finite, got nan"):
         SelfAlignedConfig(str(tmp_path), alignment_weight=float("nan"))
+
+
+def test_images_are_refused(tiny_model, tmp_path):
+    trainer = tiny_trainer(SelfAlignedTrainer, tiny_model, tmp_path)
+    trainer._is_vlm = True
+    with pytest.raises(ValueError, match="Self-aligned reward needs passes of its own over text"):
+        trainer._finish_init()

@@ -63,6 +63,8 @@ class GroupAdvantageTrainer(CalibrationLogging, GroupScoringTrainer):
         self._idle_watch = IdleWatch()
         if self._defines("_compute_advantages"):
             self._refuse_other_aggregations()
+        if self._is_vlm and type(self)._own_passes is not GroupAdvantageTrainer._own_passes:
+            raise UserError(f"{self._name} needs passes of its own over text, which do not work with an image model.")
         self._setup_method()
 
     def _refuse_other_aggregations(self) -> None:

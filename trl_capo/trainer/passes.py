@@ -10,7 +10,6 @@ from torch import Tensor
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
-from trl_capo.errors import UserError
 from trl_capo.trainer.generation import CompactGRPOTrainer
 from trl_capo.trainer.repack import Batch, Repacking, even_cuts, row_sizes, take, trim
 
@@ -42,7 +41,6 @@ class ShortPassesGRPOTrainer(CompactGRPOTrainer):
 
     def _promptless_logps(self, output: Batch, rows: Tensor) -> Tensor:
         """As `_policy_logps`, of completions that follow only the last token of their prompt."""
-        self._refuse_images("passes without the prompt")
         alone = {name: output[name][:, -1:] if name.startswith("prompt") else output[name] for name in TOKENS}
         return self._policy_logps(alone, rows)
 
@@ -51,8 +49,9 @@ class ShortPassesGRPOTrainer(CompactGRPOTrainer):
 
         The first token has none. Equal prompts in consecutive rows are read once. 0 for prompts outside `rows`.
         """
-        self._refuse_images("passes over the prompt")
         ids, mask = output["prompt_ids"], output["prompt_mask"]
+        if ids.size(1) == 1:
+            return torch.zeros(ids[:, 1:].shape, device=ids.device), mask[:, 1:]
         left = mask.argsort(dim=1, descending=True, stable=True)  # prompts are padded on the left, completions are not
         ids, mask = ids.gather(1, left) * mask.gather(1, left), mask.gather(1, left)
         is_new = torch.ones_like(rows)
@@ -63,10 +62,6 @@ class ShortPassesGRPOTrainer(CompactGRPOTrainer):
         batch = {"prompt_ids": ids[:, :1], "prompt_mask": mask[:, :1]}
         batch |= {"completion_ids": ids[:, 1:], "completion_mask": mask[:, 1:]}
         return self._policy_logps(batch, is_new & wanted[prompt])[first], mask[:, 1:]
-
-    def _refuse_images(self, what: str) -> None:
-        if self._is_vlm:
-            raise UserError(f"{type(self).__name__} needs {what}, which do not work with an image model.")
 
     def _sorted_logps(self, model, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int):
         """Log-probs for TRL's own pass over a generation, computed in sorted and trimmed batches."""
